@@ -1,0 +1,265 @@
+"""Gradients of the front end. No atomics and no host synchronisation: every sum has one fixed order.
+
+    grad_normed = grad_qkv · weight                  grad_weight = grad_qkvᵀ · normed          by matrix product
+    grad_sum    = norm's backward (grad_normed) + grad_hidden                     (M, D), rows re-gathered, not saved
+    grad_token[v] = Σ grad_sum[m] over the tokens m with ids[m] = v               likewise for the position table
+
+Table gradients sort the ids once (stable, so the order of the sum is fixed). A run of equal ids is cut at multiples of
+CHUNK: a run within one chunk is summed and written at once; the pieces of a longer run go to a small buffer, which a
+second launch sums in order. So a token that fills half of the batch costs no more than any other half.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from . import tuning
+from .embed import embed
+from .tiles import load_hidden, load_places, load_rows
+
+CHUNK = 64
+
+
+@triton.jit
+def norm_backward_kernel(
+    ids,  # (M,)
+    position_ids,  # (T,) or (M,), or None
+    token,  # (V, D)
+    position,  # (L, D) or None
+    norm_weight,  # (D,) or None
+    norm_bias,  # (D,) or None
+    mean,  # (M,), or None: RMSNorm
+    rstd,  # (M,)
+    grad_normed,  # (M, D), or None: only normed is wanted
+    grad_hidden,  # (M, D) or None
+    grad_sum,  # (M, D) out, or None
+    normed,  # (M, D) out, or None
+    partials,  # (2, programs, D) out, or None: this program's share of the gradients of norm_weight and norm_bias
+    shape,  # M, T, V, L
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    M, T, V, L = shape
+    ACC: tl.constexpr = tl.float64 if token.dtype.element_ty == tl.float64 else tl.float32
+    d = tl.arange(0, BLOCK_D)
+    gamma = tl.full((BLOCK_D,), 1.0, ACC)
+    beta = tl.zeros((BLOCK_D,), ACC)
+    if norm_weight is not None:
+        gamma = tl.load(norm_weight + d, mask=d < D, other=0.0).to(ACC)
+    if norm_bias is not None:
+        beta = tl.load(norm_bias + d, mask=d < D, other=0.0).to(ACC)
+    grad_gamma = tl.zeros((BLOCK_D,), ACC)
+    grad_beta = tl.zeros((BLOCK_D,), ACC)
+
+    share = tl.cdiv(tl.cdiv(M, BLOCK_M), tl.num_programs(0)) * BLOCK_M
+    first = tl.program_id(0).to(tl.int64) * share
+    for m0 in range(first, tl.minimum(first + share, M), BLOCK_M):
+        m = m0 + tl.arange(0, BLOCK_M)
+        inside = (m < M)[:, None] & (d < D)[None, :]
+        row, known = load_rows(ids, m, m < M, V)
+        place = None
+        if position is not None:
+            place, placed = load_places(position_ids, m, m < M, T, L)
+            known &= placed
+        h = load_hidden(token, position, row, place, d, D).to(ACC)
+        scale = tl.load(rstd + m, mask=m < M, other=0.0)[:, None]
+        if mean is not None:
+            h -= tl.load(mean + m, mask=m < M, other=0.0)[:, None]
+        x = tl.where(inside & known[:, None], h * scale, 0.0)
+        if normed is not None:
+            tl.store(normed + m[:, None] * D + d[None, :], (x * gamma + beta).to(normed.dtype.element_ty), mask=inside)
+        if grad_normed is not None:
+            dy = tl.load(grad_normed + m[:, None] * D + d[None, :], mask=inside, other=0.0).to(ACC)
+            grad_gamma += tl.sum(dy * x, 0)
+            grad_beta += tl.sum(dy, 0)
+            if grad_sum is not None:
+                dy *= gamma
+                dx = dy - x * (tl.sum(dy * x, 1) / D)[:, None]
+                if mean is not None:
+                    dx -= (tl.sum(dy, 1) / D)[:, None]
+                dx *= scale
+                if grad_hidden is not None:
+                    dx += tl.load(grad_hidden + m[:, None] * D + d[None, :], mask=inside, other=0.0).to(ACC)
+                tl.store(grad_sum + m[:, None] * D + d[None, :], dx.to(grad_sum.dtype.element_ty), mask=inside)
+    if partials is not None:
+        tl.store(partials + tl.program_id(0) * D + d, grad_gamma, mask=d < D)
+        tl.store(partials + (tl.num_programs(0) + tl.program_id(0)) * D + d, grad_beta, mask=d < D)
+
+
+@triton.jit
+def segment_kernel(
+    rows,  # (M, D)
+    ids,  # (M,) sorted
+    order,  # (M,) where each sorted id came from
+    grad,  # (V, D) out
+    pieces,  # (2, chunks, D) out: of each chunk, the run that came into it and the run that leaves it
+    M,
+    V,
+    padding_idx,
+    D: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    start = tl.program_id(0).to(tl.int64)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    row = tl.load(ids + start).to(tl.int64)
+    opens = (start == 0) | (tl.load(ids + tl.maximum(start - 1, 0)) != row)
+    if (opens | (start % CHUNK == 0)) & (row >= 0) & (row < V) & (row != padding_idx):
+        chunk = start // CHUNK
+        end = tl.minimum((chunk + 1) * CHUNK, M)
+        lane = start + tl.arange(0, CHUNK)
+        count = tl.sum((tl.load(ids + lane, mask=lane < end, other=-1) == row).to(tl.int32), 0)
+        acc = tl.zeros((BLOCK_D,), pieces.dtype.element_ty)
+        for i in range(0, count, BLOCK_M):
+            lane = i + tl.arange(0, BLOCK_M)
+            source = tl.load(order + start + lane, mask=lane < count, other=0)
+            inside = (lane < count)[:, None] & (d < D)[None, :]
+            acc += tl.sum(tl.load(rows + source[:, None] * D + d[None, :], mask=inside, other=0.0).to(acc.dtype), 0)
+        leaves = (start + count == end) & (tl.load(ids + tl.minimum(end, M - 1)) == row) & (end < M)
+        if opens & (leaves == 0):
+            tl.store(grad + row * D + d, acc.to(grad.dtype.element_ty), mask=d < D)
+        else:
+            side = tl.where(opens, tl.cdiv(M, CHUNK), 0).to(tl.int64)
+            tl.store(pieces + (side + chunk) * D + d, acc, mask=d < D)
+
+
+@triton.jit
+def join_kernel(
+    ids,  # (M,) sorted
+    grad,  # (V, D) out
+    pieces,  # (2, chunks, D)
+    M,
+    V,
+    padding_idx,
+    D: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    chunk = tl.program_id(0).to(tl.int64)
+    chunks = tl.cdiv(M, CHUNK)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    next_chunk = (chunk + 1) * CHUNK
+    row = tl.load(ids + tl.minimum(next_chunk, M) - 1).to(tl.int64)
+    leaves = (next_chunk < M) & (tl.load(ids + tl.minimum(next_chunk, M - 1)) == row)
+    entered = (chunk > 0) & (tl.load(ids + tl.maximum(chunk * CHUNK - 1, 0)) == row)
+    if leaves & (entered == 0) & (row >= 0) & (row < V) & (row != padding_idx):
+        acc = tl.load(pieces + (chunks + chunk) * D + d, mask=d < D, other=0.0)
+        more = 1
+        while more > 0:
+            later = chunk + 1 + tl.arange(0, BLOCK_M)
+            same = tl.load(ids + later * CHUNK, mask=later < chunks, other=-1) == row
+            inside = same[:, None] & (d < D)[None, :]
+            acc += tl.sum(tl.load(pieces + later[:, None] * D + d[None, :], mask=inside, other=0.0), 0)
+            more = tl.min(same.to(tl.int32), 0)
+            chunk += BLOCK_M
+        tl.store(grad + row * D + d, acc.to(grad.dtype.element_ty), mask=d < D)
+
+
+def table_grad(rows, ids, size, padding_idx=-1, dtype=None):
+    """Gradient of a table of `size` rows: rows (M, D) summed by ids (M,); ids outside the table have none."""
+    M, D = rows.shape
+    grad = rows.new_zeros(size, D, dtype=dtype or rows.dtype)
+    if M == 0 or D == 0:
+        return grad
+    ids, order = torch.sort(ids, stable=True)
+    chunks = triton.cdiv(M, CHUNK)
+    pieces = rows.new_empty(2, chunks, D, dtype=torch.promote_types(rows.dtype, torch.float32))
+    block_m, block_d = tuning.segment(D)
+    tiles = {"D": D, "CHUNK": CHUNK, "BLOCK_M": block_m, "BLOCK_D": block_d, "num_warps": 4}
+    with tuning.on_device(rows):
+        segment_kernel[(M, triton.cdiv(D, block_d))](rows, ids, order, grad, pieces, M, size, padding_idx, **tiles)
+        join_kernel[(chunks, triton.cdiv(D, block_d))](ids, grad, pieces, M, size, padding_idx, **tiles)
+    return grad
+
+
+def position_grad(rows, shape, position_ids, size):
+    """Gradient of a position table of `size` rows: rows (M, D) of ids with this shape, summed by position."""
+    T = shape[-1] if shape else 1
+    if position_ids is not None and position_ids.numel() == rows.shape[0]:
+        return table_grad(rows, position_ids.reshape(-1), size)
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    per_place = rows.view(-1, T, rows.shape[1]).sum(0, dtype=wide) if rows.numel() else rows.new_zeros(T, rows.shape[1])
+    if position_ids is not None:
+        return table_grad(per_place, position_ids.reshape(-1), size, dtype=rows.dtype)
+    grad = rows.new_zeros(size, rows.shape[1])
+    grad[:T] = per_place[:size]
+    return grad
+
+
+def norm_backward(
+    ids, token, position, position_ids, norm_weight, norm_bias, mean, rstd, grad_normed, grad_hidden, wants_sum, wants_normed
+):
+    """grad_normed (M, D) -> grad_sum (M, D), normed (M, D), grad_norm_weight (D,), grad_norm_bias (D,); what is not wanted
+    comes as None. Without grad_normed only normed is computed."""
+    M, T = ids.numel(), ids.shape[-1] if ids.dim() else 1
+    V, D = token.shape
+    wants_affine = grad_normed is not None and norm_weight is not None
+    block_m, block_d, warps = tuning.rows(D)
+    programs = min(triton.cdiv(M, block_m), 2 * tuning.device_of(token).multiprocessors)
+    grad_sum = token.new_empty(M, D) if wants_sum else None
+    normed = token.new_empty(M, D) if wants_normed else None
+    partials = token.new_empty(2, programs, D, dtype=rstd.dtype) if wants_affine else None
+    with tuning.on_device(token):
+        norm_backward_kernel[(programs,)](
+            ids.reshape(-1),
+            None if position_ids is None else position_ids.reshape(-1),
+            token.contiguous(),
+            None if position is None else position.contiguous(),
+            norm_weight,
+            norm_bias,
+            mean if mean.numel() else None,
+            rstd,
+            grad_normed,
+            grad_hidden,
+            grad_sum,
+            normed,
+            partials,
+            (M, T if position_ids is None else position_ids.numel(), V, 0 if position is None else position.shape[0]),
+            D=D,
+            BLOCK_M=block_m,
+            BLOCK_D=block_d,
+            num_warps=warps,
+        )
+    affine = (None, None) if partials is None else (share.sum(0).to(token.dtype) for share in partials)
+    return grad_sum, normed, *affine
+
+
+def embed_qkv_backward(
+    grad_hidden, grad_qkv, ids, token, weight, position, position_ids, norm_weight, norm_bias, mean, rstd, padding_idx, needs
+):
+    """Gradients of (token, weight, bias, position, norm_weight, norm_bias), None where `needs` says no.
+
+    grad_hidden (M, D) and grad_qkv (M, N), either None, of any strides. mean and rstd as embed_qkv returned them.
+    """
+    needs_token, needs_weight, needs_bias, needs_position, needs_norm_weight, needs_norm_bias = needs
+    needs_sum = needs_token or needs_position
+    grad_weight = grad_bias = grad_norm_weight = grad_norm_bias = None
+    grad_sum = None if grad_hidden is None else grad_hidden.contiguous()
+    if grad_qkv is not None and ids.numel():
+        grad_qkv = grad_qkv.contiguous()
+        normed = None
+        if rstd.numel():
+            wants_grad = needs_sum or needs_norm_weight or needs_norm_bias
+            if wants_grad or needs_weight:
+                new_sum, normed, grad_norm_weight, grad_norm_bias = norm_backward(
+                    ids, token, position, position_ids, norm_weight, norm_bias, mean, rstd,
+                    grad_qkv @ weight if wants_grad else None, grad_sum, needs_sum, needs_weight,
+                )  # fmt: skip
+                grad_sum = new_sum if needs_sum else None
+        else:
+            if needs_weight:
+                normed = embed(ids, token, position, position_ids)
+            if needs_sum:
+                grad_sum = grad_qkv @ weight if grad_sum is None else torch.addmm(grad_sum, grad_qkv, weight)
+        grad_weight = grad_qkv.t() @ normed if needs_weight else None
+        grad_bias = grad_qkv.sum(0) if needs_bias else None
+    shape = tuple(ids.shape)
+    grad_token = grad_position = None
+    if needs_token and grad_sum is not None:
+        grad_token = table_grad(grad_sum, ids.reshape(-1), token.shape[0], padding_idx)
+    if needs_position and grad_sum is not None:
+        grad_position = position_grad(grad_sum, shape, position_ids, position.shape[0])
+    return grad_token, grad_weight, grad_bias, grad_position, grad_norm_weight, grad_norm_bias

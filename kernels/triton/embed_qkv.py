@@ -1,0 +1,231 @@
+"""The one-pass kernel: gather, position, norm and QKV projection in one launch.
+
+    hidden = token[ids] + position[places]                          (M, D)  rounded to the table's dtype
+    normed = LayerNorm(hidden) | RMSNorm(hidden) | hidden           statistics in fp32, rounded to the table's dtype
+    qkv    = normed · weightᵀ + bias                                (M, N)  accumulated in fp32
+
+A program owns BLOCK_M tokens and a run of N tiles. It walks its rows once to find their statistics (the first run also
+writes hidden), then once per N tile to project them; in between the rows stay in L2, so memory reads the table once.
+
+Normalising rows on their way into the tensor cores costs four times the instructions of the bare product, so for many
+tokens a small launch first folds the norm into the weight, and the product's epilogue applies what is left of it:
+
+    folded = γ⊙W − mean over D of (γ⊙W)     shift = W·β + b     residual = sum over D of the rounded folded
+    qkv    = rstd · (hidden · foldedᵀ − mean ⊗ residual) + shift    exact for any mean, whatever folded was rounded to
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from . import tuning
+from .tiles import dot, gather_statistics, load_hidden, load_places, load_rows, normalise
+
+
+@triton.jit
+def embed_qkv_kernel(
+    ids,  # (M,)
+    position_ids,  # (T,) or (M,), or None: the place in the sequence
+    token,  # (V, D)
+    position,  # (L, D) or None
+    norm_weight,  # (D,) or None
+    norm_bias,  # (D,) or None
+    weight,  # descriptor of (N, D), or of (D, N) when TRANSPOSED
+    bias,  # (N,) or None
+    hidden,  # (M, D) out
+    qkv,  # (M, N) out
+    mean,  # (M,) out; None: RMSNorm or no norm
+    rstd,  # (M,) out; None: no norm
+    shape,  # M, T, V, L, N and how many programs share a row's N tiles
+    eps,
+    D: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    M, T, V, L, N, runs = shape
+    ACC: tl.constexpr = tl.float64 if token.dtype.element_ty == tl.float64 else tl.float32
+    run = tl.program_id(0) % runs  # N fastest: programs that share rows run side by side
+    m = (tl.program_id(0) // runs).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row, known = load_rows(ids, m, m < M, V)
+    place = None
+    if position is not None:
+        place, placed = load_places(position_ids, m, m < M, T, L)
+        known &= placed
+    mu, scale = gather_statistics(
+        token, position, row, place, known, hidden, mean, rstd, m, M, run == 0, eps, D, BLOCK_M, BLOCK_K
+    )
+
+    tiles = tl.cdiv(N, BLOCK_N)
+    for tile in range(run * tiles // runs, (run + 1) * tiles // runs):
+        n0 = tile * BLOCK_N
+        acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+        for d0 in range(0, D, BLOCK_K):
+            d = d0 + tl.arange(0, BLOCK_K)
+            a = load_hidden(token, position, row, place, d, D)
+            if rstd is not None:
+                a = normalise(a.to(ACC), mu, scale, norm_weight, norm_bias, d, D).to(a.dtype)
+            w = weight.load([d0, n0]) if TRANSPOSED else weight.load([n0, d0]).T
+            acc = dot(a, w, acc, PRECISION)
+        n = n0 + tl.arange(0, BLOCK_N)
+        if bias is not None:
+            acc += tl.load(bias + n, mask=n < N, other=0.0).to(ACC)[None, :]
+        acc = tl.where(known[:, None], acc, float("nan"))
+        tl.store(qkv + m[:, None] * N + n[None, :], acc.to(qkv.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
+
+
+@triton.jit
+def fold_kernel(
+    weight,  # (N, D)
+    bias,  # (N,) or None
+    norm_weight,  # (D,) or None
+    norm_bias,  # (D,) or None
+    folded,  # (N, D) out, rows stride_fn apart
+    shift,  # (N,) out
+    residual,  # (N,) out; None: RMSNorm, which does not centre
+    N,
+    stride_wn,
+    stride_wd,
+    stride_fn,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    ACC: tl.constexpr = tl.float64 if weight.dtype.element_ty == tl.float64 else tl.float32
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows = weight + n[:, None].to(tl.int64) * stride_wn
+    total = tl.zeros((BLOCK_N,), ACC)
+    affine = tl.zeros((BLOCK_N,), ACC)
+    for d0 in range(0, D, BLOCK_K):
+        d = d0 + tl.arange(0, BLOCK_K)
+        w = tl.load(rows + d[None, :] * stride_wd, mask=(n < N)[:, None] & (d < D)[None, :], other=0.0).to(ACC)
+        if norm_bias is not None:
+            affine += tl.sum(w * tl.load(norm_bias + d, mask=d < D, other=0.0).to(ACC)[None, :], 1)
+        if norm_weight is not None:
+            w *= tl.load(norm_weight + d, mask=d < D, other=0.0).to(ACC)[None, :]
+        total += tl.sum(w, 1)
+    if bias is not None:
+        affine += tl.load(bias + n, mask=n < N, other=0.0).to(ACC)
+    tl.store(shift + n, affine, mask=n < N)
+
+    centre = total / D if residual is not None else tl.zeros((BLOCK_N,), ACC)
+    left = tl.zeros((BLOCK_N,), ACC)
+    for d0 in range(0, D, BLOCK_K):
+        d = d0 + tl.arange(0, BLOCK_K)
+        inside = (n < N)[:, None] & (d < D)[None, :]
+        w = tl.load(rows + d[None, :] * stride_wd, mask=inside, other=0.0).to(ACC)
+        if norm_weight is not None:
+            w *= tl.load(norm_weight + d, mask=d < D, other=0.0).to(ACC)[None, :]
+        rounded = tl.where(inside, w - centre[:, None], 0.0).to(folded.dtype.element_ty)
+        tl.store(folded + n[:, None].to(tl.int64) * stride_fn + d[None, :], rounded, mask=inside)
+        left += tl.sum(rounded.to(ACC), 1)
+    if residual is not None:
+        tl.store(residual + n, left, mask=n < N)
+
+
+@triton.jit
+def embed_qkv_folded_kernel(
+    ids,  # (M,)
+    position_ids,  # (T,) or (M,), or None: the place in the sequence
+    token,  # (V, D)
+    position,  # (L, D) or None
+    folded,  # descriptor of (N, D)
+    shift,  # (N,)
+    residual,  # (N,), or None: RMSNorm
+    hidden,  # (M, D) out
+    qkv,  # (M, N) out
+    mean,  # (M,) out, or None: RMSNorm
+    rstd,  # (M,) out
+    shape,  # M, T, V, L, N and how many programs share a row's N tiles
+    eps,
+    D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    M, T, V, L, N, runs = shape
+    ACC: tl.constexpr = tl.float64 if token.dtype.element_ty == tl.float64 else tl.float32
+    run = tl.program_id(0) % runs
+    m = (tl.program_id(0) // runs).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row, known = load_rows(ids, m, m < M, V)
+    place = None
+    if position is not None:
+        place, placed = load_places(position_ids, m, m < M, T, L)
+        known &= placed
+    mu, scale = gather_statistics(token, position, row, place, known, hidden, mean, rstd, m, M, True, eps, D, BLOCK_M, BLOCK_K)
+    # Every program wrote the rows that it reads back (programs that share rows wrote the same bits): a barrier of its
+    # own threads is all that it needs, and the product below is a plain one, with no gather and no sum in its way.
+    tl.debug_barrier()
+    rows = hidden + tl.minimum(m, M - 1)[:, None] * D
+
+    tiles = tl.cdiv(N, BLOCK_N)
+    for tile in range(run * tiles // runs, (run + 1) * tiles // runs):
+        n0 = tile * BLOCK_N
+        acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+        for d0 in range(0, D, BLOCK_K):
+            d = d0 + tl.arange(0, BLOCK_K)
+            a = tl.load(rows + d[None, :], mask=(d < D)[None, :], other=0.0)
+            acc = dot(a, folded.load([n0, d0]).T, acc, PRECISION)
+        n = n0 + tl.arange(0, BLOCK_N)
+        if mean is not None:
+            acc -= mu[:, None] * tl.load(residual + n, mask=n < N, other=0.0)[None, :]
+        acc = acc * scale[:, None] + tl.load(shift + n, mask=n < N, other=0.0)[None, :]
+        tl.store(qkv + m[:, None] * N + n[None, :], acc.to(qkv.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
+
+
+def fold(weight, bias, norm, norm_weight, norm_bias):
+    """weight (N, D) -> folded (N, D) with rows at multiples of 16 bytes, shift (N,), residual (N,) or None."""
+    N, D = weight.shape
+    unit = 16 // weight.element_size()
+    folded = weight.new_empty(N, triton.cdiv(D, unit) * unit)[:, :D]
+    statistics = torch.promote_types(weight.dtype, torch.float32)
+    shift = weight.new_empty(N, dtype=statistics)
+    residual = weight.new_empty(N, dtype=statistics) if norm == "layer" else None
+    grid = (triton.cdiv(N, tuning.FOLD["BLOCK_N"]),)
+    fold_kernel[grid](
+        weight, bias, norm_weight, norm_bias, folded, shift, residual, N, *weight.stride(), folded.stride(0), D=D, **tuning.FOLD
+    )
+    return folded, shift, residual
+
+
+def embed_qkv(ids, token, weight, bias, position, position_ids, norm, norm_weight, norm_bias, eps, folds=None, tiles=None):
+    """ids (..., T), token (V, D), weight (N, D), bias (N,), position (L, D), position_ids (T,) or like ids, norm "layer",
+    "rms" or "none" -> hidden (M, D), qkv (M, N), mean (M,) and rstd (M,), the last two empty where the norm has none.
+
+    folds and tiles override what tuning.py would choose.
+    """
+    M, T = ids.numel(), ids.shape[-1] if ids.dim() else 1
+    (V, D), N = token.shape, weight.shape[0]
+    hidden = token.new_empty(M, D)
+    qkv = token.new_empty(M, N)
+    statistics = torch.promote_types(token.dtype, torch.float32)
+    mean = token.new_empty(M if norm == "layer" else 0, dtype=statistics)
+    rstd = token.new_empty(M if norm != "none" else 0, dtype=statistics)
+    if M == 0 or N == 0 or D == 0:
+        return hidden, qkv, mean, rstd
+    device = tuning.device_of(token)
+    folds = norm != "none" and (tuning.folds(M, token.dtype) if folds is None else folds)
+    tiles = tiles or (tuning.embed_qkv_folded if folds else tuning.embed_qkv)(M, N, D, token.dtype, device)
+    runs = tuning.runs(M, N, tiles, device)
+    period = T if position_ids is None else position_ids.numel()
+    tables = (token.contiguous(), None if position is None else position.contiguous())
+    outputs = (hidden, qkv, mean if norm == "layer" else None, rstd if norm != "none" else None)
+    shape = (M, period, V, 0 if position is None else position.shape[0], N, runs)
+    options = {"D": D, "PRECISION": tuning.precision(token.dtype), **tiles._asdict()}
+    grid = (triton.cdiv(M, tiles.BLOCK_M) * runs,)
+    ids, position_ids = ids.reshape(-1), None if position_ids is None else position_ids.reshape(-1)
+    with tuning.on_device(token):
+        if folds:
+            folded, shift, residual = fold(weight, bias, norm, norm_weight, norm_bias)
+            operand, _ = tuning.weight_descriptor(folded, tiles)
+            embed_qkv_folded_kernel[grid](ids, position_ids, *tables, operand, shift, residual, *outputs, shape, eps, **options)
+        else:
+            operand, transposed = tuning.weight_descriptor(weight, tiles)
+            embed_qkv_kernel[grid](
+                ids, position_ids, *tables, norm_weight, norm_bias, operand, bias, *outputs, shape, eps,
+                TRANSPOSED=transposed, **options,
+            )  # fmt: skip
+    return hidden, qkv, mean, rstd

@@ -1,0 +1,54 @@
+"""The kernels under Triton's interpreter, for CPU tensors, in a process that may compile the same kernels as well.
+
+triton.jit decides at decoration whether a function is compiled or interpreted, so the kernels are imported a second
+time with the switch on; Triton's own library functions (tl.sum and so on) are swapped for the time of a launch.
+"""
+
+import contextlib
+import functools
+import importlib
+import sys
+import threading
+import types
+from pathlib import Path
+
+import triton
+import triton.experimental.gluon
+import triton.language as tl
+from triton.runtime.interpreter import InterpretedFunction
+from triton.runtime.jit import JITFunction
+
+_lock = threading.RLock()  # the interpreter's state is global
+_interpreted = functools.cache(lambda function: InterpretedFunction(function))
+
+
+@functools.cache
+def load(name):
+    """The module of that name in this folder, its kernels interpreted."""
+    package = f"{__package__}.interpreted"
+    if package not in sys.modules:
+        sys.modules[package] = types.ModuleType(package)
+        sys.modules[package].__path__ = [str(Path(__file__).parent)]
+    with _lock, triton.knobs.runtime.scope():
+        triton.knobs.runtime.interpret = True
+        return importlib.import_module(f"{package}.{name}")
+
+
+@contextlib.contextmanager
+def running():
+    """While it lasts, jitted functions of triton.language can be called from an interpreted kernel."""
+    with _lock, triton.knobs.runtime.scope():
+        triton.knobs.runtime.interpret = True
+        compiled = [
+            (module, name, member)
+            for module in (tl, tl.standard)
+            for name, member in vars(module).items()
+            if isinstance(member, JITFunction)
+        ]
+        try:
+            for module, name, member in compiled:
+                setattr(module, name, _interpreted(member.fn))
+            yield
+        finally:
+            for module, name, member in compiled:
+                setattr(module, name, member)

@@ -1,0 +1,152 @@
+"""Tile configurations: pure functions of shape, dtype and device, checked by ahead-of-time compilation for every one.
+
+No search runs at import or at the first call; `is_valid` is the single statement of what a configuration may be.
+"""
+
+import contextlib
+import functools
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from triton import cdiv
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+
+class Device(NamedTuple):
+    """What a configuration depends on. arch: compute capability times ten on CUDA, "gfx942" and the like on HIP."""
+
+    arch: int | str
+    multiprocessors: int
+    shared_memory: int  # bytes a program may use
+
+
+H100 = Device(90, 132, 232_448)
+DEVICES = {
+    80: Device(80, 108, 166_912),
+    90: H100,
+    100: Device(100, 148, 232_448),
+    "gfx942": Device("gfx942", 304, 65_536),
+}
+
+
+class Tiles(NamedTuple):
+    """One configuration of a matrix kernel, as Triton's launch takes it."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    num_warps: int
+    num_stages: int
+
+
+@functools.cache
+def _device(index):
+    properties = torch.cuda.get_device_properties(index)
+    arch = properties.gcnArchName.split(":")[0] if torch.version.hip else properties.major * 10 + properties.minor
+    return Device(arch, properties.multi_processor_count, getattr(properties, "shared_memory_per_block_optin", 65_536))
+
+
+def device_of(tensor):
+    """The device that a kernel over this tensor is tuned for; the interpreter (CPU tensors) takes Hopper's tiles."""
+    return _device(tensor.device.index) if tensor.is_cuda else H100
+
+
+def on_device(tensor):
+    """Triton launches on the current device: make the tensor's device current."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def precision(dtype):
+    """tl.dot's input precision: torch's own switch decides for fp32, the other dtypes have one way only."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def weight_descriptor(weight, tiles):
+    """A TMA descriptor of a projection weight (N, D) and whether it is read as (D, N), as in Conv1D's transposed view."""
+    transposed = weight.stride(1) != 1 and weight.stride(0) == 1
+    matrix = weight.t() if transposed else weight
+    unit = 16 // weight.element_size()  # rows of a descriptor start at multiples of 16 bytes
+    if matrix.stride(1) != 1 or matrix.stride(0) % unit or matrix.data_ptr() % 16:
+        width = matrix.shape[1]
+        matrix = F.pad(matrix, (0, -width % unit))[:, :width]
+    block = [tiles.BLOCK_K, tiles.BLOCK_N] if transposed else [tiles.BLOCK_N, tiles.BLOCK_K]
+    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), block), transposed
+
+
+def folds(M, dtype):
+    """Whether to fold the norm into the weight: from some 1,024 tokens on it costs less than normalising on the way.
+
+    Never in fp32: rows whose mean is far larger than their deviation would lose digits that eager keeps.
+    """
+    return M >= 1024 and dtype.itemsize == 2
+
+
+def _aligned(dtype, *sizes):
+    """Whether rows of these sizes start at multiples of 16 bytes, as wide loads and stores need."""
+    return all(size * dtype.itemsize % 16 == 0 for size in sizes)
+
+
+def embed_qkv(M, N, D, dtype, device):
+    """Tiles of the kernel that normalises on the way: few tokens, or no norm at all."""
+    deep = 64 if dtype.itemsize <= 2 else 32
+    stages = 2 if device.shared_memory < 100_000 else 3
+    if not _aligned(dtype, D, N):
+        return Tiles(32, 64, deep, 4, 2)
+    if M <= 32:  # decode: the weight is read once, so spread it over every multiprocessor
+        narrow = next((n for n in (64, 32) if cdiv(N, n) >= device.multiprocessors), 16)
+        return Tiles(16 if M <= 16 else 32, narrow, 2 * deep, 4, stages)
+    if M <= 256 or dtype.itemsize > 2:
+        return Tiles(64, 64, deep, 4, stages)
+    return Tiles(64, 128, deep, 8, stages)
+
+
+def embed_qkv_folded(M, N, D, dtype, device):
+    """Tiles of the kernel that multiplies by the folded weight: many tokens, bound by the tensor cores."""
+    if not _aligned(dtype, D, N):
+        return Tiles(64, 64, 32, 4, 2)
+    if device.arch == 90:
+        return Tiles(128, 256, 64, 8, 4)
+    if device.arch == 80:
+        return Tiles(128, 128, 32, 8, 4)
+    return Tiles(128, 128, 64, 8, 2 if device.shared_memory < 100_000 else 3)
+
+
+FOLD = {"BLOCK_N": 16, "BLOCK_K": 128, "num_warps": 4}
+
+
+def runs(M, N, tiles, device):
+    """How many programs share the N tiles of a block of rows: the number whose last program ends first.
+
+    A program's time is counted in N tiles; reading its rows for their statistics costs about half of one.
+    """
+    blocks, count = cdiv(M, tiles.BLOCK_M), cdiv(N, tiles.BLOCK_N)
+
+    def makespan(share):
+        return cdiv(blocks * share, device.multiprocessors) * (0.5 + cdiv(count, share))
+
+    return min(range(1, count + 1), key=makespan)
+
+
+def is_valid(tiles, dtype, device):
+    """Whether the device's shared memory holds the pipeline: a token tile, a position tile and a weight tile per stage."""
+    stage = (2 * tiles.BLOCK_M + tiles.BLOCK_N) * tiles.BLOCK_K * dtype.itemsize
+    powers = all(size & (size - 1) == 0 and size >= 16 for size in tiles[:3])
+    return powers and max(1, tiles.num_stages - (device.shared_memory < 100_000)) * stage <= device.shared_memory
+
+
+def streaming(D, dtype):
+    """Rows and columns of a streaming tile: 16 KB in flight per program, columns that cover D up to 1,024."""
+    columns = min(1 << max(D - 1, 15).bit_length(), 1024)
+    return max(1, 16_384 // (columns * dtype.itemsize)), columns
+
+
+def rows(D):
+    """Rows per step, columns and warps of a kernel that holds whole rows in registers."""
+    columns = 1 << max(D - 1, 15).bit_length()
+    return max(1, 2048 // columns), columns, 4 if columns <= 2048 else 8 if columns <= 8192 else 16
+
+
+def segment(D):
+    """Rows per step and columns of the table gradient's sums."""
+    return 8, min(1 << max(D - 1, 15).bit_length(), 512)

@@ -1,0 +1,17 @@
+"""The front end of a transformer (embedding gather, positional add, norm, QKV projection) in one GPU kernel."""
+
+from . import functional, reference
+from .modules import Embedding, EmbeddingQKV, TokenPositionEmbedding
+from .planner import backend
+from .reference import HiddenQKV
+
+__version__ = "0.1.0"
+__all__ = [
+    "Embedding",
+    "EmbeddingQKV",
+    "HiddenQKV",
+    "TokenPositionEmbedding",
+    "backend",
+    "functional",
+    "reference",
+]

@@ -1,0 +1,205 @@
+"""The public functions. Every argument check and every error message of the library lives here."""
+
+import torch
+from torch import Tensor
+
+from . import ops, planner, reference
+from .reference import HiddenQKV
+
+NORMS = ("layer", "rms", None)
+
+
+def _check_ids(name: str, ids: Tensor):
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(ids).__name__}")
+    if ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name}: expected dtype torch.int32 or torch.int64, got {ids.dtype}")
+
+
+def _check_shape(name: str, tensor: Tensor | None, shape: tuple, meaning: str):
+    """shape holds None where any size will do."""
+    if tensor is None:
+        return
+    if tensor.dim() != len(shape) or any(want not in (None, got) for want, got in zip(shape, tensor.shape, strict=True)):
+        wanted = ", ".join("any" if size is None else str(size) for size in shape)
+        raise ValueError(f"{name}: expected shape ({wanted}), {meaning}; got {tuple(tensor.shape)}")
+
+
+def _check_alike(token: Tensor, ids: Tensor, **others: Tensor | None):
+    """All tensors on the table's device, all floating ones of its dtype."""
+    if not token.is_floating_point():
+        raise TypeError(f"token: expected a floating dtype, got {token.dtype}")
+    for name, tensor in {"ids": ids, **others}.items():
+        if tensor is None:
+            continue
+        if tensor.device != token.device:
+            raise ValueError(f"{name}: expected device {token.device}, that of token; got {tensor.device}")
+        if tensor.is_floating_point() and tensor.dtype != token.dtype:
+            raise TypeError(f"{name}: expected dtype {token.dtype}, that of token; got {tensor.dtype}")
+
+
+def _check_positions(ids: Tensor, position: Tensor | None, position_ids: Tensor | None):
+    if position is None:
+        if position_ids is not None:
+            raise ValueError("position_ids: expected None where there is no position table, got a Tensor")
+        return
+    T = ids.shape[-1] if ids.dim() else 1
+    if position_ids is None:
+        if position.shape[0] < T:
+            raise IndexError(f"ids: sequence length {T} needs positions up to {T - 1}, position has {position.shape[0]} rows")
+        return
+    _check_ids("position_ids", position_ids)
+    shapes = {tuple(ids.shape), tuple(ids.shape[-1:]), (1,) * (ids.dim() - 1) + tuple(ids.shape[-1:])}
+    if tuple(position_ids.shape) not in shapes:
+        wanted = " or ".join(map(str, sorted(shapes, key=len)))
+        raise ValueError(f"position_ids: expected shape {wanted} for ids {tuple(ids.shape)}, got {tuple(position_ids.shape)}")
+
+
+def _check_range(name: str, ids: Tensor | None, table: str, size: int):
+    """IndexError that names the first id without a row, its place and the table's size. CPU tensors only: it looks."""
+    if ids is None or ids.numel() == 0:
+        return
+    low, high = torch.aminmax(ids)
+    if low < 0 or high >= size:
+        place = tuple(((ids < 0) | (ids >= size)).nonzero()[0].tolist())
+        raise IndexError(f"{name}: expected values in [0, {size}), the rows of {table}; got {ids[place].item()} at {place}")
+
+
+def _padding_row(padding_idx: int | None, rows: int) -> int | None:
+    if padding_idx is None:
+        return None
+    if not -rows <= padding_idx < rows:
+        raise ValueError(f"padding_idx: expected a row in [{-rows}, {rows}), got {padding_idx}")
+    return padding_idx % rows
+
+
+def _run(kernel, eager, token, ids, position, position_ids):
+    """The call by kernel or by eager. Ids are looked at where that costs no synchronisation: on the CPU."""
+    looks = token.device.type == "cpu" and not torch.compiler.is_compiling()
+
+    def check():
+        _check_range("ids", ids, "token", token.shape[0])
+        if position is not None:
+            _check_range("position_ids", position_ids, "position", position.shape[0])
+
+    if planner.uses_triton(token):
+        if looks:
+            check()
+        return kernel()
+    try:
+        return eager()
+    except IndexError:
+        if looks:  # PyTorch looks at every id anyway: only its message lacks what is wrong where
+            check()
+        raise
+
+
+def embedding(ids: Tensor, weight: Tensor, padding_idx: int | None = None) -> Tensor:
+    """Rows of a table: ids (...) int32 or int64, weight (V, D) -> (..., D), bit for bit torch.nn.functional.embedding's.
+
+    The row padding_idx (negative counts from the end) is returned like any other and gets no gradient.
+    IndexError: an id outside [0, V), on the CPU at once; on a GPU its row is NaN. TypeError, ValueError: other arguments.
+    """
+    return embed(ids, weight, padding_idx=padding_idx)
+
+
+def embed(
+    ids: Tensor,
+    token: Tensor,
+    position: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    *,
+    padding_idx: int | None = None,
+) -> Tensor:
+    """token[ids] + position[position_ids], rounded to the table's dtype.
+
+    ids (..., T) int32 or int64, token (V, D), position (L, D) -> (..., T, D). position_ids: (T,), (1, T) or like ids;
+    None means 0 … T−1. Differentiable in token and position. Errors as in embedding.
+    """
+    _check_ids("ids", ids)
+    _check_shape("token", token, (None, None), "(num_embeddings, embedding_dim)")
+    _check_shape("position", position, (None, token.shape[1]), "(max_length, embedding_dim of token)")
+    _check_alike(token, ids, position=position, position_ids=position_ids)
+    _check_positions(ids, position, position_ids)
+    padding_idx = _padding_row(padding_idx, token.shape[0])
+    return _run(
+        lambda: ops.embed(ids, token, position, position_ids, -1 if padding_idx is None else padding_idx),
+        lambda: reference.embed(ids, token, position, position_ids, padding_idx=padding_idx),
+        token, ids, position, position_ids,
+    )  # fmt: skip
+
+
+def embed_qkv(
+    ids: Tensor,
+    token: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    num_heads: int,
+    num_kv_heads: int | None = None,
+    position: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    norm: str | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-5,
+    padding_idx: int | None = None,
+) -> HiddenQKV:
+    """The front end of a transformer: gather, positional add, norm and QKV projection.
+
+    ids (..., T) int32 or int64; token (V, D); weight (N, D) and bias (N,), rows of query, then key, then value, with
+    N = (num_heads + 2·num_kv_heads)·head_dim; position (L, D) with position_ids as in embed; norm "layer" (LayerNorm, Ba
+    et al. 2016), "rms" (RMSNorm, Zhang and Sennrich 2019) or None, with norm_weight (D,) and norm_bias (D,).
+    Returns hidden (..., T, D), the residual stream, rounded to the table's dtype; query (..., T, num_heads, head_dim); key
+    and value (..., T, num_kv_heads, head_dim). The last three are views of one buffer. fp32 statistics and accumulation.
+    Differentiable once in every floating argument. All tensors share one dtype (float32, float16, bfloat16; float64 on the
+    CPU) and one device. fp32 products on a GPU use tf32 where torch.backends.cuda.matmul says so.
+    Errors as in embedding.
+    """
+    _check_ids("ids", ids)
+    _check_shape("token", token, (None, None), "(num_embeddings, embedding_dim)")
+    D = token.shape[1]
+    _check_shape("position", position, (None, D), "(max_length, embedding_dim of token)")
+    _check_shape("weight", weight, (None, D), "(query, key and value rows, embedding_dim of token)")
+    N = weight.shape[0]
+    _check_shape("bias", bias, (N,), "the rows of weight")
+    _check_shape("norm_weight", norm_weight, (D,), "embedding_dim of token")
+    _check_shape("norm_bias", norm_bias, (D,), "embedding_dim of token")
+    if norm not in NORMS:
+        raise ValueError(f"norm: expected one of {NORMS}, got {norm!r}")
+    if norm is None and norm_weight is not None or norm != "layer" and norm_bias is not None:
+        raise ValueError(f"norm_weight, norm_bias: norm {norm!r} takes no such parameter, got one")
+    _check_alike(
+        token,
+        ids,
+        position=position,
+        position_ids=position_ids,
+        weight=weight,
+        bias=bias,
+        norm_weight=norm_weight,
+        norm_bias=norm_bias,
+    )
+    _check_positions(ids, position, position_ids)
+    num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+    if num_heads < 1 or num_kv_heads < 1 or num_heads % num_kv_heads:
+        raise ValueError(f"num_heads: expected a positive multiple of num_kv_heads ({num_kv_heads}), got {num_heads}")
+    if N % (num_heads + 2 * num_kv_heads):
+        raise ValueError(
+            f"weight: expected a multiple of num_heads + 2·num_kv_heads = {num_heads + 2 * num_kv_heads} rows, got {N}"
+        )
+    padding_idx = _padding_row(padding_idx, token.shape[0])
+
+    def kernel():
+        row = -1 if padding_idx is None else padding_idx
+        hidden, qkv, _, _ = ops.embed_qkv(
+            ids, token, weight, bias, position, position_ids, norm_weight, norm_bias, norm or "none", eps, row
+        )
+        return reference.split_heads(hidden, qkv, num_heads, num_kv_heads)
+
+    def eager():
+        return reference.embed_qkv(
+            ids, token, weight, bias, num_heads=num_heads, num_kv_heads=num_kv_heads, position=position,
+            position_ids=position_ids, norm=norm, norm_weight=norm_weight, norm_bias=norm_bias, eps=eps, padding_idx=padding_idx,
+        )  # fmt: skip
+
+    return _run(kernel, eager, token, ids, position, position_ids)

@@ -1,0 +1,188 @@
+"""The modules: PyTorch's own submodules, so that weights, names and initial values stay what they are, run in one pass."""
+
+import torch
+from torch import Tensor, nn
+
+from . import functional as F
+from . import positions
+from .reference import HiddenQKV, normalise, split_heads
+
+
+class Embedding(nn.Embedding):
+    """torch.nn.Embedding: same constructor, same weights from the same seed, same state_dict, same result.
+
+    What the kernels do not serve (max_norm, scale_grad_by_freq, sparse, integer tables) runs by PyTorch's operator.
+    """
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids (...) int32 or int64 -> (..., embedding_dim). IndexError: an id outside the table."""
+        plain = self.max_norm is None and not self.scale_grad_by_freq and not self.sparse
+        if plain and self.weight.is_floating_point():
+            return F.embedding(ids, self.weight, self.padding_idx)
+        return super().forward(ids)
+
+
+class TokenPositionEmbedding(nn.Module):
+    """dropout(token(ids) + position(position_ids)): the input of GPT-2 and its like.
+
+    position: "learned" (parameter position.weight), "sinusoidal" (Vaswani et al. 2017; a buffer outside of state_dict) or
+    None. max_length: rows of the position table.
+    """
+
+    def __init__(
+        self,
+        num_embeddings,
+        embedding_dim,
+        max_length,
+        position="learned",
+        dropout=0.0,
+        padding_idx=None,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        self.token = Embedding(num_embeddings, embedding_dim, padding_idx, device=device, dtype=dtype)
+        self.position = positions.make(position, max_length, embedding_dim, device, dtype)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        """ids (..., T), position_ids (T,), (1, T) or like ids, None: 0 … T−1 -> hidden (..., T, embedding_dim)."""
+        position = None if self.position is None else self.position.weight
+        return self.dropout(F.embed(ids, self.token.weight, position, position_ids, padding_idx=self.token.padding_idx))
+
+
+class EmbeddingQKV(nn.Module):
+    """The front end of a transformer: token and position embedding, the first norm and the first QKV projection.
+
+    Equivalent to, with stock modules::
+
+        hidden = dropout(token(ids) + position(position_ids))
+        query, key, value = qkv(norm(hidden)).split(...)            # and .unflatten(-1, (heads, head_dim))
+
+    Submodules token (nn.Embedding), position (nn.Embedding, or a table of sines, or None), norm (nn.LayerNorm, nn.RMSNorm
+    or None) and qkv (nn.Linear, rows of query, key, value): state_dict keys token.weight, position.weight, norm.weight,
+    norm.bias, qkv.weight, qkv.bias. norm: "layer", "rms" or None; bias: of norm and qkv; head_dim: embedding_dim //
+    num_heads where None. With dropout > 0 in training the call runs by PyTorch's operators, since the kernel has no
+    dropout between its sum and its norm. ValueError: a head count or width that does not divide.
+    """
+
+    def __init__(
+        self,
+        num_embeddings,
+        embedding_dim,
+        num_heads,
+        *,
+        num_kv_heads=None,
+        head_dim=None,
+        max_length=1024,
+        position="learned",
+        norm="layer",
+        bias=True,
+        eps=1e-5,
+        dropout=0.0,
+        padding_idx=None,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        factory = {"device": device, "dtype": dtype}
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        if num_heads < 1 or num_kv_heads < 1 or num_heads % num_kv_heads:
+            raise ValueError(f"num_heads: expected a positive multiple of num_kv_heads ({num_kv_heads}), got {num_heads}")
+        if head_dim is None and embedding_dim % num_heads:
+            raise ValueError(f"embedding_dim: expected a multiple of num_heads ({num_heads}), got {embedding_dim}")
+        head_dim = embedding_dim // num_heads if head_dim is None else head_dim
+        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
+        self.token = nn.Embedding(num_embeddings, embedding_dim, padding_idx, **factory)
+        self.position = positions.make(position, max_length, embedding_dim, **factory)
+        if norm == "layer":
+            self.norm = nn.LayerNorm(embedding_dim, eps, bias=bias, **factory)
+        elif norm == "rms":
+            self.norm = nn.RMSNorm(embedding_dim, eps, **factory)
+        elif norm is None:
+            self.norm = None
+        else:
+            raise ValueError(f"norm: expected one of {F.NORMS}, got {norm!r}")
+        self.qkv = nn.Linear(embedding_dim, (num_heads + 2 * num_kv_heads) * head_dim, bias=bias, **factory)
+        self.dropout = nn.Dropout(dropout)
+
+    @classmethod
+    def from_modules(cls, token, position=None, norm=None, *, qkv, num_heads, num_kv_heads=None, dropout=0.0):
+        """A front end over modules that a model already has: it holds them, copies nothing, and trains what they hold.
+
+        token, position: nn.Embedding. norm: nn.LayerNorm, nn.RMSNorm, a module like one of them (a `weight`, and a
+        `variance_epsilon` as in Hugging Face's Llama), or None. qkv: one nn.Linear or Hugging Face Conv1D whose output is
+        query, key, value in that order, or a (query, key, value) tuple of nn.Linear. num_kv_heads: num_heads where None.
+        TypeError: a module of another kind; ValueError: widths that do not fit.
+        """
+        if not isinstance(token, nn.Embedding):
+            raise TypeError(f"token: expected an nn.Embedding, got {type(token).__name__}")
+        if position is not None and not isinstance(position, nn.Embedding | positions.Sinusoidal):
+            raise TypeError(f"position: expected an nn.Embedding or None, got {type(position).__name__}")
+        _norm_arguments(norm)
+        if isinstance(qkv, tuple | list):
+            if len(qkv) != 3:
+                raise ValueError(f"qkv: expected one module or three (query, key, value), got {len(qkv)}")
+            qkv = nn.ModuleList(qkv)
+        self = cls.__new__(cls)
+        nn.Module.__init__(self)
+        self.num_heads, self.num_kv_heads = num_heads, num_heads if num_kv_heads is None else num_kv_heads
+        self.token, self.position, self.norm, self.qkv, self.dropout = token, position, norm, qkv, nn.Dropout(dropout)
+        weight, _ = self._projection()
+        if weight.shape[1] != token.embedding_dim:
+            raise ValueError(f"qkv: expected {token.embedding_dim} inputs, the width of token; got {weight.shape[1]}")
+        return self
+
+    def forward(self, ids: Tensor, position_ids: Tensor | None = None) -> HiddenQKV:
+        """ids (..., T), position_ids (T,), (1, T) or like ids, None: 0 … T−1 -> HiddenQKV(hidden (..., T, D), query
+        (..., T, num_heads, head_dim), key and value (..., T, num_kv_heads, head_dim))."""
+        token, padding_idx = self.token.weight, self.token.padding_idx
+        position = None if self.position is None else self.position.weight
+        weight, bias = self._projection()
+        norm = _norm_arguments(self.norm)
+        if self.training and self.dropout.p > 0:
+            hidden = self.dropout(F.embed(ids, token, position, position_ids, padding_idx=padding_idx))
+            normed = normalise(hidden, norm["norm"], norm["norm_weight"], norm["norm_bias"], norm["eps"])
+            qkv = nn.functional.linear(normed, weight, bias)
+            return split_heads(hidden, qkv, self.num_heads, self.num_kv_heads)
+        return F.embed_qkv(
+            ids,
+            token,
+            weight,
+            bias,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            position=position,
+            position_ids=position_ids,
+            padding_idx=padding_idx,
+            **norm,
+        )
+
+    def _projection(self):
+        """Weight (N, D) and bias (N,) or None of qkv, whatever holds them."""
+        if isinstance(self.qkv, nn.ModuleList):
+            weights, biases = zip(*((linear.weight, linear.bias) for linear in self.qkv), strict=True)
+            if all(bias is None for bias in biases):
+                return torch.cat(weights), None
+            zeros = (w.new_zeros(w.shape[0]) if b is None else b for w, b in zip(weights, biases, strict=True))
+            return torch.cat(weights), torch.cat(tuple(zeros))
+        if type(self.qkv).__name__ == "Conv1D":  # Hugging Face's: weight (D, N)
+            return self.qkv.weight.t(), self.qkv.bias
+        if not isinstance(self.qkv, nn.Linear):
+            raise TypeError(f"qkv: expected an nn.Linear, a Conv1D or three nn.Linear, got {type(self.qkv).__name__}")
+        return self.qkv.weight, self.qkv.bias
+
+
+def _norm_arguments(module):
+    """norm, norm_weight, norm_bias and eps of functional.embed_qkv for a norm module. TypeError: an unknown kind."""
+    if module is None:
+        return {"norm": None, "norm_weight": None, "norm_bias": None, "eps": 0.0}
+    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+    if isinstance(module, nn.LayerNorm):
+        return {"norm": "layer", "norm_weight": weight, "norm_bias": bias, "eps": module.eps}
+    if isinstance(module, nn.RMSNorm):
+        eps = torch.finfo(weight.dtype).eps if module.eps is None else module.eps
+        return {"norm": "rms", "norm_weight": weight, "norm_bias": None, "eps": eps}
+    if hasattr(module, "variance_epsilon") and "RMSNorm" in type(module).__name__:
+        return {"norm": "rms", "norm_weight": weight, "norm_bias": None, "eps": module.variance_epsilon}
+    raise TypeError(f"norm: expected nn.LayerNorm, nn.RMSNorm or a Llama-like RMSNorm, got {type(module).__name__}")

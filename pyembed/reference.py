@@ -1,0 +1,67 @@
+"""The specification: every operation in plain PyTorch, short enough to be read as its definition.
+
+It is also the CPU path, the oracle of the tests (in float64) and the eager baseline of the benchmark.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class HiddenQKV(NamedTuple):
+    """What a front end hands to its transformer: the residual stream and the first layer's projections."""
+
+    hidden: Tensor  # (..., T, D)
+    query: Tensor  # (..., T, H, d_h)
+    key: Tensor  # (..., T, H_kv, d_h)
+    value: Tensor  # (..., T, H_kv, d_h)
+
+
+def embedding(ids, weight, padding_idx=None):
+    return F.embedding(ids, weight, padding_idx)
+
+
+def embed(ids, token, position=None, position_ids=None, *, padding_idx=None):
+    hidden = F.embedding(ids, token, padding_idx)
+    if position is not None:
+        if position_ids is None:
+            position_ids = torch.arange(ids.shape[-1] if ids.dim() else 1, device=ids.device).view(ids.shape[-1:])
+        hidden = hidden + F.embedding(position_ids, position)
+    return hidden
+
+
+def normalise(hidden, norm, weight=None, bias=None, eps=1e-5):
+    if norm == "layer":
+        return F.layer_norm(hidden, hidden.shape[-1:], weight, bias, eps)
+    if norm == "rms":
+        return F.rms_norm(hidden, hidden.shape[-1:], weight, eps)
+    return hidden
+
+
+def split_heads(hidden, qkv, num_heads, num_kv_heads):
+    head_dim = qkv.shape[-1] // (num_heads + 2 * num_kv_heads)
+    heads = qkv.unflatten(-1, (num_heads + 2 * num_kv_heads, head_dim))
+    return HiddenQKV(hidden, *heads.split((num_heads, num_kv_heads, num_kv_heads), -2))
+
+
+def embed_qkv(
+    ids,
+    token,
+    weight,
+    bias=None,
+    *,
+    num_heads,
+    num_kv_heads=None,
+    position=None,
+    position_ids=None,
+    norm=None,
+    norm_weight=None,
+    norm_bias=None,
+    eps=1e-5,
+    padding_idx=None,
+):
+    hidden = embed(ids, token, position, position_ids, padding_idx=padding_idx)
+    qkv = F.linear(normalise(hidden, norm, norm_weight, norm_bias, eps), weight, bias)
+    return split_heads(hidden, qkv, num_heads, num_heads if num_kv_heads is None else num_kv_heads)

