@@ -197,9 +197,8 @@ def embed_qkv(
         return reference.split_heads(hidden, qkv, num_heads, num_kv_heads)
 
     def eager():
-        return reference.embed_qkv(
-            ids, token, weight, bias, num_heads=num_heads, num_kv_heads=num_kv_heads, position=position,
-            position_ids=position_ids, norm=norm, norm_weight=norm_weight, norm_bias=norm_bias, eps=eps, padding_idx=padding_idx,
-        )  # fmt: skip
+        options = {"norm": norm, "norm_weight": norm_weight, "norm_bias": norm_bias, "eps": eps, "padding_idx": padding_idx}
+        heads = {"num_heads": num_heads, "num_kv_heads": num_kv_heads}
+        return reference.embed_qkv(ids, token, weight, bias, position=position, position_ids=position_ids, **heads, **options)
 
     return _run(kernel, eager, token, ids, position, position_ids)

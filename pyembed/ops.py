@@ -92,7 +92,7 @@ def embed_qkv(
         hidden, qkv, mean, rstd = module.embed_qkv(
             ids, token, weight, bias, position, position_ids, norm, norm_weight, norm_bias, eps
         )
-    return hidden.view(*ids.shape, -1), qkv.view(*ids.shape, weight.shape[0]), mean, rstd
+    return hidden.view(*ids.shape, token.shape[1]), qkv.view(*ids.shape, weight.shape[0]), mean, rstd
 
 
 @embed_qkv.register_fake

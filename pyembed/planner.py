@@ -1,13 +1,13 @@
 """Which implementation runs a call."""
 
 import contextlib
-import functools
 import importlib.util
 
 import torch
 
 _backend = "auto"
 BACKENDS = ("auto", "triton", "torch")
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 _COMPILED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -28,18 +28,13 @@ def backend(name):
         _backend = before
 
 
-@functools.cache
-def has_triton():
-    return importlib.util.find_spec("triton") is not None
-
-
 def uses_triton(token):
     """Whether a call over this table runs in Triton. RuntimeError, TypeError: it was asked to and cannot."""
     if _backend == "torch":
         return False
     if _backend == "auto":
-        return token.is_cuda and token.dtype in _COMPILED_DTYPES and has_triton()
-    if not has_triton():
+        return token.is_cuda and token.dtype in _COMPILED_DTYPES and HAS_TRITON
+    if not HAS_TRITON:
         raise RuntimeError("backend: 'triton' needs the package triton, which is not installed (pip install triton)")
     if token.dtype not in _COMPILED_DTYPES and token.is_cuda:
         raise TypeError(f"token: the kernels take float32, float16 or bfloat16, got {token.dtype}")

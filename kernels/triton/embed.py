@@ -15,7 +15,7 @@ def embed_kernel(
     position,  # (L, D) or None
     hidden,  # (M, D) out
     shape,  # M, T, V, L
-    D: tl.constexpr,
+    D,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -42,10 +42,7 @@ def embed(ids, token, position, position_ids):
     rows, columns = tuning.streaming(D, token.dtype)
     with tuning.on_device(token):
         embed_kernel[(triton.cdiv(M, rows), triton.cdiv(D, columns))](
-            ids.reshape(-1),
-            None if position_ids is None else position_ids.reshape(-1),
-            token.contiguous(),
-            None if position is None else position.contiguous(),
+            *tuning.dense(ids, position_ids, token, position),
             hidden,
             (M, T if position_ids is None else position_ids.numel(), V, 0 if position is None else position.shape[0]),
             D=D,

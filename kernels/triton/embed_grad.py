@@ -36,7 +36,7 @@ def norm_backward_kernel(
     normed,  # (M, D) out, or None
     partials,  # (2, programs, D) out, or None: this program's share of the gradients of norm_weight and norm_bias
     shape,  # M, T, V, L
-    D: tl.constexpr,
+    D,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -97,7 +97,7 @@ def segment_kernel(
     M,
     V,
     padding_idx,
-    D: tl.constexpr,
+    D,
     CHUNK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -133,7 +133,7 @@ def join_kernel(
     M,
     V,
     padding_idx,
-    D: tl.constexpr,
+    D,
     CHUNK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -161,6 +161,7 @@ def join_kernel(
 def table_grad(rows, ids, size, padding_idx=-1, dtype=None):
     """Gradient of a table of `size` rows: rows (M, D) summed by ids (M,); ids outside the table have none."""
     M, D = rows.shape
+    rows = rows.contiguous()  # sum().backward() hands down an expanded gradient of stride 0
     grad = rows.new_zeros(size, D, dtype=dtype or rows.dtype)
     if M == 0 or D == 0:
         return grad
@@ -204,12 +205,7 @@ def norm_backward(
     partials = token.new_empty(2, programs, D, dtype=rstd.dtype) if wants_affine else None
     with tuning.on_device(token):
         norm_backward_kernel[(programs,)](
-            ids.reshape(-1),
-            None if position_ids is None else position_ids.reshape(-1),
-            token.contiguous(),
-            None if position is None else position.contiguous(),
-            norm_weight,
-            norm_bias,
+            *tuning.dense(ids, position_ids, token, position, norm_weight, norm_bias),
             mean if mean.numel() else None,
             rstd,
             grad_normed,

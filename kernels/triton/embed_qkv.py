@@ -38,7 +38,7 @@ def embed_qkv_kernel(
     rstd,  # (M,) out; None: no norm
     shape,  # M, T, V, L, N and how many programs share a row's N tiles
     eps,
-    D: tl.constexpr,
+    D,
     TRANSPOSED: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -66,7 +66,8 @@ def embed_qkv_kernel(
             d = d0 + tl.arange(0, BLOCK_K)
             a = load_hidden(token, position, row, place, d, D)
             if rstd is not None:
-                a = normalise(a.to(ACC), mu, scale, norm_weight, norm_bias, d, D).to(a.dtype)
+                centre = mu if mean is not None else None
+                a = normalise(a.to(ACC), centre, scale, norm_weight, norm_bias, d, D).to(a.dtype)
             w = weight.load([d0, n0]) if TRANSPOSED else weight.load([n0, d0]).T
             acc = dot(a, w, acc, PRECISION)
         n = n0 + tl.arange(0, BLOCK_N)
@@ -89,7 +90,7 @@ def fold_kernel(
     stride_wn,
     stride_wd,
     stride_fn,
-    D: tl.constexpr,
+    D,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -140,7 +141,7 @@ def embed_qkv_folded_kernel(
     rstd,  # (M,) out
     shape,  # M, T, V, L, N and how many programs share a row's N tiles
     eps,
-    D: tl.constexpr,
+    D,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -186,7 +187,7 @@ def fold(weight, bias, norm, norm_weight, norm_bias):
     residual = weight.new_empty(N, dtype=statistics) if norm == "layer" else None
     grid = (triton.cdiv(N, tuning.FOLD["BLOCK_N"]),)
     fold_kernel[grid](
-        weight, bias, norm_weight, norm_bias, folded, shift, residual, N, *weight.stride(), folded.stride(0), D=D, **tuning.FOLD
+        weight, bias, norm_weight, norm_bias, folded, shift, residual, N, *weight.stride(), folded.stride(0), D, **tuning.FOLD
     )
     return folded, shift, residual
 
@@ -199,6 +200,8 @@ def embed_qkv(ids, token, weight, bias, position, position_ids, norm, norm_weigh
     """
     M, T = ids.numel(), ids.shape[-1] if ids.dim() else 1
     (V, D), N = token.shape, weight.shape[0]
+    token, position, bias = tuning.dense(token, position, bias)
+    norm_weight, norm_bias = tuning.dense(norm_weight, norm_bias)
     hidden = token.new_empty(M, D)
     qkv = token.new_empty(M, N)
     statistics = torch.promote_types(token.dtype, torch.float32)
@@ -211,21 +214,22 @@ def embed_qkv(ids, token, weight, bias, position, position_ids, norm, norm_weigh
     tiles = tiles or (tuning.embed_qkv_folded if folds else tuning.embed_qkv)(M, N, D, token.dtype, device)
     runs = tuning.runs(M, N, tiles, device)
     period = T if position_ids is None else position_ids.numel()
-    tables = (token.contiguous(), None if position is None else position.contiguous())
     outputs = (hidden, qkv, mean if norm == "layer" else None, rstd if norm != "none" else None)
     shape = (M, period, V, 0 if position is None else position.shape[0], N, runs)
-    options = {"D": D, "PRECISION": tuning.precision(token.dtype), **tiles._asdict()}
+    options = {"PRECISION": tuning.precision(token.dtype), **tiles._asdict(), **tuning.registers(token.dtype, device)}
     grid = (triton.cdiv(M, tiles.BLOCK_M) * runs,)
-    ids, position_ids = ids.reshape(-1), None if position_ids is None else position_ids.reshape(-1)
+    ids, position_ids = tuning.dense(ids, position_ids)
     with tuning.on_device(token):
         if folds:
             folded, shift, residual = fold(weight, bias, norm, norm_weight, norm_bias)
             operand, _ = tuning.weight_descriptor(folded, tiles)
-            embed_qkv_folded_kernel[grid](ids, position_ids, *tables, operand, shift, residual, *outputs, shape, eps, **options)
+            embed_qkv_folded_kernel[grid](
+                ids, position_ids, token, position, operand, shift, residual, *outputs, shape, eps, D, **options
+            )
         else:
             operand, transposed = tuning.weight_descriptor(weight, tiles)
             embed_qkv_kernel[grid](
-                ids, position_ids, *tables, norm_weight, norm_bias, operand, bias, *outputs, shape, eps,
+                ids, position_ids, token, position, norm_weight, norm_bias, operand, bias, *outputs, shape, eps, D,
                 TRANSPOSED=transposed, **options,
             )  # fmt: skip
     return hidden, qkv, mean, rstd

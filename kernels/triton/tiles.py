@@ -21,7 +21,7 @@ def load_rows(ids, index, mask, size):
 @triton.jit
 def load_places(position_ids, m, mask, T, size):
     """Rows of the position table: each token's place in its sequence, or what position_ids say."""
-    place = m % T
+    place = m.to(tl.int32) % T
     known = place < size
     if position_ids is not None:
         place, known = load_rows(position_ids, place, mask, size)
@@ -29,7 +29,7 @@ def load_places(position_ids, m, mask, T, size):
 
 
 @triton.jit
-def load_hidden(token, position, row, place, d, D: tl.constexpr):
+def load_hidden(token, position, row, place, d, D):
     """hidden[:, d] = token[row] + position[place], rounded to the table's dtype as eager rounds it; 0 past column D."""
     inside = (d < D)[None, :]
     x = tl.load(token + row[:, None] * D + d[None, :], mask=inside, other=0.0)
@@ -64,15 +64,18 @@ def gather_statistics(
     M,
     writes,
     eps,
-    D: tl.constexpr,
+    D,
     ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Mean and rstd of each row (None, where the norm has none). The program that `writes` stores them, and hidden."""
+    """Mean and rstd of each row, where mean and rstd are not None. The program that `writes` stores them, and hidden."""
     ACC: tl.constexpr = tl.float64 if token.dtype.element_ty == tl.float64 else tl.float32
     mu = tl.zeros((ROWS,), ACC)
     squares = tl.zeros((ROWS,), ACC)
-    for d0 in range(0, D, BLOCK_K):
+    stop = D
+    if rstd is None:
+        stop = tl.where(writes, D, 0)
+    for d0 in range(0, stop, BLOCK_K):
         d = d0 + tl.arange(0, BLOCK_K)
         h = load_hidden(token, position, row, place, d, D)
         shown = tl.where(known[:, None], h, float("nan"))
@@ -80,18 +83,19 @@ def gather_statistics(
         h = h.to(ACC)
         if mean is not None:
             mu, squares = welford(h, mu, squares, d0, tl.minimum(BLOCK_K, D - d0), (d < D)[None, :])
-        else:
+        elif rstd is not None:
             squares += tl.sum(h * h, 1)
-    scale = 1.0 / tl.sqrt(squares / D + eps)
+    scale = squares
     if mean is not None:
         tl.store(mean + m, mu, mask=(m < M) & writes)
     if rstd is not None:
+        scale = 1.0 / tl.sqrt(squares / D + eps)
         tl.store(rstd + m, scale, mask=(m < M) & writes)
-    return mu if mean is not None else None, scale
+    return mu, scale
 
 
 @triton.jit
-def normalise(x, mean, rstd, norm_weight, norm_bias, d, D: tl.constexpr):
+def normalise(x, mean, rstd, norm_weight, norm_bias, d, D):
     """(x − mean)·rstd·weight + bias; a mean of None is RMSNorm. Past column D it is finite, and 0 with a weight."""
     if mean is not None:
         x -= mean[:, None]

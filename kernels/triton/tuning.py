@@ -57,6 +57,11 @@ def on_device(tensor):
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
+def dense(*tensors):
+    """The tensors with their elements in order, as kernels index them; None stays None."""
+    return tuple(tensor if tensor is None else tensor.contiguous() for tensor in tensors)
+
+
 def precision(dtype):
     """tl.dot's input precision: torch's own switch decides for fp32, the other dtypes have one way only."""
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
@@ -89,22 +94,26 @@ def _aligned(dtype, *sizes):
 
 def embed_qkv(M, N, D, dtype, device):
     """Tiles of the kernel that normalises on the way: few tokens, or no norm at all."""
-    deep = 64 if dtype.itemsize <= 2 else 32
+    deep = 64 if dtype.itemsize == 2 else 16
     stages = 2 if device.shared_memory < 100_000 else 3
     if not _aligned(dtype, D, N):
-        return Tiles(32, 64, deep, 4, 2)
-    if M <= 32:  # decode: the weight is read once, so spread it over every multiprocessor
-        narrow = next((n for n in (64, 32) if cdiv(N, n) >= device.multiprocessors), 16)
-        return Tiles(16 if M <= 16 else 32, narrow, 2 * deep, 4, stages)
+        return Tiles(64, 32, 32, 4, 2) if dtype.itemsize == 2 else Tiles(32, 32, 16, 4, 2)
+    if M <= 32:  # decode: narrow tiles, so that every multiprocessor reads its part of the weight
+        return Tiles(16 if M <= 16 else 32, 32, 2 * deep, 4, stages)
     if M <= 256 or dtype.itemsize > 2:
-        return Tiles(64, 64, deep, 4, stages)
+        return Tiles(64, 64, deep, 8, stages)
     return Tiles(64, 128, deep, 8, stages)
+
+
+def registers(dtype, device):
+    """Left alone, NVIDIA's assembler spills a few registers of an fp32 kernel to fit one more program on a multiprocessor."""
+    return {"maxnreg": 255} if dtype.itemsize > 2 and isinstance(device.arch, int) else {}
 
 
 def embed_qkv_folded(M, N, D, dtype, device):
     """Tiles of the kernel that multiplies by the folded weight: many tokens, bound by the tensor cores."""
     if not _aligned(dtype, D, N):
-        return Tiles(64, 64, 32, 4, 2)
+        return Tiles(64, 32, 32, 4, 2)
     if device.arch == 90:
         return Tiles(128, 256, 64, 8, 4)
     if device.arch == 80:
@@ -115,6 +124,7 @@ def embed_qkv_folded(M, N, D, dtype, device):
 FOLD = {"BLOCK_N": 16, "BLOCK_K": 128, "num_warps": 4}
 
 
+@functools.lru_cache(1024)
 def runs(M, N, tiles, device):
     """How many programs share the N tiles of a block of rows: the number whose last program ends first.
 
@@ -129,10 +139,10 @@ def runs(M, N, tiles, device):
 
 
 def is_valid(tiles, dtype, device):
-    """Whether the device's shared memory holds the pipeline: a token tile, a position tile and a weight tile per stage."""
-    stage = (2 * tiles.BLOCK_M + tiles.BLOCK_N) * tiles.BLOCK_K * dtype.itemsize
-    powers = all(size & (size - 1) == 0 and size >= 16 for size in tiles[:3])
-    return powers and max(1, tiles.num_stages - (device.shared_memory < 100_000)) * stage <= device.shared_memory
+    """Whether tile sizes are powers of two that the tensor cores take, and shared memory holds a token and a weight tile
+    for each stage."""
+    stage = (tiles.BLOCK_M + tiles.BLOCK_N) * tiles.BLOCK_K * dtype.itemsize
+    return all(size & (size - 1) == 0 and size >= 16 for size in tiles[:3]) and tiles.num_stages * stage <= device.shared_memory
 
 
 def streaming(D, dtype):

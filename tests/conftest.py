@@ -1,0 +1,50 @@
+import os
+
+import pytest
+import torch
+
+import pyembed
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # the workers share the cores
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+# Triton's interpreter has no bf16 product of its own: what bf16 rounds to is a GPU's to say.
+DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if CUDA else [])]
+
+
+def pytest_make_parametrize_id(config, val, argname):
+    if isinstance(val, torch.dtype):
+        return str(val).removeprefix("torch.")
+    return f"{argname}={val}" if val is None or isinstance(val, bool | int | str) else None
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "gpu" in item.keywords and not CUDA:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture
+def device():
+    return DEVICE
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch):
+    """What a kernel does not write is NaN."""
+    new_empty = torch.Tensor.new_empty
+
+    def poisoned(self, *args, **kwargs):
+        tensor = new_empty(self, *args, **kwargs)
+        return tensor.fill_(float("nan")) if tensor.is_floating_point() and not tensor.is_meta else tensor
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+
+
+@pytest.fixture
+def triton():
+    """Within the test, calls run by the kernels: compiled on a GPU, interpreted without one."""
+    with pyembed.backend("triton"):
+        yield

@@ -1,0 +1,93 @@
+"""Gather and positional add: bit for bit eager's."""
+
+import pytest
+import torch
+from conftest import DEVICE, DTYPES
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numerics import assert_no_worse, guarded
+
+import pyembed
+from pyembed import functional as F
+from pyembed import reference
+
+pytestmark = pytest.mark.usefixtures("triton")
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64] if DEVICE == "cpu" else DTYPES)
+@pytest.mark.parametrize("D", [1, 3, 16, 100, 1100])
+@pytest.mark.parametrize("position", [True, False])
+def test_equals_eager(dtype, D, position):
+    token, table = (guarded(torch.randn(n, D).to(dtype).to(DEVICE)) for n in (23, 40))
+    ids = guarded(torch.randint(23, (3, 37)).to(DEVICE))
+    table = table if position else None
+    assert torch.equal(F.embed(ids, token, table), reference.embed(ids, token, table))
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (4,), (0,), (2, 0), (2, 3, 4)])
+@pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64])
+def test_ids_of_any_shape(shape, ids_dtype):
+    token, table = torch.randn(9, 5, device=DEVICE), torch.randn(6, 5, device=DEVICE)
+    ids = torch.randint(9, shape, device=DEVICE).to(ids_dtype)
+    assert torch.equal(F.embedding(ids, token), torch.nn.functional.embedding(ids, token))
+    assert torch.equal(F.embed(ids, token, table), reference.embed(ids, token, table))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("position_ids", [None, "T", "1T", "BT"])
+@pytest.mark.parametrize("padding_idx", [None, 0, -2])
+def test_gradients(dtype, position_ids, padding_idx, device):
+    ids = torch.randint(7, (4, 90), device=device)
+    shapes = {"T": (90,), "1T": (1, 90), "BT": (4, 90)}
+    places = None if position_ids is None else torch.randint(95, shapes[position_ids], device=device)
+    token, table = torch.randn(7, 12).to(dtype).to(device), torch.randn(95, 12).to(dtype).to(device)
+    grad = torch.randn(4, 90, 12).to(dtype).to(device)
+    found = []
+    for function, kind in ((F.embed, dtype), (reference.embed, dtype), (reference.embed, torch.float64)):
+        leaves = [t.detach().to(kind).requires_grad_() for t in (token, table)]
+        function(ids, *leaves, places, padding_idx=padding_idx).backward(grad.to(kind))
+        found.append([leaf.grad for leaf in leaves])
+    for name, ours, eager, oracle in zip(("token", "position"), *found, strict=True):
+        assert_no_worse(name, ours, eager, oracle)
+
+
+def test_signed_zero_and_infinity_pass(device):
+    token = torch.tensor([[-0.0, float("inf")], [float("-inf"), 0.0]], device=device)
+    out = F.embedding(torch.tensor([1, 0], device=device), token)
+    assert out.tolist() == [[float("-inf"), 0.0], [-0.0, float("inf")]] and out[1, 0].signbit()
+
+
+def test_golden(device):
+    """The sum of a token vector and a position vector, by hand."""
+    token = torch.tensor([[0.5, -0.2, 0.1]], device=device)
+    position = torch.tensor([[0.1, 0.3, -0.1]], device=device)
+    torch.testing.assert_close(
+        F.embed(torch.tensor([0], device=device), token, position), torch.tensor([[0.6, 0.1, 0.0]], device=device)
+    )
+
+
+def test_table_beyond_two_gigabytes_of_elements(device):
+    pytest.importorskip("numpy")
+    if device == "cuda":
+        token = torch.zeros(131_080, 16_384, dtype=torch.float16, device=device)
+    else:  # a sparse file: a few pages of memory
+        import tempfile
+
+        import numpy
+
+        with tempfile.NamedTemporaryFile() as file:
+            token = torch.from_numpy(numpy.memmap(file.name, numpy.float16, "w+", shape=(131_080, 16_384)))
+    token[131_079, ::7] = 3.0
+    assert token.numel() > 2**31
+    out = F.embedding(torch.tensor([0, 131_079], device=device), token)
+    assert torch.equal(out, token[[0, 131_079]])
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 12), st.integers(1, 40), st.integers(0, 30), st.sampled_from(DTYPES), st.integers(0, 99))
+def test_any_shape(V, D, M, dtype, seed):
+    g = torch.Generator().manual_seed(seed)
+    token = torch.randn(V, D, generator=g).to(dtype).to(DEVICE)
+    ids = torch.randint(V, (M,), generator=g).to(DEVICE)
+    with pyembed.backend("triton"):
+        assert torch.equal(F.embedding(ids, token), token[ids])

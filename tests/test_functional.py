@@ -1,0 +1,111 @@
+"""Every wrong argument is refused with its name, what was expected and what came; and the two backends agree."""
+
+import pytest
+import torch
+from conftest import DEVICE
+
+import pyembed
+from pyembed import functional as F
+
+
+def arguments(**changes):
+    base = {
+        "ids": torch.tensor([[1, 2, 3], [4, 0, 1]]),
+        "token": torch.randn(5, 8),
+        "weight": torch.randn(24, 8),
+        "bias": torch.randn(24),
+        "position": torch.randn(4, 8),
+        "position_ids": None,
+        "norm": "layer",
+        "norm_weight": torch.ones(8),
+        "norm_bias": torch.zeros(8),
+        "num_heads": 2,
+    }
+    return base | changes
+
+
+WRONG = [
+    ({"ids": [1, 2]}, TypeError, r"ids: expected a Tensor, got list"),
+    ({"ids": torch.ones(2, 3)}, TypeError, r"ids: expected dtype torch.int32 or torch.int64, got torch.float32"),
+    ({"ids": torch.ones(2, 3, dtype=torch.int16)}, TypeError, r"ids: .* got torch.int16"),
+    ({"ids": torch.tensor([[0, 5, 1]])}, IndexError, r"ids: expected values in \[0, 5\), the rows of token; got 5 at \(0, 1\)"),
+    ({"ids": torch.tensor([[0, 1], [-3, 9]])}, IndexError, r"ids: .* got -3 at \(1, 0\)"),
+    (
+        {"ids": torch.zeros(1, 5, dtype=torch.long)},
+        IndexError,
+        r"ids: sequence length 5 needs positions up to 4, position has 4",
+    ),
+    ({"position_ids": torch.tensor([0, 1, 4])}, IndexError, r"position_ids: expected values in \[0, 4\).* got 4 at \(2,\)"),
+    ({"position_ids": torch.tensor([[-1, 0, 1]])}, IndexError, r"position_ids: .* got -1 at \(0, 0\)"),
+    ({"position_ids": torch.tensor([0.0, 1.0, 2.0])}, TypeError, r"position_ids: expected dtype .* got torch.float32"),
+    (
+        {"position_ids": torch.tensor([0, 1])},
+        ValueError,
+        r"position_ids: expected shape \(3,\) or .* for ids \(2, 3\), got \(2,\)",
+    ),
+    (
+        {"position": None, "position_ids": torch.arange(3)},
+        ValueError,
+        r"position_ids: expected None where there is no position",
+    ),
+    ({"position": torch.randn(4, 7)}, ValueError, r"position: expected shape \(any, 8\).* got \(4, 7\)"),
+    ({"token": torch.randn(8)}, ValueError, r"token: expected shape \(any, any\).* got \(8,\)"),
+    ({"token": torch.ones(5, 8, dtype=torch.long)}, TypeError, r"token: expected a floating dtype, got torch.int64"),
+    ({"weight": torch.randn(24, 9)}, ValueError, r"weight: expected shape \(any, 8\).* got \(24, 9\)"),
+    ({"weight": torch.randn(25, 8), "bias": None}, ValueError, r"weight: expected a multiple of .* = 6 rows, got 25"),
+    ({"bias": torch.randn(23)}, ValueError, r"bias: expected shape \(24\).* got \(23,\)"),
+    ({"norm_weight": torch.ones(7)}, ValueError, r"norm_weight: expected shape \(8\).* got \(7,\)"),
+    ({"norm_bias": torch.ones(8, 1)}, ValueError, r"norm_bias: expected shape \(8\).* got \(8, 1\)"),
+    ({"norm": "batch"}, ValueError, r"norm: expected one of .* got 'batch'"),
+    ({"norm": None}, ValueError, r"norm_weight, norm_bias: norm None takes no such parameter"),
+    ({"norm": "rms"}, ValueError, r"norm_weight, norm_bias: norm 'rms' takes no such parameter"),
+    ({"num_heads": 0}, ValueError, r"num_heads: expected a positive multiple .* got 0"),
+    ({"num_heads": 4, "num_kv_heads": 3}, ValueError, r"num_heads: expected a positive multiple of num_kv_heads \(3\), got 4"),
+    ({"bias": torch.randn(24).half()}, TypeError, r"bias: expected dtype torch.float32, that of token; got torch.float16"),
+    ({"weight": torch.randn(24, 8, device="meta")}, ValueError, r"weight: expected device cpu, that of token; got meta"),
+    ({"padding_idx": 5}, ValueError, r"padding_idx: expected a row in \[-5, 5\), got 5"),
+]
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("changes, error, message", WRONG, ids=[f"{next(iter(c))}-{i}" for i, (c, _, _) in enumerate(WRONG)])
+def test_wrong_arguments(changes, error, message, backend):
+    given = arguments(**changes)
+    with pyembed.backend(backend), pytest.raises(error, match=message):
+        F.embed_qkv(given.pop("ids"), given.pop("token"), given.pop("weight"), given.pop("bias"), **given)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_embed_and_embedding_check_too(backend):
+    with pyembed.backend(backend):
+        with pytest.raises(IndexError, match=r"ids: .* got 7 at \(0,\)"):
+            F.embedding(torch.tensor([7]), torch.randn(7, 3))
+        with pytest.raises(IndexError, match=r"got 7 at \(\)"):
+            F.embedding(torch.tensor(7), torch.randn(7, 3))
+        with pytest.raises(ValueError, match="position: expected shape"):
+            F.embed(torch.tensor([0]), torch.randn(7, 3), torch.randn(7, 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_backends_agree(dtype):
+    given = arguments()
+    given = {k: v.to(dtype) if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in given.items()}
+    results = []
+    for name in ("torch", "triton"):
+        with pyembed.backend(name):
+            results.append(F.embed_qkv(**given))
+    for ours, eager in zip(*results, strict=True):
+        torch.testing.assert_close(ours, eager)
+
+
+@pytest.mark.gpu
+def test_devices_must_agree():
+    with pytest.raises(ValueError, match="ids: expected device cuda:0, that of token; got cpu"):
+        F.embedding(torch.tensor([0]), torch.randn(3, 4, device="cuda"))
+
+
+def test_outputs_are_heads_of_one_buffer():
+    given = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in arguments(num_kv_heads=1, num_heads=4).items()}
+    out = F.embed_qkv(**given)
+    assert out.query.shape == (2, 3, 4, 4) and out.key.shape == out.value.shape == (2, 3, 1, 4)
+    assert out.query.untyped_storage().data_ptr() == out.value.untyped_storage().data_ptr()

@@ -1,0 +1,243 @@
+"""The modules are drop-ins: same names, same weights, same results."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from conftest import DEVICE
+from torch import nn
+
+import pyembed
+from pyembed import EmbeddingQKV, TokenPositionEmbedding
+
+
+def test_embedding_holds_torchs_weights():
+    torch.manual_seed(3)
+    theirs = nn.Embedding(6, 3)
+    torch.manual_seed(3)
+    ours = pyembed.Embedding(6, 3)
+    assert torch.equal(ours.weight, theirs.weight) and isinstance(ours, nn.Embedding)
+    ours.load_state_dict(nn.Embedding(6, 3, _weight=theirs.weight + 1).state_dict())
+    theirs.load_state_dict(ours.state_dict())
+    assert torch.equal(ours.weight, theirs.weight)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"padding_idx": -1}, {"max_norm": 0.5}, {"scale_grad_by_freq": True}, {"sparse": True}, {"norm_type": 1.0}],
+    ids=str,
+)
+def test_embedding_is_torchs(options, backend):
+    torch.manual_seed(0)
+    ours = pyembed.Embedding(6, 3, **options).to(DEVICE)
+    theirs = nn.Embedding(6, 3, **options).to(DEVICE)
+    theirs.load_state_dict(ours.state_dict())
+    ids = torch.tensor([[0, 5, 5], [1, 2, 5]], device=DEVICE)
+    grad = torch.randn(2, 3, 3, device=DEVICE)
+    with pyembed.backend(backend):
+        out = ours(ids)
+        out.backward(grad)
+    expected = theirs(ids)
+    expected.backward(grad)
+    assert torch.equal(out, expected)
+    torch.testing.assert_close(ours.weight.grad.to_dense(), theirs.weight.grad.to_dense())
+    assert repr(ours).startswith("Embedding(6, 3")
+
+
+def test_embedding_class_methods():
+    table = torch.randn(4, 2)
+    frozen = pyembed.Embedding.from_pretrained(table)
+    assert type(frozen) is pyembed.Embedding and not frozen.weight.requires_grad
+    assert torch.equal(frozen(torch.tensor([3])), table[3:])
+    integers = pyembed.Embedding(3, 2, _weight=torch.arange(6).view(3, 2), _freeze=True)
+    assert integers(torch.tensor([1])).tolist() == [[2, 3]]
+
+
+def test_state_dict_keys():
+    assert list(EmbeddingQKV(9, 8, 2).state_dict()) == [
+        "token.weight", "position.weight", "norm.weight", "norm.bias", "qkv.weight", "qkv.bias",
+    ]  # fmt: skip
+    assert list(EmbeddingQKV(9, 8, 2, position="sinusoidal", norm="rms", bias=False).state_dict()) == [
+        "token.weight", "norm.weight", "qkv.weight",
+    ]  # fmt: skip
+    assert list(EmbeddingQKV(9, 8, 2, position=None, norm=None).state_dict()) == ["token.weight", "qkv.weight", "qkv.bias"]
+    assert list(TokenPositionEmbedding(9, 8, 4).state_dict()) == ["token.weight", "position.weight"]
+
+
+def stock(module, ids, position_ids=None):
+    """The composition that the module replaces, by its own submodules."""
+    hidden = module.token(ids)
+    if module.position is not None:
+        hidden = hidden + module.position(
+            torch.arange(ids.shape[-1], device=ids.device) if position_ids is None else position_ids
+        )
+    normed = hidden if module.norm is None else module.norm(hidden)
+    if isinstance(module.qkv, nn.ModuleList):
+        parts = [linear(normed) for linear in module.qkv]
+    else:
+        H, K = module.num_heads, module.num_kv_heads
+        qkv = module.qkv(normed)
+        d = qkv.shape[-1] // (H + 2 * K)
+        parts = qkv.split([H * d, K * d, K * d], -1)
+    heads = (module.num_heads, module.num_kv_heads, module.num_kv_heads)
+    return (hidden, *(p.unflatten(-1, (h, -1)) for p, h in zip(parts, heads, strict=True)))
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_kv_heads": 2},
+        {"head_dim": 5},
+        {"position": "sinusoidal"},
+        {"position": None, "norm": "rms", "bias": False, "num_kv_heads": 1},
+        {"norm": None},
+        {"padding_idx": 0},
+    ],
+    ids=str,
+)
+def test_equals_stock_modules(options, backend):
+    torch.manual_seed(0)
+    module = EmbeddingQKV(11, 16, 4, max_length=12, **options).to(DEVICE)
+    ids = torch.randint(11, (3, 7), device=DEVICE)
+    with pyembed.backend(backend):
+        out = module(ids)
+        torch.testing.assert_close(tuple(out), stock(module, ids))
+        places = torch.randint(12, (3, 7), device=DEVICE)
+        if module.position is not None:
+            torch.testing.assert_close(tuple(module(ids, places)), stock(module, ids, places))
+        grads = [torch.randn_like(o) for o in out]
+        torch.autograd.backward(out, grads)
+    ours = {k: p.grad for k, p in module.named_parameters()}
+    module.zero_grad()
+    torch.autograd.backward(stock(module, ids), grads)
+    for name, parameter in module.named_parameters():
+        torch.testing.assert_close(ours[name], parameter.grad, rtol=1e-4, atol=1e-5)
+
+
+class Conv1D(nn.Module):
+    """The layout of Hugging Face's Conv1D: weight (inputs, outputs)."""
+
+    def __init__(self, outputs, inputs):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(inputs, outputs)), nn.Parameter(torch.randn(outputs))
+
+    def forward(self, x):
+        return x @ self.weight + self.bias
+
+
+class LlamaRMSNorm(nn.Module):
+    """Hugging Face's: the row is cast back before it meets the weight."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.weight, self.variance_epsilon = nn.Parameter(torch.rand(width)), 1e-6
+
+    def forward(self, x):
+        return self.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon))
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("kind", ["linear", "conv1d", "three", "three, biases on some"])
+def test_from_modules(kind, backend):
+    token, position = nn.Embedding(11, 16), nn.Embedding(9, 16)
+    norm = nn.LayerNorm(16)
+    heads = {"num_heads": 4}
+    if kind == "linear":
+        qkv = nn.Linear(16, 48)
+    elif kind == "conv1d":
+        qkv = Conv1D(48, 16)
+    else:
+        norm, position, heads["num_kv_heads"] = LlamaRMSNorm(16), None, 2
+        biases = (True, False, False) if "some" in kind else (False,) * 3
+        qkv = tuple(nn.Linear(16, n, bias=b) for n, b in zip((16, 8, 8), biases, strict=True))
+    module = EmbeddingQKV.from_modules(token, position, norm, qkv=qkv, **heads).to(DEVICE)
+    assert module.token is token and module.norm is norm and module.position is position
+    ids = torch.randint(11, (2, 6), device=DEVICE)
+    with pyembed.backend(backend):
+        out = module(ids)
+        torch.testing.assert_close(tuple(out), stock(module, ids))
+        out.value.square().sum().backward()
+    owner = qkv[2] if isinstance(qkv, tuple) else qkv
+    assert owner.weight.grad.abs().sum() > 0 and token.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    "arguments, error, message",
+    [
+        ({"token": nn.Linear(2, 2)}, TypeError, "token: expected an nn.Embedding, got Linear"),
+        ({"position": nn.Linear(2, 2)}, TypeError, "position: expected an nn.Embedding or None, got Linear"),
+        ({"norm": nn.BatchNorm1d(8)}, TypeError, "norm: expected nn.LayerNorm, .* got BatchNorm1d"),
+        ({"qkv": nn.Conv1d(8, 24, 1)}, TypeError, "qkv: expected an nn.Linear, a Conv1D or three nn.Linear, got Conv1d"),
+        ({"qkv": nn.Linear(9, 24)}, ValueError, "qkv: expected 8 inputs, the width of token; got 9"),
+        ({"qkv": [nn.Linear(8, 8)] * 2}, ValueError, "qkv: expected one module or three"),
+    ],
+    ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
+)
+def test_from_modules_refuses(arguments, error, message):
+    given = {"token": nn.Embedding(5, 8), "position": None, "norm": None, "qkv": nn.Linear(8, 24), "num_heads": 2}
+    with pytest.raises(error, match=message):
+        EmbeddingQKV.from_modules(**(given | arguments))
+
+
+def test_constructor_refuses():
+    for options, message in [
+        ({"num_heads": 3}, r"embedding_dim: expected a multiple of num_heads \(3\), got 8"),
+        ({"num_heads": 4, "num_kv_heads": 3}, r"num_heads: expected a positive multiple of num_kv_heads \(3\), got 4"),
+        ({"num_heads": 2, "norm": "group"}, r"norm: expected one of .* got 'group'"),
+        ({"num_heads": 2, "position": "relative"}, r"position: expected 'learned', 'sinusoidal' or None, got 'relative'"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            EmbeddingQKV(5, 8, **options)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_dropout(backend):
+    """In training hidden is dropped, and what is projected is what is returned; in evaluation nothing is."""
+    module = EmbeddingQKV(11, 64, 4, dropout=0.5).to(DEVICE)
+    ids = torch.randint(11, (4, 50), device=DEVICE)
+    with pyembed.backend(backend):
+        out = module(ids)
+        kept = (out.hidden != 0).float().mean()
+        assert 0.45 < kept < 0.55
+        query = module.qkv(module.norm(out.hidden))[..., :64].unflatten(-1, (4, 16))
+        torch.testing.assert_close(out.query, query)
+        module.eval()
+        torch.testing.assert_close(tuple(module(ids)), stock(module, ids))
+        embedding = TokenPositionEmbedding(11, 64, 50, dropout=0.5).to(DEVICE)
+        assert 0.45 < (embedding(ids) != 0).float().mean() < 0.55
+
+
+def test_copies_and_pickles():
+    module = EmbeddingQKV(11, 16, 4, position="sinusoidal")
+    ids = torch.randint(11, (2, 5))
+    for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        torch.testing.assert_close(twin(ids), module(ids))
+    meta = EmbeddingQKV(11, 16, 4, device="meta")
+    assert meta.token.weight.is_meta and meta(torch.zeros(2, 5, dtype=torch.long, device="meta")).query.shape == (2, 5, 4, 4)
+    assert EmbeddingQKV(11, 16, 4, dtype=torch.float64)(ids).key.dtype == torch.float64
+
+
+def test_training_follows_stock_modules():
+    """Twenty steps of SGD by the kernels and by stock modules end with the same weights."""
+    torch.manual_seed(0)
+    ours = EmbeddingQKV(13, 16, 2, max_length=8).to(DEVICE)
+    theirs = copy.deepcopy(ours)
+    for step in range(20):
+        g = torch.Generator().manual_seed(step)
+        ids = torch.randint(13, (4, 8), generator=g).to(DEVICE)
+        target = torch.randn(4, 8, 2, 8, generator=g).to(DEVICE)
+        for module in (ours, theirs):
+            with pyembed.backend("triton"):
+                out = module(ids) if module is ours else stock(module, ids)
+            loss = sum((o.reshape(target.shape) - target).square().mean() for o in out)
+            module.zero_grad()
+            loss.backward()
+            with torch.no_grad():
+                for parameter in module.parameters():
+                    parameter -= 0.3 * parameter.grad
+    for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=name)

@@ -1,0 +1,154 @@
+"""The operators under PyTorch's own machinery: schema, fake tensors, autograd, compilation, export."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import DEVICE
+from torch.library import opcheck
+
+import pyembed
+from pyembed import functional as F
+from pyembed import ops
+
+
+def inputs(dtype=torch.float32, norm="layer", requires_grad=True):
+    def draw(*shape):
+        return torch.randn(*shape, dtype=dtype, device=DEVICE, requires_grad=requires_grad)
+
+    ids = torch.randint(7, (2, 5), device=DEVICE)
+    norm_weight, norm_bias = draw(6) if norm != "none" else None, draw(6) if norm == "layer" else None
+    return (ids, draw(7, 6), draw(9, 6), draw(9), draw(5, 6), None, norm_weight, norm_bias, norm, 1e-5, 2)
+
+
+@pytest.mark.parametrize("norm", ["layer", "rms", "none"])
+def test_opcheck_embed_qkv(norm):
+    opcheck(ops.embed_qkv, inputs(norm=norm))
+    args = inputs(norm=norm, requires_grad=False)
+    hidden, qkv, mean, rstd = ops.embed_qkv(*args)
+    ids, token, weight, _, position, position_ids, norm_weight, norm_bias, *_ = args
+    needs = [True, True, True, True, norm_weight is not None, norm_bias is not None]
+    tensors = (ids, token, weight, position, position_ids, norm_weight, norm_bias, mean, rstd)
+    opcheck(ops.embed_qkv_backward, (torch.randn_like(hidden), torch.randn_like(qkv), *tensors, 2, needs))
+    opcheck(ops.embed_qkv_backward, (None, torch.randn_like(qkv), *tensors, 2, [False] * 6))
+
+
+def test_opcheck_embed():
+    ids, token, _, _, position, *_ = inputs()
+    opcheck(ops.embed, (ids, token, position, None, -1))
+    opcheck(ops.embed, (ids, token, None, None, 1))
+    opcheck(ops.embed_backward, (torch.randn(2, 5, 6, device=DEVICE), ids, None, 7, 5, -1))
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the compiled kernels have no float64; the interpreter checks the formulas")
+@pytest.mark.parametrize("norm", ["layer", "rms", "none"])
+def test_gradcheck(norm):
+    ids, token, weight, bias, position, _, norm_weight, norm_bias, *_ = inputs(torch.float64, norm)
+    leaves = [t for t in (token, weight, bias, position, norm_weight, norm_bias) if t is not None]
+
+    def function(*_):
+        hidden, qkv, _, _ = ops.embed_qkv(ids, token, weight, bias, position, None, norm_weight, norm_bias, norm, 1e-5, -1)
+        return hidden, qkv
+
+    assert torch.autograd.gradcheck(function, leaves, fast_mode=True)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="as above")
+def test_gradcheck_embed():
+    ids, token, _, _, position, *_ = inputs(torch.float64)
+    places = torch.randint(5, (2, 5))
+    assert torch.autograd.gradcheck(lambda *t: ops.embed(ids, *t, places, -1), (token, position), fast_mode=True)
+
+
+def test_second_derivatives_are_refused():
+    args = inputs()
+    hidden, qkv, _, _ = ops.embed_qkv(*args)
+    (grad,) = torch.autograd.grad(qkv.square().sum(), args[1], create_graph=True)
+    with pytest.raises(RuntimeError):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_compiles_without_graph_breaks(backend):
+    """One graph, also for another sequence length: no recompilation for each."""
+    ids, token, weight, bias, position, _, norm_weight, norm_bias, *_ = inputs()
+    options = {"num_heads": 1, "norm": "layer", "norm_weight": norm_weight, "norm_bias": norm_bias}
+    graphs = []
+
+    def counting(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def step(ids, position):
+        out = F.embed_qkv(ids, token, weight, bias, position=position, **options)
+        return out.hidden.sum() + out.query.sum() * 2
+
+    torch._dynamo.reset()
+    with pyembed.backend(backend):
+        compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=counting)
+        wide = torch.randn(40, 6, device=DEVICE)
+        for T in (5, 9, 12):
+            ids = torch.randint(7, (2, T), device=DEVICE)
+            torch.testing.assert_close(compiled(ids, wide), step(ids, wide))
+    assert len(graphs) == 1
+
+
+def test_compiled_gradients():
+    ids, token, weight, *_ = inputs()
+
+    def step(token, weight):
+        out = F.embed_qkv(ids, token, weight, num_heads=1, norm="rms")
+        return out.key.square().sum() + out.hidden.sum()
+
+    torch._dynamo.reset()
+    with pyembed.backend("triton"):
+        eager = torch.autograd.grad(step(token, weight), (token, weight))
+        compiled = torch.autograd.grad(torch.compile(step, fullgraph=True, backend="aot_eager")(token, weight), (token, weight))
+    torch.testing.assert_close(compiled, eager)
+
+
+def test_exports_as_one_node():
+    module = pyembed.EmbeddingQKV(7, 6, 1, max_length=20).to(DEVICE)
+    ids = torch.randint(7, (2, 5), device=DEVICE)
+    with pyembed.backend("triton"):
+        exported = torch.export.export(module, (ids,), dynamic_shapes={"ids": {0: torch.export.Dim("batch")}})
+        targets = [node.target for node in exported.graph.nodes if "pyembed" in str(node.target)]
+        assert targets == [torch.ops.pyembed.embed_qkv.default]
+        many = ids.repeat(3, 1)
+        torch.testing.assert_close(exported.module()(many), module(many))
+
+
+def test_import_without_triton():
+    """A machine without triton (a Mac) imports the package and runs by PyTorch; asking for the kernels says what lacks."""
+    program = """
+import sys, importlib.util
+real = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *a: None if name.split(".")[0] == "triton" else real(name, *a)
+sys.modules["triton"] = None
+import torch, pyembed
+module = pyembed.EmbeddingQKV(7, 6, 1)
+module(torch.zeros(1, 3, dtype=torch.long)).query.sum().backward()
+try:
+    with pyembed.backend("triton"):
+        module(torch.zeros(1, 3, dtype=torch.long))
+except RuntimeError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "pip install triton" in done.stdout
+
+
+def test_interpreter_leaves_the_compiler_alone():
+    """Before and after an interpreted launch, the same process compiles the same kernels."""
+    from pyembed.kernels import embed, interpreter
+
+    for _ in range(2):
+        with pyembed.backend("triton"):
+            F.embedding(torch.tensor([0, 1]), torch.randn(3, 4))
+        assert type(embed.embed_kernel).__name__ == "JITFunction"
+        assert type(interpreter.load("embed").embed_kernel).__name__ == "InterpretedFunction"
+        import triton.language as tl
+
+        assert type(tl.sum).__name__ == "JITFunction"

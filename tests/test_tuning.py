@@ -1,0 +1,128 @@
+"""Tile configurations: valid, and compiled ahead of time for every device, just as the launchers would launch them."""
+
+import itertools
+
+import pytest
+import torch
+from aot import record, report
+
+pytest.importorskip("triton")
+from pyembed.kernels import embed, embed_grad, embed_qkv, tuning
+
+HALF, FULL = (torch.bfloat16, torch.float16), (torch.float32,)
+
+
+def meta(*shape, dtype=torch.int64):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def front_end(dtype, M, D, N, norm, position, bias=True, affine=True, ids=torch.int64, transposed=False):
+    """One call of the launcher over meta tensors."""
+    weight = meta(D, N, dtype=dtype).t() if transposed else meta(N, D, dtype=dtype)
+    vector = meta(D, dtype=dtype)
+    embed_qkv.embed_qkv(
+        meta(1, M, dtype=ids), meta(50257, D, dtype=dtype), weight, meta(N, dtype=dtype) if bias else None,
+        meta(8192, D, dtype=dtype) if position else None, meta(1, M, dtype=ids) if position == "ids" else None, norm,
+        vector if affine and norm != "none" else None, vector if affine and norm == "layer" else None, 1e-5,
+    )  # fmt: skip
+
+
+def backward(dtype, M, D, norm, position):
+    vector, rows = meta(D, dtype=dtype), meta(M, D, dtype=dtype)
+    mean, rstd = meta(M if norm == "layer" else 0, dtype=torch.float32), meta(M, dtype=torch.float32)
+    for wanted in (rows, None):  # with frozen tables and norm, only normed is computed
+        embed_grad.norm_backward(
+            meta(1, M), meta(50257, D, dtype=dtype), meta(8192, D, dtype=dtype) if position else None, None, vector,
+            vector if norm == "layer" else None, mean, rstd, wanted, wanted, wanted is not None, True,
+        )  # fmt: skip
+    embed_grad.table_grad(rows, meta(M), 50257)
+    embed.embed(meta(1, M), meta(50257, D, dtype=dtype), meta(8192, D, dtype=dtype) if position else None, None)
+
+
+def launches(device):
+    """Every distinct launch of the sizes at which a configuration changes, in every variant of the kernels."""
+    combinations = list(itertools.product(("layer", "rms", "none"), (True, False)))
+    tf32 = torch.backends.cuda.matmul.allow_tf32
+    found = {}
+    with pytest.MonkeyPatch.context() as patch:
+        calls = []
+        for dtype, switch in [(torch.bfloat16, False), (torch.float16, False), (torch.float32, False), (torch.float32, True)]:
+            few = dtype == torch.float16 and device.arch != 90  # bf16's twin, but for the type's name
+            for M, (norm, position) in itertools.product((1, 17, 199, 513, 4097), combinations):
+                calls.append((switch, front_end, dtype, 4097 if few else M, 768, 2304, norm, position))
+            for M, (norm, position) in itertools.product((17, 4097), combinations):
+                calls.append((switch, front_end, dtype, 4097 if few else M, 771, 2313, norm, position))
+        for dtype, M in itertools.product((torch.bfloat16, torch.float32), (17, 4097)):
+            variant = (False, front_end, dtype, M, 768, 2304)
+            calls += [(*variant, "layer", True, False), (*variant, "layer", "ids"), (*variant, "rms", False, True, False)]
+            calls += [
+                (*variant, "layer", True, True, True, torch.int32),
+                (*variant, "layer", True, True, True, torch.int64, True),
+            ]
+        for dtype, D, norm in itertools.product((torch.bfloat16, torch.float32), (64, 771, 2048, 8192), ("layer", "rms")):
+            calls.append((False, backward, dtype, 4097, D, norm, norm == "layer"))
+        for switch, function, *arguments in calls:
+            torch.backends.cuda.matmul.allow_tf32 = switch
+            for launch in record(patch, tuning, device, lambda f=function, a=arguments: f(*a)):
+                found.setdefault(launch.key(), launch)
+        torch.backends.cuda.matmul.allow_tf32 = tf32
+    return list(found.values())
+
+
+CASES = [(arch, launch) for arch, device in tuning.DEVICES.items() for launch in launches(device)]
+
+
+def describe(arch, launch):
+    dtypes = {t for t in map(str, launch.signature.values()) if "fp" in t or "bf" in t}
+    constants = [str(v) for v in launch.constants.values() if isinstance(v, int | str)]
+    kind = "bf16" if any("bf16" in t for t in dtypes) else "fp16" if any("fp16" in t for t in dtypes) else "fp32"
+    return f"{arch}-{launch.kernel.__name__}-{kind}-{'x'.join(constants)}"
+
+
+@pytest.mark.parametrize("arch, launch", CASES, ids=[f"{describe(*case)}-{i}" for i, case in enumerate(CASES)])
+def test_ahead_of_time(arch, launch):
+    """No register spills, shared memory within the device's limit, products on the tensor cores."""
+    device = tuning.DEVICES[arch]
+    found = report(launch.compile(arch), arch)
+    assert found["spills"] == 0
+    assert found["shared"] <= device.shared_memory
+    constants = {p.name: launch.constants.get((i,)) for i, p in enumerate(launch.kernel.params)}
+    exact_fp32 = constants.get("PRECISION") == "ieee" and "*fp32" in launch.signature["token"]
+    if "embed_qkv" in launch.kernel.__name__ and not exact_fp32:
+        assert found["instruction"]
+        # Hopper's and Blackwell's own instructions want 64 rows; decode has fewer, and waits for memory anyway.
+        if arch == 90 and constants["BLOCK_M"] >= 64:
+            assert found["instruction"] == "HGMMA"
+        if arch == 100 and constants["BLOCK_M"] >= 128:
+            assert found["instruction"].startswith("UTC")
+
+
+def test_every_configuration_is_valid():
+    sizes = itertools.product((1, 16, 17, 33, 300, 1000, 5000, 100_000), (48, 2304, 6144, 12288), (16, 768, 771, 4096))
+    for (M, N, D), dtype, device in itertools.product(sizes, (*HALF, *FULL), tuning.DEVICES.values()):
+        assert tuning.is_valid(tuning.embed_qkv(M, N, D, dtype, device), dtype, device)
+        if tuning.folds(M, dtype):
+            assert tuning.is_valid(tuning.embed_qkv_folded(M, N, D, dtype, device), dtype, device)
+    too_big = tuning.Tiles(256, 256, 128, 8, 4)
+    assert not any(tuning.is_valid(too_big, torch.bfloat16, device) for device in tuning.DEVICES.values())
+    assert not tuning.is_valid(tuning.Tiles(48, 64, 64, 4, 2), torch.bfloat16, tuning.H100)
+
+
+@pytest.mark.parametrize("M, N", [(1, 2304), (64, 6144), (4096, 2304), (20_000, 3072), (1_000_000, 12288)])
+def test_runs_fill_the_device(M, N):
+    """No split of the N tiles among programs ends earlier by the model that runs() states."""
+    tiles, device = tuning.embed_qkv(M, N, 768, torch.bfloat16, tuning.H100), tuning.H100
+    chosen, count = tuning.runs(M, N, tiles, device), -(-N // tiles.BLOCK_N)
+    assert 1 <= chosen <= count
+    blocks = -(-M // tiles.BLOCK_M)
+    cost = {share: -(-blocks * share // device.multiprocessors) * (0.5 + -(-count // share)) for share in range(1, count + 1)}
+    assert cost[chosen] == min(cost.values())
+
+
+def test_weight_descriptor_copies_only_what_it_must():
+    tiles = tuning.Tiles(64, 64, 32, 4, 2)
+    weight = torch.randn(12, 16)
+    for matrix, transposed, copied in ((weight, False, False), (weight.t(), True, False), (torch.randn(12, 15), False, True)):
+        descriptor, turned = tuning.weight_descriptor(matrix, tiles)
+        assert turned == transposed and (descriptor.base.data_ptr() != matrix.data_ptr()) == copied
+        assert torch.equal(descriptor.base.t() if turned else descriptor.base, matrix)
