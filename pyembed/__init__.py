@@ -1,6 +1,6 @@
 """The front end of a transformer (embedding gather, positional add, norm, QKV projection) in one GPU kernel."""
 
-from . import functional, reference
+from . import data, functional, reference
 from .modules import Embedding, EmbeddingQKV, TokenPositionEmbedding
 from .planner import backend
 from .reference import HiddenQKV
@@ -12,6 +12,7 @@ __all__ = [
     "HiddenQKV",
     "TokenPositionEmbedding",
     "backend",
+    "data",
     "functional",
     "reference",
 ]

@@ -95,6 +95,15 @@ def test_rows_without_variance():
     case.check(F.embed_qkv)
 
 
+@pytest.mark.parametrize("norm", ["layer", None])
+@pytest.mark.parametrize("programs", [2, 3, 5])
+def test_programs_that_share_rows(programs, norm, monkeypatch):
+    """The N tiles of a block of rows split among programs, evenly and not."""
+    module, _ = ops._kernels("embed_qkv", torch.empty(0, device=DEVICE))
+    monkeypatch.setattr(module.tuning, "runs", lambda M, N, tiles, device: programs)
+    Case(torch.float32, DEVICE, heads=5, head_dim=11, norm=norm).check(F.embed_qkv)
+
+
 @pytest.mark.parametrize("eps", [1e-12, 1e-5, 0.5])
 def test_eps(eps):
     case = Case(torch.float32, DEVICE, scale=0.01)

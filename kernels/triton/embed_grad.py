@@ -113,9 +113,9 @@ def segment_kernel(
         count = tl.sum((tl.load(ids + lane, mask=lane < end, other=-1) == row).to(tl.int32), 0)
         acc = tl.zeros((BLOCK_D,), pieces.dtype.element_ty)
         for i in range(0, count, BLOCK_M):
-            lane = i + tl.arange(0, BLOCK_M)
-            source = tl.load(order + start + lane, mask=lane < count, other=0)
-            inside = (lane < count)[:, None] & (d < D)[None, :]
+            step = i + tl.arange(0, BLOCK_M)
+            source = tl.load(order + start + step, mask=step < count, other=0)
+            inside = (step < count)[:, None] & (d < D)[None, :]
             acc += tl.sum(tl.load(rows + source[:, None] * D + d[None, :], mask=inside, other=0.0).to(acc.dtype), 0)
         leaves = (start + count == end) & (tl.load(ids + tl.minimum(end, M - 1)) == row) & (end < M)
         if opens & (leaves == 0):
@@ -218,6 +218,7 @@ def norm_backward(
             BLOCK_M=block_m,
             BLOCK_D=block_d,
             num_warps=warps,
+            **tuning.registers(tuning.device_of(token)),
         )
     affine = (None, None) if partials is None else (share.sum(0).to(token.dtype) for share in partials)
     return grad_sum, normed, *affine

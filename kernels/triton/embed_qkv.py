@@ -186,8 +186,9 @@ def fold(weight, bias, norm, norm_weight, norm_bias):
     shift = weight.new_empty(N, dtype=statistics)
     residual = weight.new_empty(N, dtype=statistics) if norm == "layer" else None
     grid = (triton.cdiv(N, tuning.FOLD["BLOCK_N"]),)
+    options = {**tuning.FOLD, **tuning.registers(tuning.device_of(weight))}
     fold_kernel[grid](
-        weight, bias, norm_weight, norm_bias, folded, shift, residual, N, *weight.stride(), folded.stride(0), D, **tuning.FOLD
+        weight, bias, norm_weight, norm_bias, folded, shift, residual, N, *weight.stride(), folded.stride(0), D, **options
     )
     return folded, shift, residual
 
@@ -216,7 +217,7 @@ def embed_qkv(ids, token, weight, bias, position, position_ids, norm, norm_weigh
     period = T if position_ids is None else position_ids.numel()
     outputs = (hidden, qkv, mean if norm == "layer" else None, rstd if norm != "none" else None)
     shape = (M, period, V, 0 if position is None else position.shape[0], N, runs)
-    options = {"PRECISION": tuning.precision(token.dtype), **tiles._asdict(), **tuning.registers(token.dtype, device)}
+    options = {"PRECISION": tuning.precision(token.dtype), **tiles._asdict(), **tuning.registers(device)}
     grid = (triton.cdiv(M, tiles.BLOCK_M) * runs,)
     ids, position_ids = tuning.dense(ids, position_ids)
     with tuning.on_device(token):

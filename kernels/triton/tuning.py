@@ -48,8 +48,8 @@ def _device(index):
 
 
 def device_of(tensor):
-    """The device that a kernel over this tensor is tuned for; the interpreter (CPU tensors) takes Hopper's tiles."""
-    return _device(tensor.device.index) if tensor.is_cuda else H100
+    """The device that a kernel over this tensor is tuned for; the interpreter runs Hopper's tiles, one after the other."""
+    return _device(tensor.device.index) if tensor.is_cuda else H100._replace(multiprocessors=1)
 
 
 def on_device(tensor):
@@ -97,17 +97,17 @@ def embed_qkv(M, N, D, dtype, device):
     deep = 64 if dtype.itemsize == 2 else 16
     stages = 2 if device.shared_memory < 100_000 else 3
     if not _aligned(dtype, D, N):
-        return Tiles(64, 32, 32, 4, 2) if dtype.itemsize == 2 else Tiles(32, 32, 16, 4, 2)
+        return Tiles(32, 32, 32 if dtype.itemsize == 2 else 16, 4, 2)
     if M <= 32:  # decode: narrow tiles, so that every multiprocessor reads its part of the weight
-        return Tiles(16 if M <= 16 else 32, 32, 2 * deep, 4, stages)
+        return Tiles(16, 32, 2 * deep, 4, stages) if M <= 16 and dtype.itemsize == 2 else Tiles(32, 32, deep, 4, stages)
     if M <= 256 or dtype.itemsize > 2:
         return Tiles(64, 64, deep, 8, stages)
     return Tiles(64, 128, deep, 8, stages)
 
 
-def registers(dtype, device):
-    """Left alone, NVIDIA's assembler spills a few registers of an fp32 kernel to fit one more program on a multiprocessor."""
-    return {"maxnreg": 255} if dtype.itemsize > 2 and isinstance(device.arch, int) else {}
+def registers(device):
+    """Left alone, NVIDIA's assembler spills a few registers to fit one more program on a multiprocessor."""
+    return {"maxnreg": 255} if isinstance(device.arch, int) else {}
 
 
 def embed_qkv_folded(M, N, D, dtype, device):
@@ -154,7 +154,7 @@ def streaming(D, dtype):
 def rows(D):
     """Rows per step, columns and warps of a kernel that holds whole rows in registers."""
     columns = 1 << max(D - 1, 15).bit_length()
-    return max(1, 2048 // columns), columns, 4 if columns <= 2048 else 8 if columns <= 8192 else 16
+    return max(1, 2048 // columns), columns, 4 if columns <= 2048 else 8 if columns <= 4096 else 16
 
 
 def segment(D):

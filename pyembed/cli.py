@@ -1,0 +1,396 @@
+"""The command line. `pyembed demo` runs the front end on a text, forward and backward, and checks all of it.
+
+Three runs from the same rounded weights: the Triton kernels (ours), the PyTorch composition in the same dtype (eager) and
+the same composition in float64 (exact). Errors are distances to exact, and eager's say how large ours may be.
+"""
+
+import functools
+import json
+import math
+import platform
+import statistics
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+
+from . import __version__, functional, planner, reference
+from .data import get_encoding
+
+try:
+    import typer
+    from rich import box
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.table import Table
+    from rich.text import Text
+except ModuleNotFoundError as missing:
+    print(f"error: the command line needs {missing.name}: pip install 'pyembed[demo]'", file=sys.stderr)
+    raise SystemExit(2) from None
+
+UsageError = typer.BadParameter.__base__  # typer does not name it, and newer ones carry their own click
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+PARAMETERS = {  # arguments of embed_qkv, as EmbeddingQKV calls them
+    "token": "token.weight",
+    "position": "position.weight",
+    "norm_weight": "norm.weight",
+    "norm_bias": "norm.bias",
+    "weight": "qkv.weight",
+    "bias": "qkv.bias",
+}
+COMPILED_CALLS = 21  # the first compiles, the median is of the others
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The program. Returns its exit status: 0, 1 over budget, 2 refused, 130 interrupted."""
+    try:
+        arguments = sys.argv[1:] if arguments is None else arguments
+        return app(arguments or ["--help"], prog_name="pyembed", standalone_mode=False) or 0
+    except UsageError as error:
+        print("error:", " ".join(error.format_message().split()), file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError as error:
+        print("error: out of GPU memory, lower --batch, --length or --width:", str(error).split(". ")[0], file=sys.stderr)
+        return 2
+    except (KeyboardInterrupt, typer.Abort):
+        return 130
+
+
+def _print_version(wanted: bool):
+    if wanted:
+        print(f"pyembed {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _pyembed(
+    version: Annotated[bool, typer.Option("--version", callback=_print_version, help="Print it and exit.")] = False,
+):
+    """The front end of a transformer (embedding, position, norm, QKV projection) in one Triton kernel."""
+
+
+@app.command()
+def demo(
+    text: Annotated[Path | None, typer.Option(metavar="FILE", help="UTF-8 text; default: Python's own manual.")] = None,
+    encoding: Annotated[str, typer.Option(metavar="NAME", help="A tiktoken encoding: gpt2, cl100k_base, o200k_base.")] = "gpt2",
+    batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 2,
+    length: Annotated[int, typer.Option(min=1, help="Tokens per sequence.")] = 32,
+    width: Annotated[int, typer.Option(min=1, max=16_384, help="Model width D.")] = 768,
+    kv_heads: Annotated[int | None, typer.Option(min=1, help="Key and value heads; default: as many as of query.")] = None,
+    norm: Annotated[Literal["layer", "rms", "none"], typer.Option(help="LayerNorm, RMSNorm or none.")] = "layer",
+    dtype: Annotated[
+        list[str] | None, typer.Option(metavar="NAME[,NAME]", help="fp32, fp16, bf16 (GPU only); default: all that run here.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the weights and the incoming gradients.")] = 0,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write every number there.")] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the errors: .png, .svg or .pdf.")] = None,
+):
+    """Check the kernel on a text: every output and gradient against float64 and against PyTorch.
+
+    Without a GPU the kernel runs in Triton's interpreter, which shows that it is right, not that it is fast.
+    Exit status: 0 all within budget, 1 something over it, 2 a wrong argument.
+    """
+    try:
+        import triton
+    except ModuleNotFoundError as error:
+        raise UsageError("the kernel needs triton: pip install triton") from error
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    compiled = device.type == "cuda" and not triton.knobs.runtime.interpret
+    dtypes = _parse_dtypes(dtype, compiled)
+    heads = width // 64 if width % 64 == 0 else max(h for h in range(1, max(width // 32, 1) + 1) if width % h == 0)
+    kv_heads = kv_heads or heads
+    if heads % kv_heads:
+        raise UsageError(f"--kv-heads: expected a divisor of the {heads} heads that width {width} has, got {kv_heads}")
+    _check_writable(text, json_file, plot)
+
+    ids, vocabulary, source = _read_tokens(text, encoding, batch, length)
+    shape = {"batch": batch, "length": length, "tokens": ids.numel(), "distinct_tokens": ids.unique().numel()}
+    shape |= {"width": width, "heads": heads, "kv_heads": kv_heads, "norm": norm}
+    shape |= {"vocabulary": vocabulary, "positions": max(length, 1024)}
+    columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
+        task = progress.add_task("weights", total=4 * len(dtypes))
+        problem = ids.to(device), *_draw(shape, seed, device), shape
+        calls, step = COMPILED_CALLS if compiled else 1, functools.partial(progress.update, task, advance=1)
+        results = {name: _check(name, *problem, calls, step) for name in dtypes}
+
+    versions = {"pyembed": __version__, "python": platform.python_version()}
+    versions |= {"torch": torch.__version__, "triton": triton.__version__}
+    verdicts = [row["verdict"] for result in results.values() for row in result["tensors"].values()]
+    over = sum(verdict != "ok" for verdict in verdicts)
+    report = {
+        "passed": not over,
+        "summary": f"{over or 'none'} of {len(verdicts)} tensors over budget",
+        "mode": "compiled" if compiled else "interpreter",
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU",
+        "versions": versions,
+        "text": source,
+        "shape": shape,
+        "seed": seed,
+        "dtypes": results,
+    }
+    try:
+        try:
+            if json_file:
+                finite = json.loads(json.dumps(report), parse_constant=lambda _: None)  # JSON has no NaN
+                json_file.write_text(json.dumps(finite, indent=2) + "\n", encoding="utf-8")
+            if plot:
+                _plot(report, plot)
+        finally:
+            _show(report)  # last: a pipe into head ends the program
+    except OSError as error:
+        raise UsageError(f"cannot write {error.filename or 'the report'}: {error.strerror}") from error
+    raise typer.Exit(0 if report["passed"] else 1)
+
+
+def _parse_dtypes(given: list[str] | None, compiled: bool) -> list[str]:
+    if not given:
+        return ["fp32", "fp16", "bf16"] if compiled else ["fp32", "fp16"]
+    names = list(dict.fromkeys(name.strip() for names in given for name in names.split(",")))
+    for name in names:
+        if name not in DTYPES:
+            raise UsageError(f"--dtype: expected names out of {', '.join(DTYPES)}, got {name!r}")
+    if "bf16" in names and not compiled:
+        raise UsageError("--dtype bf16: Triton's interpreter cannot multiply it, only a GPU can; fp32 and fp16 run here")
+    return names
+
+
+def _check_writable(text: Path | None, json_file: Path | None, plot: Path | None):
+    """Refuse, before the long work, a path that could not be written after it."""
+    if plot:
+        if plot.suffix.lower() not in (".png", ".svg", ".pdf"):
+            raise UsageError(f"--plot: expected a name that ends in .png, .svg or .pdf, got {plot}")
+        try:
+            import matplotlib  # noqa: F401
+        except ModuleNotFoundError as error:
+            raise UsageError("--plot needs matplotlib: pip install matplotlib") from error
+    resolved = [path.resolve() for path in (text, json_file, plot) if path]
+    if len(set(resolved)) < len(resolved):
+        raise UsageError("--text, --json and --plot: expected different files")
+    for option, path in (("--json", json_file), ("--plot", plot)):
+        if path is None:
+            continue
+        try:
+            existed = path.exists()
+            path.open("ab").close()
+            if not existed:
+                path.unlink()
+        except OSError as error:
+            raise UsageError(f"{option}: cannot write {path}: {error.strerror}") from error
+
+
+def _read_tokens(path: Path | None, encoding: str, batch: int, length: int):
+    """-> the text's first ids (batch, length), the encoding's vocabulary size, and what was read for the report."""
+    if path is None:
+        import pydoc_data.topics
+
+        name, text = "pydoc_data.topics", "\n".join(pydoc_data.topics.topics.values())
+    else:
+        name = str(path).encode(errors="replace").decode()  # a name need not be UTF-8
+        try:
+            text = path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise UsageError(f"--text: cannot read {name}: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise UsageError(f"--text: {name} is not UTF-8: {error.reason} at byte {error.start}") from error
+    try:
+        encoder = get_encoding(encoding)
+    except (ImportError, ValueError, RuntimeError) as error:
+        raise UsageError(f"--encoding: {error}") from error
+    ids = encoder.encode(text, allowed_special="all")
+    if len(ids) < batch * length:
+        raise UsageError(
+            f"--text: {name} holds {len(ids):,} tokens of {encoding}, and {batch} x {length} = {batch * length:,} are needed: "
+            "lower --length or --batch"
+        )
+    source = {"name": name, "encoding": encoding, "tokens": len(ids)}
+    return torch.tensor(ids[: batch * length]).view(batch, length), encoder.n_vocab, source
+
+
+def _draw(shape: dict, seed: int, device: torch.device):
+    """Weights as in a fresh GPT-2, but biases and norm that do something, and incoming gradients N(0, 1); all fp32."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*size, mean=0.0, std=0.02):
+        return torch.empty(size).normal_(mean, std, generator=generator).to(device)
+
+    D, heads, kv_heads = shape["width"], shape["heads"], shape["kv_heads"]
+    N = (heads + 2 * kv_heads) * (D // heads)
+    parameters = {"token": normal(shape["vocabulary"], D), "position": normal(shape["positions"], D)}
+    if shape["norm"] != "none":
+        parameters["norm_weight"] = normal(D, mean=1.0, std=0.1)
+    if shape["norm"] == "layer":
+        parameters["norm_bias"] = normal(D)
+    parameters |= {"weight": normal(N, D), "bias": normal(N)}
+    batch, length = shape["batch"], shape["length"]
+    incoming = [normal(batch, length, D, std=1.0)]
+    incoming += [normal(batch, length, h, D // heads, std=1.0) for h in (heads, kv_heads, kv_heads)]
+    return parameters, incoming
+
+
+def _check(name, ids, parameters, incoming, shape, calls, step) -> dict:
+    """One dtype's errors and seconds. step(description=…) drives the progress bar, four times."""
+    parameters = {key: value.to(DTYPES[name]) for key, value in parameters.items()}
+    incoming = [gradient.to(DTYPES[name]) for gradient in incoming]
+    norm = None if shape["norm"] == "none" else shape["norm"]
+    options = {"num_heads": shape["heads"], "num_kv_heads": shape["kv_heads"], "norm": norm}
+    step(description=f"{name}: PyTorch in float64")
+    wide = {key: value.double() for key, value in parameters.items()}, [gradient.double() for gradient in incoming]
+    exact, _ = _run(reference.embed_qkv, ids, *wide, options, 1)
+    del wide  # a table of 309 MB at the default shape
+    step(description=f"{name}: PyTorch")
+    eager, eager_seconds = _run(reference.embed_qkv, ids, parameters, incoming, options, calls)
+    step(description=f"{name}: Triton")
+    with planner.backend("triton"):
+        ours, ours_seconds = _run(functional.embed_qkv, ids, parameters, incoming, options, calls)
+    step(description=f"{name}: comparing")
+    tensors = {key: _judge(ours[key], eager[key], exact[key], key == "hidden") for key in exact}
+    return {"tensors": tensors, "seconds": {"ours": ours_seconds, "eager": eager_seconds}}
+
+
+def _run(embed_qkv, ids, parameters, incoming, options, calls):
+    """-> outputs and gradients by name, and the seconds of forward and backward."""
+    parameters = {key: value.detach().requires_grad_() for key, value in parameters.items()}
+    outputs, forward = _time(lambda: embed_qkv(ids, **parameters, **options), calls)
+    leaves = tuple(parameters.values())
+    grads, backward = _time(lambda: torch.autograd.grad(outputs, leaves, incoming, retain_graph=True), calls)
+    named = {name: output.detach() for name, output in outputs._asdict().items()}
+    named |= {f"{PARAMETERS[name]}.grad": grad for name, grad in zip(parameters, grads, strict=True)}
+    return named, {"forward": forward, "backward": backward}
+
+
+def _time(call, calls: int):
+    """The last result and the median seconds of a call, the first left out where there are more."""
+    synchronise = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    seconds = []
+    for _ in range(calls):
+        result = None  # one result in memory, not two
+        synchronise()
+        start = time.perf_counter()
+        result = call()
+        synchronise()
+        seconds.append(time.perf_counter() - start)
+    return result, statistics.median(seconds[1:] or seconds)
+
+
+def _judge(ours, eager, exact, is_hidden: bool) -> dict:
+    """Errors, budget and verdict of one tensor: twice eager's error plus four roundings, of the maximum and the RMS."""
+    eps = torch.finfo(ours.dtype).eps
+    error, other, scale = _size(exact - ours), _size(exact - eager), _size(exact)
+    budget = {key: 2 * other[key] + 4 * eps * scale[key] for key in scale}
+    row = {"ours": error, "eager": other, "budget": budget}
+    over = [key for key in budget if not error[key] <= budget[key] < math.inf]  # NaN is over
+    if is_hidden:
+        row["bit_equal"] = torch.equal(ours.view(torch.uint8), eager.view(torch.uint8))
+        over += [] if row["bit_equal"] else ["bits"]
+    return {**row, "verdict": f"OVER ({', '.join(over)})" if over else "ok"}
+
+
+def _size(tensor) -> dict[str, float]:
+    norm = torch.linalg.vector_norm
+    return {"max": norm(tensor, math.inf).item(), "rms": norm(tensor).item() / math.sqrt(tensor.numel())}
+
+
+def _show(report: dict):
+    console = Console()
+    console.width = max(console.width, 60)  # narrower terminals wrap a line rather than lose a column
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title="Largest error against float64", title_justify="left")
+    table.add_column(no_wrap=True, min_width=4)
+    table.add_column("tensor", overflow="fold")
+    for column in ("ours", "eager", "budget"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("verdict", min_width=5)
+    for name, result in report["dtypes"].items():
+        for tensor, row in result["tensors"].items():
+            errors = [f"{row[who]['max']:.1e}" for who in ("ours", "eager", "budget")]
+            ok = row["verdict"] == "ok"
+            verdict = "ok, bit-equal" if ok and "bit_equal" in row else row["verdict"]
+            table.add_row(name if tensor == "hidden" else "", tensor, *errors, Text(verdict, "green" if ok else "bold red"))
+        table.add_section()
+    console.print(table)
+
+    facts = Table.grid(padding=(0, 2))
+    facts.add_column(style="bold", no_wrap=True)
+    facts.add_column()
+    facts.add_row("budget", "2 x eager + 4 eps x the largest value; the same for the RMS")
+    for key, value in _describe(report).items():
+        facts.add_row(key, Text(value.encode(console.encoding, "backslashreplace").decode(console.encoding)))
+    facts.add_row("versions", ", ".join(f"{name} {version}" for name, version in report["versions"].items()))
+    for name, result in report["dtypes"].items():
+        for direction in ("forward", "backward"):
+            ours, eager = (result["seconds"][who][direction] for who in ("ours", "eager"))
+            line = f"ours {ours:.1f} s (interpreted, not a speed), eager {eager:.3f} s (cold)"
+            if report["mode"] == "compiled":
+                line = f"ours {ours * 1e3:.3f} ms, eager {eager * 1e3:.3f} ms (medians of {COMPILED_CALLS - 1} calls)"
+            facts.add_row(f"{name} {direction}", line)
+    console.print(facts)
+    console.print(Text(f"\n{report['summary']}", "bold green" if report["passed"] else "bold red"))
+
+
+def _describe(report: dict) -> dict[str, str]:
+    """What ran, on what, where: for a person."""
+    text, shape = report["text"], report["shape"]
+    heads = f"{shape['heads']} head{'s' * (shape['heads'] > 1)}"
+    if shape["kv_heads"] < shape["heads"]:
+        heads += f" ({shape['kv_heads']} of key and value)"
+    norm = {"layer": "LayerNorm", "rms": "RMSNorm", "none": "no norm"}[shape["norm"]]
+    tables = f"tables of {shape['vocabulary']:,} and {shape['positions']:,} rows"
+    tokens = f"{shape['batch']} x {shape['length']} = {shape['tokens']:,}, {shape['distinct_tokens']:,} of them distinct"
+    return {
+        "text": f"{Path(text['name']).name}, {text['tokens']:,} tokens of {text['encoding']}",
+        "tokens": f"the first {tokens}",
+        "model": f"width {shape['width']:,}, {heads}, {norm}, {tables}",
+        "ran on": f"{report['device']}, Triton {report['mode']}",
+    }
+
+
+def _plot(report: dict, path: Path):
+    """A panel per dtype, a row per tensor: the errors as dots on a bar that ends at their budget."""
+    from matplotlib.figure import Figure
+
+    blue, orange, red, ink, grey, pale = "#0969da", "#e36f00", "#cf222e", "#1f2328", "#59636e", "#e6eaef"
+    panels = report["dtypes"]
+    tensors = list(next(iter(panels.values()))["tensors"])
+    width, height = 2.2 + 4 * len(panels), 2.6 + 0.36 * len(tensors)  # inches
+    figure = Figure((width, height), dpi=160, layout="constrained")
+    figure.get_layout_engine().set(rect=(0.12 / width, 0.4 / height, 1 - 0.4 / width, 1 - 1.8 / height), wspace=0.06)
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axis, (name, result) in zip(axes, panels.items(), strict=True):
+        rows = [result["tensors"][tensor] for tensor in tensors]
+        sizes = [row[who]["max"] for row in rows for who in ("ours", "eager", "budget")]
+        sizes = [size for size in sizes if 0 < size < math.inf] or [1.0]
+        low, high = min(sizes) / 2, max(sizes) * 2
+        for y, row in enumerate(rows):
+            sizes = (row[who]["max"] for who in ("ours", "eager", "budget"))
+            ours, eager, budget = (max(low, size) if size < high else high for size in sizes)  # 0, infinity, NaN: at the ends
+            ok = row["verdict"] == "ok"
+            axis.plot([low, budget], [y, y], color=pale, linewidth=9, solid_capstyle="butt")
+            budgets = axis.plot(budget, y, "|", color=grey, markersize=13, markeredgewidth=2)
+            eagers = axis.plot(eager, y, "o", color=orange, markerfacecolor="white", markersize=10, markeredgewidth=2)
+            axis.plot(ours, y, "o", color=blue if ok else red, markersize=5.5, clip_on=False)
+            if not ok:
+                text = {"color": red, "ha": "right", "va": "bottom", "fontsize": 8, "fontweight": "bold"}
+                axis.annotate(f"OVER ({row['ours']['max']:.1e})", (ours, y), (0, 6), textcoords="offset points", **text)
+        ourses = axis.plot([], [], "o", color=blue, markersize=5.5)  # for the legend
+        axis.set(xscale="log", xlim=(low, high), ylim=(len(rows) - 0.4, -0.6))
+        axis.set_yticks(range(len(rows)), tensors)
+        axis.set_title(name, loc="left", color=ink, fontweight="bold")
+        axis.set_xlabel("largest error against float64", color=grey, fontsize=9)
+        axis.tick_params(which="both", length=0, labelcolor=ink)
+        axis.grid(axis="x", color=pale, linewidth=0.8)
+        axis.spines[:].set_visible(False)
+
+    left, plain = 0.2 / width, {"va": "top", "parse_math": False}  # a file's name may hold a $
+    figure.text(left, 1 - 0.2 / height, f"pyembed: {report['summary']}", color=ink, fontsize=14, fontweight="bold", **plain)
+    facts = "\n".join(_describe(report).values())
+    figure.text(left, 1 - 0.55 / height, facts, color=grey, fontsize=9, linespacing=1.5, **plain)
+    handles, labels = (ourses[0], eagers[0], budgets[0]), ("ours, Triton", "eager, PyTorch", "budget")
+    figure.legend(handles, labels, loc="lower left", bbox_to_anchor=(left / 2, 0.05 / height), ncols=3, frameon=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a name in a script that the font lacks
+        figure.savefig(path, format=path.suffix[1:].lower())
