@@ -1,8 +1,9 @@
 """The front end of a transformer (embedding gather, positional add, norm, QKV projection) in one GPU kernel."""
 
 from . import data, functional, reference
+from .memory import empty_cache
 from .modules import Embedding, EmbeddingQKV, TokenPositionEmbedding
-from .planner import backend
+from .planner import backend, plan
 from .reference import HiddenQKV
 
 __version__ = "0.1.0"
@@ -13,6 +14,8 @@ __all__ = [
     "TokenPositionEmbedding",
     "backend",
     "data",
+    "empty_cache",
     "functional",
+    "plan",
     "reference",
 ]

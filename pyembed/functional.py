@@ -189,11 +189,15 @@ def embed_qkv(
         )
     padding_idx = _padding_row(padding_idx, token.shape[0])
 
+    row = -1 if padding_idx is None else padding_idx
+    arguments = (ids, token, weight, bias, position, position_ids, norm_weight, norm_bias, norm or "none", eps, row)
+
     def kernel():
-        row = -1 if padding_idx is None else padding_idx
-        hidden, qkv, _, _ = ops.embed_qkv(
-            ids, token, weight, bias, position, position_ids, norm_weight, norm_bias, norm or "none", eps, row
-        )
+        hidden, qkv, _, _ = ops.embed_qkv(*arguments)
+        return reference.split_heads(hidden, qkv, num_heads, num_kv_heads)
+
+    def distinct():
+        hidden, qkv, _, _ = ops.distinct_qkv(*arguments)
         return reference.split_heads(hidden, qkv, num_heads, num_kv_heads)
 
     def eager():
@@ -201,4 +205,7 @@ def embed_qkv(
         heads = {"num_heads": num_heads, "num_kv_heads": num_kv_heads}
         return reference.embed_qkv(ids, token, weight, bias, position=position, position_ids=position_ids, **heads, **options)
 
+    trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments[1:8])
+    if planner.choose(ids, token, weight, position, position_ids, trains).name == "distinct":
+        eager = distinct
     return _run(kernel, eager, token, ids, position, position_ids)

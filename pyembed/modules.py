@@ -1,11 +1,13 @@
 """The modules: PyTorch's own submodules, so that weights, names and initial values stay what they are, run in one pass."""
 
+import contextlib
+
 import torch
 from torch import Tensor, nn
 
 from . import functional as F
-from . import positions
-from .reference import HiddenQKV, normalise, split_heads
+from . import planner, positions
+from .reference import HiddenQKV, embed_qkv, normalise, split_heads
 
 
 class Embedding(nn.Embedding):
@@ -94,13 +96,13 @@ class EmbeddingQKV(nn.Module):
         head_dim = embedding_dim // num_heads if head_dim is None else head_dim
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
         self.token = nn.Embedding(num_embeddings, embedding_dim, padding_idx, **factory)
-        self.position = positions.make(position, max_length, embedding_dim, **factory)
+        self.register_module("position", positions.make(position, max_length, embedding_dim, **factory))
         if norm == "layer":
             self.norm = nn.LayerNorm(embedding_dim, eps, bias=bias, **factory)
         elif norm == "rms":
             self.norm = nn.RMSNorm(embedding_dim, eps, **factory)
         elif norm is None:
-            self.norm = None
+            self.register_module("norm", None)
         else:
             raise ValueError(f"norm: expected one of {F.NORMS}, got {norm!r}")
         self.qkv = nn.Linear(embedding_dim, (num_heads + 2 * num_kv_heads) * head_dim, bias=bias, **factory)
@@ -127,7 +129,9 @@ class EmbeddingQKV(nn.Module):
         self = cls.__new__(cls)
         nn.Module.__init__(self)
         self.num_heads, self.num_kv_heads = num_heads, num_heads if num_kv_heads is None else num_kv_heads
-        self.token, self.position, self.norm, self.qkv, self.dropout = token, position, norm, qkv, nn.Dropout(dropout)
+        parts = {"token": token, "position": position, "norm": norm, "qkv": qkv, "dropout": nn.Dropout(dropout)}
+        for name, module in parts.items():
+            self.register_module(name, module)
         weight, _ = self._projection()
         if weight.shape[1] != token.embedding_dim:
             raise ValueError(f"qkv: expected {token.embedding_dim} inputs, the width of token; got {weight.shape[1]}")
@@ -136,41 +140,41 @@ class EmbeddingQKV(nn.Module):
     def forward(self, ids: Tensor, position_ids: Tensor | None = None) -> HiddenQKV:
         """ids (..., T), position_ids (T,), (1, T) or like ids, None: 0 … T−1 -> HiddenQKV(hidden (..., T, D), query
         (..., T, num_heads, head_dim), key and value (..., T, num_kv_heads, head_dim))."""
-        token, padding_idx = self.token.weight, self.token.padding_idx
-        position = None if self.position is None else self.position.weight
+        modules = self._modules  # a module's attributes are slow, and a decode step asks for them all
+        token, padding_idx = modules["token"].weight, modules["token"].padding_idx
+        position = None if modules["position"] is None else modules["position"].weight
         weight, bias = self._projection()
-        norm = _norm_arguments(self.norm)
-        if self.training and self.dropout.p > 0:
+        norm = _norm_arguments(modules["norm"])
+        heads = {"num_heads": self.num_heads, "num_kv_heads": self.num_kv_heads}
+        drops = self.training and modules["dropout"].p > 0
+        if position_ids is None and not drops and planner.is_trivial(ids, weight):
+            with contextlib.suppress(
+                IndexError, RuntimeError, TypeError
+            ):  # PyTorch checks too; the call below says what is wrong
+                return embed_qkv(ids, token, weight, bias, position=position, padding_idx=padding_idx, **heads, **norm)
+        if drops:
             hidden = self.dropout(F.embed(ids, token, position, position_ids, padding_idx=padding_idx))
             normed = normalise(hidden, norm["norm"], norm["norm_weight"], norm["norm_bias"], norm["eps"])
             qkv = nn.functional.linear(normed, weight, bias)
             return split_heads(hidden, qkv, self.num_heads, self.num_kv_heads)
         return F.embed_qkv(
-            ids,
-            token,
-            weight,
-            bias,
-            num_heads=self.num_heads,
-            num_kv_heads=self.num_kv_heads,
-            position=position,
-            position_ids=position_ids,
-            padding_idx=padding_idx,
-            **norm,
+            ids, token, weight, bias, position=position, position_ids=position_ids, padding_idx=padding_idx, **heads, **norm
         )
 
     def _projection(self):
         """Weight (N, D) and bias (N,) or None of qkv, whatever holds them."""
-        if isinstance(self.qkv, nn.ModuleList):
-            weights, biases = zip(*((linear.weight, linear.bias) for linear in self.qkv), strict=True)
+        qkv = self._modules["qkv"]
+        if isinstance(qkv, nn.Linear):
+            return qkv.weight, qkv.bias
+        if isinstance(qkv, nn.ModuleList):
+            weights, biases = zip(*((linear.weight, linear.bias) for linear in qkv), strict=True)
             if all(bias is None for bias in biases):
                 return torch.cat(weights), None
             zeros = (w.new_zeros(w.shape[0]) if b is None else b for w, b in zip(weights, biases, strict=True))
             return torch.cat(weights), torch.cat(tuple(zeros))
-        if type(self.qkv).__name__ == "Conv1D":  # Hugging Face's: weight (D, N)
-            return self.qkv.weight.t(), self.qkv.bias
-        if not isinstance(self.qkv, nn.Linear):
-            raise TypeError(f"qkv: expected an nn.Linear, a Conv1D or three nn.Linear, got {type(self.qkv).__name__}")
-        return self.qkv.weight, self.qkv.bias
+        if type(qkv).__name__ == "Conv1D":  # Hugging Face's: weight (D, N)
+            return qkv.weight.t(), qkv.bias
+        raise TypeError(f"qkv: expected an nn.Linear, a Conv1D or three nn.Linear, got {type(qkv).__name__}")
 
 
 def _norm_arguments(module):

@@ -10,6 +10,8 @@ import importlib
 import torch
 from torch import Tensor
 
+from . import distinct
+
 
 def _kernels(name, tensor):
     """A module of pyembed.kernels for this tensor's device, and the context its launches need."""
@@ -131,11 +133,7 @@ def embed_qkv_backward(
             None if grad_qkv is None else grad_qkv.reshape(M, weight.shape[0]),
             ids, token, weight, position, position_ids, norm_weight, norm_bias, mean, rstd, padding_idx, needs,
         )  # fmt: skip
-    shapes = _grad_shapes(token, weight, position, norm_weight, norm_bias)
-    return [
-        token.new_empty(0) if not need else token.new_zeros(shape) if grad is None else grad
-        for grad, need, shape in zip(grads, needs, shapes, strict=True)
-    ]
+    return _packed(grads, needs, _grad_shapes(token, weight, position, norm_weight, norm_bias), token)
 
 
 @embed_qkv_backward.register_fake
@@ -151,6 +149,30 @@ def _grad_shapes(token, weight, position, norm_weight, norm_bias):
     return [token.shape, weight.shape, (weight.shape[0],), *optional]
 
 
+def _packed(grads, needs, shapes, token):
+    """An operator returns tensors only: an empty one for a gradient that is not wanted, zeros for one that nothing reached."""
+    return [
+        token.new_empty(0) if not need else token.new_zeros(shape) if grad is None else grad
+        for grad, need, shape in zip(grads, needs, shapes, strict=True)
+    ]
+
+
+def _needs(ctx, grad_qkv):
+    """Which of token, weight, bias, position, norm_weight, norm_bias want a gradient; hidden's reaches the tables alone."""
+    _, *needed = ctx.needs_input_grad
+    token, weight, bias, position, _, norm_weight, norm_bias = needed[:7]
+    reached = grad_qkv is not None
+    return [token, weight and reached, bias and reached, position, norm_weight and reached, norm_bias and reached]
+
+
+def _unpacked(grads, needs):
+    """The gradients in the order of the operators' inputs."""
+    token, weight, bias, position, norm_weight, norm_bias = (
+        grad if need else None for grad, need in zip(grads, needs, strict=True)
+    )
+    return None, token, weight, bias, position, None, norm_weight, norm_bias, None, None, None
+
+
 def _embed_qkv_setup(ctx, inputs, output):
     ids, token, weight, _, position, position_ids, norm_weight, norm_bias, _, _, ctx.padding_idx = inputs
     *_, mean, rstd = output
@@ -162,13 +184,108 @@ def _embed_qkv_setup(ctx, inputs, output):
 def _embed_qkv_backward(ctx, grad_hidden, grad_qkv, _mean, _rstd):
     if grad_hidden is None and grad_qkv is None:
         return (None,) * 11
-    _, token, weight, bias, position, _, norm_weight, norm_bias, *_ = ctx.needs_input_grad
-    needs = [token, weight, bias, position, norm_weight, norm_bias]
-    grads = embed_qkv_backward(grad_hidden, grad_qkv, *ctx.saved_tensors, ctx.padding_idx, needs)
-    token, weight, bias, position, norm_weight, norm_bias = (
-        grad if need else None for grad, need in zip(grads, needs, strict=True)
-    )
-    return None, token, weight, bias, position, None, norm_weight, norm_bias, None, None, None
+    needs = _needs(ctx, grad_qkv)
+    return _unpacked(embed_qkv_backward(grad_hidden, grad_qkv, *ctx.saved_tensors, ctx.padding_idx, needs), needs)
 
 
 embed_qkv.register_autograd(_embed_qkv_backward, setup_context=_embed_qkv_setup)
+
+
+@torch.library.custom_op("pyembed::distinct_qkv", mutates_args=(), device_types="cpu")
+def distinct_qkv(
+    ids: Tensor,
+    token: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    position: Tensor | None,
+    position_ids: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    norm: str,
+    eps: float,
+    padding_idx: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-> hidden (..., D), qkv (..., N), rstd (M,) or (0,), projected (P + U, N) of distinct positions and tokens."""
+    hidden, qkv, rstd, projected = distinct.forward(
+        ids, token, weight, bias, position, position_ids, norm_weight, norm_bias, norm, eps
+    )
+    return hidden.view(*ids.shape, token.shape[1]), qkv.view(*ids.shape, weight.shape[0]), rstd, projected
+
+
+@distinct_qkv.register_fake
+def _(ids, token, weight, bias, position, position_ids, norm_weight, norm_bias, norm, eps, padding_idx):
+    M, N = ids.numel(), weight.shape[0]
+    rows = torch.library.get_ctx().new_dynamic_size()
+    return (
+        token.new_empty(*ids.shape, token.shape[1]),
+        token.new_empty(*ids.shape, N),
+        token.new_empty(M if norm != "none" else 0, dtype=_statistics(token)),
+        token.new_empty(rows, N),
+    )
+
+
+@torch.library.custom_op("pyembed::distinct_qkv_backward", mutates_args=(), device_types="cpu")
+def distinct_qkv_backward(
+    grad_hidden: Tensor | None,
+    grad_qkv: Tensor | None,
+    ids: Tensor,
+    token: Tensor,
+    weight: Tensor,
+    position: Tensor | None,
+    position_ids: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    rstd: Tensor,
+    projected: Tensor,
+    norm: str,
+    padding_idx: int,
+    needs: list[bool],
+) -> list[Tensor]:
+    """Gradients of (token, weight, bias, position, norm_weight, norm_bias), empty where `needs` says no."""
+    M = ids.numel()
+    grads = distinct.backward(
+        None if grad_hidden is None else grad_hidden.reshape(M, token.shape[1]),
+        None if grad_qkv is None else grad_qkv.reshape(M, weight.shape[0]),
+        ids, token, weight, position, position_ids, norm_weight, norm_bias, rstd, projected, norm, padding_idx, needs,
+    )  # fmt: skip
+    return _packed(grads, needs, _grad_shapes(token, weight, position, norm_weight, norm_bias), token)
+
+
+@distinct_qkv_backward.register_fake
+def _(
+    grad_hidden,
+    grad_qkv,
+    ids,
+    token,
+    weight,
+    position,
+    position_ids,
+    norm_weight,
+    norm_bias,
+    rstd,
+    projected,
+    norm,
+    padding_idx,
+    needs,
+):
+    shapes = _grad_shapes(token, weight, position, norm_weight, norm_bias)
+    return [token.new_empty(shape if need else (0,)) for need, shape in zip(needs, shapes, strict=True)]
+
+
+def _distinct_setup(ctx, inputs, output):
+    ids, token, weight, _, position, position_ids, norm_weight, norm_bias, ctx.norm, _, ctx.padding_idx = inputs
+    *_, rstd, projected = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(rstd, projected)
+    ctx.save_for_backward(ids, token, weight, position, position_ids, norm_weight, norm_bias, rstd, projected)
+
+
+def _distinct_backward(ctx, grad_hidden, grad_qkv, _rstd, _projected):
+    if grad_hidden is None and grad_qkv is None:
+        return (None,) * 11
+    needs = _needs(ctx, grad_qkv)
+    grads = distinct_qkv_backward(grad_hidden, grad_qkv, *ctx.saved_tensors, ctx.norm, ctx.padding_idx, needs)
+    return _unpacked(grads, needs)
+
+
+distinct_qkv.register_autograd(_distinct_backward, setup_context=_distinct_setup)

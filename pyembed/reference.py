@@ -27,7 +27,7 @@ def embed(ids, token, position=None, position_ids=None, *, padding_idx=None):
     hidden = F.embedding(ids, token, padding_idx)
     if position is not None:
         if position_ids is None:
-            position_ids = torch.arange(ids.shape[-1] if ids.dim() else 1, device=ids.device).view(ids.shape[-1:])
+            position_ids = torch.arange(ids.shape[-1], device=ids.device) if ids.dim() else torch.zeros_like(ids)
         hidden = hidden + F.embedding(position_ids, position)
     return hidden
 
@@ -41,9 +41,10 @@ def normalise(hidden, norm, weight=None, bias=None, eps=1e-5):
 
 
 def split_heads(hidden, qkv, num_heads, num_kv_heads):
-    head_dim = qkv.shape[-1] // (num_heads + 2 * num_kv_heads)
-    heads = qkv.unflatten(-1, (num_heads + 2 * num_kv_heads, head_dim))
-    return HiddenQKV(hidden, *heads.split((num_heads, num_kv_heads, num_kv_heads), -2))
+    total = num_heads + 2 * num_kv_heads
+    heads = qkv.view(*qkv.shape[:-1], total, qkv.shape[-1] // total)
+    key, value = num_heads, num_heads + num_kv_heads
+    return HiddenQKV(hidden, heads[..., :key, :], heads[..., key:value, :], heads[..., value:, :])
 
 
 def embed_qkv(

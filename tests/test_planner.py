@@ -47,3 +47,48 @@ def test_unknown_backend():
 def test_kernels_refuse_float64():
     with pyembed.backend("triton"), pytest.raises(TypeError, match=r"token: .* got torch.float64"):
         F.embedding(torch.tensor([0], device="cuda"), torch.randn(3, 2, dtype=torch.float64, device="cuda"))
+
+
+def chosen(ids, V=50257, D=768, N=2304, trains=False, position=None, dtype=torch.float32):
+    token, weight = torch.empty(1, dtype=dtype).expand(V, D), torch.empty(1, dtype=dtype).expand(N, D)
+    return planner.choose(ids, token, weight, position, None, trains)
+
+
+@pytest.fixture
+def steady(monkeypatch):
+    """The rates of some CPU: 150 GFLOP/s, 20 GB/s."""
+    monkeypatch.setattr(planner, "rates", lambda dtype: (150e9, 20e9))
+
+
+def test_plan_follows_what_repeats(steady):
+    repeats, unlike = torch.arange(32768).remainder(5000).view(32, 1024), torch.arange(32768).view(32, 1024)
+    for trains in (False, True):
+        plan = chosen(repeats, trains=trains)
+        assert plan.name == "distinct" and plan.seconds["distinct"] < plan.seconds["one_pass"] and "5000" in plan.reason
+        assert chosen(unlike, trains=trains).name == "one_pass"
+    assert chosen(repeats[:1, :1]).name == "one_pass"
+    with pyembed.plan("one_pass"):
+        assert chosen(repeats) == ("one_pass", "forced", {})
+    with pyembed.plan("distinct"):
+        assert chosen(unlike).name == "distinct"
+    with pyembed.backend("triton"):
+        assert chosen(repeats).name == "one_pass"
+
+
+def test_rates_are_measured_once():
+    planner.rates.cache_clear()
+    flops, bandwidth = planner.rates(torch.float32)
+    assert 1e9 < flops < 1e14 and 1e8 < bandwidth < 1e13
+    assert planner.rates(torch.float32) == (flops, bandwidth)
+
+
+def test_plan_refuses():
+    with pytest.raises(ValueError, match=r"plan: expected one of .* got 'tables'"), pyembed.plan("tables"):
+        pass
+    with (
+        pyembed.plan("distinct"),
+        pyembed.backend("triton"),
+        pytest.raises(RuntimeError, match="plan: 'distinct' runs eagerly on CPU"),
+    ):
+        F.embed_qkv(torch.tensor([0]), torch.randn(3, 2), torch.randn(6, 2), num_heads=1)
+    assert planner._plan == "auto"

@@ -1,0 +1,58 @@
+"""Large results of the CPU, in memory that is used again once nothing refers to it.
+
+Every call of a stock operator maps fresh pages for a large result, and touching those first costs several times what writing
+them does. Here a result lives in a buffer of its own; when the last tensor over it is gone (Python's reference count of the
+buffer says so), a later call takes the buffer. What is kept unused is bounded by KEEP_BYTES, and empty_cache() gives it back.
+"""
+
+import math
+import mmap
+import sys
+import threading
+
+import torch
+
+SMALL_BYTES = 4 << 20  # below it the C library keeps memory by itself
+KEEP_BYTES = 1 << 30
+_buffers: list[mmap.mmap] = []
+_lock = threading.Lock()
+_counts_references = getattr(sys, "_is_gil_enabled", lambda: True)()
+
+
+def _idle():
+    """The buffers that no tensor refers to: those with no more references than one that never had a tensor."""
+    (unused,) = [sys.getrefcount(buffer) for buffer in [bytearray()]]
+    return [buffer for buffer in _buffers if sys.getrefcount(buffer) <= unused]
+
+
+def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    """torch.empty on the CPU; a large tensor may take over a buffer that no tensor refers to any more."""
+    count = math.prod(shape)
+    size = count * dtype.itemsize
+    if size < SMALL_BYTES or not _counts_references:
+        return torch.empty(shape, dtype=dtype)
+    with _lock:
+        fitting = [buffer for buffer in _idle() if size <= len(buffer) <= size * 5 // 4]
+        buffer = min(fitting, key=len, default=None)
+        if buffer is None:
+            buffer = mmap.mmap(-1, size)
+            _buffers.append(buffer)
+        tensor = torch.frombuffer(buffer, dtype=dtype, count=count).view(shape)
+        del buffer, fitting
+        _keep(KEEP_BYTES)
+        return tensor
+
+
+def empty_cache():
+    """Gives back to the system what no tensor uses."""
+    with _lock:
+        _keep(0)
+
+
+def _keep(limit: int):
+    """Drops idle buffers, the longest kept first, until they hold no more than limit bytes."""
+    idle = _idle()
+    excess = sum(map(len, idle)) - limit
+    while idle and excess > 0:
+        excess -= len(idle[0])
+        _buffers.remove(idle.pop(0))

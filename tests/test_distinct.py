@@ -1,0 +1,173 @@
+"""The `distinct` plan: the same answer, whatever repeats."""
+
+import gc
+
+import pytest
+import torch
+from numerics import Case
+
+import pyembed
+from pyembed import distinct, memory, ops
+from pyembed import functional as F
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+VARIANTS = [
+    {},
+    {"norm": "rms"},
+    {"norm": None},
+    {"position": None},
+    {"norm": "rms", "position": None, "bias": False, "heads": 4, "kv_heads": 1},
+    {"affine": False, "bias": False},
+    {"position_ids": "T"},
+    {"position_ids": "1T"},
+    {"position_ids": "BT", "B": 3},
+    {"padding_idx": 3},
+    {"T": None},
+    {"T": 1, "B": 9},
+    {"V": 1},
+    {"scale": 1e-4},
+    {"scale": 300.0},
+    {"ids_dtype": torch.int32},
+]
+
+
+@pytest.fixture(autouse=True)
+def forced():
+    with pyembed.plan("distinct"):
+        yield
+
+
+@pytest.fixture(params=[None, 1 << 10], ids=["one block", "many blocks"])
+def blocks(request, monkeypatch):
+    """With a small block the tokens go by in pieces of sequences, and several short sequences at a time."""
+    if request.param:
+        monkeypatch.setattr(distinct, "BLOCK_BYTES", request.param)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_variants(dtype, variant, blocks):
+    Case(dtype, "cpu", **variant).check(F.embed_qkv)
+
+
+@pytest.mark.parametrize("norm", ["layer", "rms", None])
+def test_gradcheck(norm):
+    case = Case(torch.float64, "cpu", V=5, T=4, D=6, heads=1, head_dim=2, norm=norm)
+    leaves = {k: p.detach().requires_grad_() for k, p in case.parameters.items() if p is not None}
+
+    def function(*tensors):
+        return tuple(F.embed_qkv(case.ids, **dict(zip(leaves, tensors, strict=True)), **case.options))
+
+    assert torch.autograd.gradcheck(function, tuple(leaves.values()))
+
+
+@pytest.mark.parametrize("frozen", ["token", "weight", "bias", "position", "norm_weight", "norm_bias"])
+def test_frozen_parameters(frozen):
+    case = Case(torch.float32, "cpu")
+    everything = case.run(F.embed_qkv)
+    leaves = {k: p.detach().requires_grad_(k != frozen) for k, p in case.parameters.items()}
+    torch.autograd.backward(F.embed_qkv(case.ids, **leaves, **case.options), case.grads)
+    for name, leaf in leaves.items():
+        assert (leaf.grad is None) if name == frozen else torch.equal(leaf.grad, everything[f"grad of {name}"]), name
+
+
+@pytest.mark.parametrize("used", ["hidden", "key"])
+def test_single_output_used(used):
+    case = Case(torch.float64, "cpu")
+    grads = []
+    for name in ("distinct", "one_pass"):
+        leaves = {k: p.detach().requires_grad_() for k, p in case.parameters.items()}
+        with pyembed.plan(name):
+            out = getattr(F.embed_qkv(case.ids, **leaves, **case.options), used)
+        out.backward(torch.ones_like(out).cumsum(-1))
+        grads.append([p.grad for p in leaves.values()])
+    for ours, eager in zip(*grads, strict=True):
+        assert (ours is None) == (eager is None)
+        if ours is not None:
+            torch.testing.assert_close(ours, eager)
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (3, 0), (0,)])
+def test_empty(shape):
+    case = Case(torch.float32, "cpu", T=5)
+    leaves = {k: p.detach().requires_grad_() for k, p in case.parameters.items()}
+    outputs = F.embed_qkv(torch.zeros(shape, dtype=torch.long), **leaves, **case.options)
+    assert outputs.query.shape == (*shape, 3, 7)
+    sum(o.sum() for o in outputs).backward()
+    assert all(p.grad is None or not p.grad.any() for p in leaves.values())
+
+
+def test_repeatable():
+    case = Case(torch.float32, "cpu", B=8, T=60, V=4)
+    first, second = case.run(F.embed_qkv), case.run(F.embed_qkv)
+    assert all(torch.equal(first[k], second[k]) for k in first)
+
+
+def test_opcheck():
+    case = Case(torch.float32, "cpu", heads=1)
+    p = {k: v.requires_grad_() for k, v in case.parameters.items()}
+    affine = (p["norm_weight"], p["norm_bias"], "layer", 1e-5, -1)
+    arguments = (case.ids, p["token"], p["weight"], p["bias"], p["position"], None, *affine)
+    torch.library.opcheck(
+        ops.distinct_qkv, arguments, test_utils=("test_schema", "test_autograd_registration", "test_faketensor")
+    )
+
+
+def test_bad_ids_are_named():
+    case = Case(torch.float32, "cpu")
+    case.ids = case.ids.clone()
+    case.ids[1, 2] = 77
+    with pytest.raises(IndexError, match=r"ids: expected values in \[0, 31\).* got 77 at \(1, 2\)"):
+        case.run(F.embed_qkv)
+
+
+def test_switching_plans_changes_nothing_but_speed():
+    case = Case(torch.float32, "cpu", B=6, T=30)
+    with pyembed.plan("one_pass"):
+        eager = case.run(F.embed_qkv)
+    for name, tensor in case.run(F.embed_qkv).items():
+        torch.testing.assert_close(tensor, eager[name], rtol=1e-4, atol=1e-5)
+
+
+def large(value):
+    return memory.empty(1024, 2048, dtype=torch.float32).fill_(value)
+
+
+def test_memory_is_used_again_only_when_free():
+    memory.empty_cache()
+    first = large(1.0)
+    pointer, view = first.data_ptr(), first[3:5]
+    del first
+    second = large(2.0)  # the view still needs the first buffer
+    assert second.data_ptr() != pointer and (view == 1.0).all()
+    array = view.numpy()
+    del view
+    assert large(3.0).data_ptr() != pointer and (array == 1.0).all()
+    del array
+    gc.collect()
+    assert large(4.0).data_ptr() == pointer and (second == 2.0).all()
+
+
+def test_memory_is_safe_in_a_graph():
+    """What autograd saved is not written over by the next call."""
+    memory.empty_cache()
+    leaf = torch.ones(1024, 2048, requires_grad=True)
+    saved = large(5.0)
+    product = leaf * saved
+    del saved
+    large(7.0)
+    product.sum().backward()
+    assert (leaf.grad == 5.0).all()
+
+
+def test_memory_is_given_back(monkeypatch):
+    memory.empty_cache()
+    held = [large(float(i)) for i in range(4)]
+    del held
+    gc.collect()
+    assert len(memory._buffers) == 4
+    monkeypatch.setattr(memory, "KEEP_BYTES", 16 << 20)
+    kept = large(0.0)
+    assert len(memory._buffers) == 3
+    pyembed.empty_cache()
+    assert len(memory._buffers) == 1 and (kept == 0.0).all()
