@@ -43,8 +43,7 @@ def normalise(hidden, norm, weight=None, bias=None, eps=1e-5):
 def split_heads(hidden, qkv, num_heads, num_kv_heads):
     total = num_heads + 2 * num_kv_heads
     heads = qkv.view(*qkv.shape[:-1], total, qkv.shape[-1] // total)
-    key, value = num_heads, num_heads + num_kv_heads
-    return HiddenQKV(hidden, heads[..., :key, :], heads[..., key:value, :], heads[..., value:, :])
+    return HiddenQKV(hidden, *torch.split_with_sizes(heads, (num_heads, num_kv_heads, num_kv_heads), -2))
 
 
 def embed_qkv(
