@@ -1,0 +1,90 @@
+"""The front end on a CPU, at GPT-2 small's widths and a character model's, against stock modules: `auto` and each plan.
+
+    python -m pytest bench/bench_plans.py --benchmark-json=plans.json [--text FILE]
+
+Ours and stock modules run in turn in one process; extra_info holds stock's median and the ratio stock / ours (above 1: ours
+is faster). Results are compared before anything is timed. Times are wall-clock seconds of a forward, or forward and backward.
+"""
+
+import statistics
+import time
+
+import pytest
+import torch
+from torch import nn
+
+import pyembed
+from pyembed import planner
+
+GPT2 = {"V": 50257, "L": 1024, "D": 768, "heads": 12}
+CHARACTERS = {"V": 65, "L": 256, "D": 384, "heads": 6}
+SHAPES = [(1, 1), (16, 1), (1, 16), (4, 64), (8, 256), (8, 1024), (32, 1024)]
+
+
+class Stock(nn.Module):
+    """What a user has today: nn.Embedding twice, nn.LayerNorm, nn.Linear, and the split into heads."""
+
+    def __init__(self, V, L, D, heads, dtype):
+        super().__init__()
+        self.heads = heads
+        self.token, self.position = nn.Embedding(V, D, dtype=dtype), nn.Embedding(L, D, dtype=dtype)
+        self.norm, self.qkv = nn.LayerNorm(D, dtype=dtype), nn.Linear(D, 3 * D, dtype=dtype)
+        for table in (self.token, self.position):
+            nn.init.normal_(table.weight, std=0.02)
+
+    def forward(self, ids):
+        hidden = self.token(ids) + self.position(torch.arange(ids.shape[1]))
+        heads = self.qkv(self.norm(hidden)).view(*ids.shape, 3 * self.heads, -1)
+        return hidden, *heads.split(self.heads, -2)
+
+
+def step(module, ids, grads):
+    """Seconds of one call; with grads, of its backward too."""
+    module.zero_grad()
+    with torch.set_grad_enabled(grads is not None):
+        start = time.perf_counter()
+        outputs = tuple(module(ids))
+        if grads is not None:
+            torch.autograd.backward(outputs, grads)
+        return time.perf_counter() - start
+
+
+def compare(benchmark, widths, ids, trains, dtype=torch.float32, plan="auto"):
+    torch.manual_seed(0)
+    stock = Stock(**widths, dtype=dtype)
+    ours = pyembed.EmbeddingQKV.from_modules(stock.token, stock.position, stock.norm, qkv=stock.qkv, num_heads=widths["heads"])
+    with pyembed.plan(plan):
+        expected, found = stock(ids), ours(ids)
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(
+                a, b, rtol=2e-2 if dtype.itemsize == 2 else 1e-4, atol=2e-2 if dtype.itemsize == 2 else 1e-4
+            )
+        grads = [torch.randn_like(output) for output in expected] if trains else None
+        del expected, found
+        chosen = planner.choose(ids, stock.token.weight, stock.qkv.weight, stock.position.weight, None, trains)
+        rounds = 7 if trains or ids.numel() > 4096 else 21 if ids.numel() > 100 else 201
+        theirs = []
+        benchmark.pedantic(
+            step, (ours, ids, grads), setup=lambda: theirs.append(step(stock, ids, grads)), rounds=rounds, warmup_rounds=1
+        )
+    benchmark.extra_info.update(
+        tokens=ids.numel(), distinct=ids.unique().numel(), plan=chosen.name, stock_median=statistics.median(theirs[1:]),
+        ratio=statistics.median(theirs[1:]) / benchmark.stats.stats.median, dtype=str(dtype),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("trains", [False, True], ids=["forward", "forward+backward"])
+@pytest.mark.parametrize("B, T", SHAPES)
+def test_auto(benchmark, tokens, B, T, trains):
+    compare(benchmark, GPT2, tokens[: B * T].view(B, T), trains)
+
+
+@pytest.mark.parametrize("trains", [False, True], ids=["forward", "forward+backward"])
+def test_auto_on_uniformly_random_ids(benchmark, trains):
+    ids = torch.randint(50257, (32, 1024), generator=torch.Generator().manual_seed(0))
+    compare(benchmark, GPT2, ids, trains)
+
+
+@pytest.mark.parametrize("trains", [False, True], ids=["forward", "forward+backward"])
+def test_character_model(benchmark, characters, trains):
+    compare(benchmark, CHARACTERS, characters[: 64 * 256].view(64, 256), trains)
