@@ -119,7 +119,7 @@ def _unit(rows, dtype):
 
 
 def forward(ids, token, weight, bias, position, position_ids, norm_weight, norm_bias, norm, eps):
-    """-> hidden (M, D), qkv (M, N), rstd (M,) or (0,), projected (P + U, N): of distinct positions, then of tokens."""
+    """-> hidden (..., D), qkv (..., N), rstd (M,) or (0,), projected (P + U, N): of distinct positions, then of tokens."""
     D, N, dtype = token.shape[1], weight.shape[0], token.dtype
     batch = Batch(ids, position, position_ids, max(D, N))
     M, wide = batch.M, torch.promote_types(dtype, torch.float32)
@@ -135,7 +135,8 @@ def forward(ids, token, weight, bias, position, position_ids, norm_weight, norm_
     if norm_bias is not None:
         shift += (weight @ norm_bias).to(wide)
 
-    hidden, qkv = memory.empty(M, D, dtype=dtype), memory.empty(M, N, dtype=dtype)
+    results = memory.empty(*ids.shape, D, dtype=dtype), memory.empty(*ids.shape, N, dtype=dtype)
+    hidden, qkv = results[0].view(M, D), results[1].view(M, N)
     rstd = torch.empty(M if norm != "none" else 0, dtype=wide)
     places = None if position is None else position.index_select(0, batch.place_rows)
     for block in batch.blocks():
@@ -150,7 +151,7 @@ def forward(ids, token, weight, bias, position, position_ids, norm_weight, norm_
         torch.addcmul(shift, x, scale, out=x)
         if x is not out:
             out.copy_(x)
-    return hidden, qkv, rstd, projected
+    return *results, rstd, projected
 
 
 def backward(

@@ -20,6 +20,8 @@ def _check_shape(name: str, tensor: Tensor | None, shape: tuple, meaning: str):
     """shape holds None where any size will do."""
     if tensor is None:
         return
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
     if tensor.dim() != len(shape) or any(want not in (None, got) for want, got in zip(shape, tensor.shape, strict=True)):
         wanted = ", ".join("any" if size is None else str(size) for size in shape)
         raise ValueError(f"{name}: expected shape ({wanted}), {meaning}; got {tuple(tensor.shape)}")
@@ -34,7 +36,7 @@ def _check_alike(token: Tensor, ids: Tensor, **others: Tensor | None):
             continue
         if tensor.device != token.device:
             raise ValueError(f"{name}: expected device {token.device}, that of token; got {tensor.device}")
-        if tensor.is_floating_point() and tensor.dtype != token.dtype:
+        if name not in ("ids", "position_ids") and tensor.dtype != token.dtype:
             raise TypeError(f"{name}: expected dtype {token.dtype}, that of token; got {tensor.dtype}")
 
 
@@ -48,7 +50,6 @@ def _check_positions(ids: Tensor, position: Tensor | None, position_ids: Tensor 
         if position.shape[0] < T:
             raise IndexError(f"ids: sequence length {T} needs positions up to {T - 1}, position has {position.shape[0]} rows")
         return
-    _check_ids("position_ids", position_ids)
     shapes = {tuple(ids.shape), tuple(ids.shape[-1:]), (1,) * (ids.dim() - 1) + tuple(ids.shape[-1:])}
     if tuple(position_ids.shape) not in shapes:
         wanted = " or ".join(map(str, sorted(shapes, key=len)))
@@ -119,6 +120,8 @@ def embed(
     _check_ids("ids", ids)
     _check_shape("token", token, (None, None), "(num_embeddings, embedding_dim)")
     _check_shape("position", position, (None, token.shape[1]), "(max_length, embedding_dim of token)")
+    if position_ids is not None:
+        _check_ids("position_ids", position_ids)
     _check_alike(token, ids, position=position, position_ids=position_ids)
     _check_positions(ids, position, position_ids)
     padding_idx = _padding_row(padding_idx, token.shape[0])
@@ -169,6 +172,8 @@ def embed_qkv(
         raise ValueError(f"norm: expected one of {NORMS}, got {norm!r}")
     if norm is None and norm_weight is not None or norm != "layer" and norm_bias is not None:
         raise ValueError(f"norm_weight, norm_bias: norm {norm!r} takes no such parameter, got one")
+    if position_ids is not None:
+        _check_ids("position_ids", position_ids)
     _check_alike(
         token,
         ids,

@@ -37,8 +37,9 @@ def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
         if buffer is None:
             buffer = mmap.mmap(-1, size)
             _buffers.append(buffer)
-        tensor = torch.frombuffer(buffer, dtype=dtype, count=count).view(shape)
-        del buffer, fitting
+        flat = torch.frombuffer(buffer, dtype=dtype, count=count)
+        tensor = torch.empty(0, dtype=dtype).set_(flat.untyped_storage(), 0, shape)  # no view: its user may change it in place
+        del buffer, fitting, flat
         _keep(KEEP_BYTES)
         return tensor
 

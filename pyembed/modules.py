@@ -132,10 +132,24 @@ class EmbeddingQKV(nn.Module):
         parts = {"token": token, "position": position, "norm": norm, "qkv": qkv, "dropout": nn.Dropout(dropout)}
         for name, module in parts.items():
             self.register_module(name, module)
-        weight, _ = self._projection()
-        if weight.shape[1] != token.embedding_dim:
-            raise ValueError(f"qkv: expected {token.embedding_dim} inputs, the width of token; got {weight.shape[1]}")
-        return self
+        D, (weight, _) = token.embedding_dim, self._projection()
+        if weight.shape[1] != D:
+            raise ValueError(f"qkv: expected {D} inputs, the width of token; got {weight.shape[1]}")
+        if position is not None and position.weight.shape[1] != D:
+            raise ValueError(f"position: expected {D} columns, the width of token; got {position.weight.shape[1]}")
+        width = getattr(norm, "normalized_shape", (D,))
+        if tuple(width) != (D,):
+            raise ValueError(f"norm: expected normalized_shape {(D,)}, the width of token; got {tuple(width)}")
+        heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
+        if weight.shape[0] % sum(heads):
+            raise ValueError(
+                f"qkv: expected a multiple of num_heads + 2·num_kv_heads = {sum(heads)} outputs, got {weight.shape[0]}"
+            )
+        if isinstance(qkv, nn.ModuleList):
+            rows, head_dim = [linear.weight.shape[0] for linear in qkv], weight.shape[0] // sum(heads)
+            if rows != [h * head_dim for h in heads]:
+                raise ValueError(f"qkv: expected outputs of query, key and value in the ratio {heads}, got {rows}")
+        return self.train(token.training)
 
     def forward(self, ids: Tensor, position_ids: Tensor | None = None) -> HiddenQKV:
         """ids (..., T), position_ids (T,), (1, T) or like ids, None: 0 … T−1 -> HiddenQKV(hidden (..., T, D), query

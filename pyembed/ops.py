@@ -29,7 +29,7 @@ def _statistics(token):
 def embed(ids: Tensor, token: Tensor, position: Tensor | None, position_ids: Tensor | None, padding_idx: int) -> Tensor:
     module, running = _kernels("embed", token)
     with running:
-        return module.embed(ids, token, position, position_ids).view(*ids.shape, token.shape[1])
+        return module.embed(ids, token, position, position_ids)
 
 
 @embed.register_fake
@@ -91,10 +91,7 @@ def embed_qkv(
     """-> hidden (..., D), qkv (..., N), mean (M,) or (0,), rstd (M,) or (0,)."""
     module, running = _kernels("embed_qkv", token)
     with running:
-        hidden, qkv, mean, rstd = module.embed_qkv(
-            ids, token, weight, bias, position, position_ids, norm, norm_weight, norm_bias, eps
-        )
-    return hidden.view(*ids.shape, token.shape[1]), qkv.view(*ids.shape, weight.shape[0]), mean, rstd
+        return module.embed_qkv(ids, token, weight, bias, position, position_ids, norm, norm_weight, norm_bias, eps)
 
 
 @embed_qkv.register_fake
@@ -206,10 +203,7 @@ def distinct_qkv(
     padding_idx: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> hidden (..., D), qkv (..., N), rstd (M,) or (0,), projected (P + U, N) of distinct positions and tokens."""
-    hidden, qkv, rstd, projected = distinct.forward(
-        ids, token, weight, bias, position, position_ids, norm_weight, norm_bias, norm, eps
-    )
-    return hidden.view(*ids.shape, token.shape[1]), qkv.view(*ids.shape, weight.shape[0]), rstd, projected
+    return distinct.forward(ids, token, weight, bias, position, position_ids, norm_weight, norm_bias, norm, eps)
 
 
 @distinct_qkv.register_fake

@@ -62,6 +62,8 @@ def uses_triton(token):
         return token.is_cuda and token.dtype in _COMPILED_DTYPES and HAS_TRITON
     if not HAS_TRITON:
         raise RuntimeError("backend: 'triton' needs the package triton, which is not installed (pip install triton)")
+    if token.dtype == torch.bfloat16 and token.device.type == "cpu":
+        raise TypeError("token: Triton's interpreter has no bfloat16 arithmetic; take float32 or float16, or a GPU")
     if token.dtype not in _COMPILED_DTYPES and token.is_cuda:
         raise TypeError(f"token: the kernels take float32, float16 or bfloat16, got {token.dtype}")
     return True

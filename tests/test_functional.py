@@ -63,6 +63,9 @@ WRONG = [
     ({"num_heads": 4, "num_kv_heads": 3}, ValueError, r"num_heads: expected a positive multiple of num_kv_heads \(3\), got 4"),
     ({"bias": torch.randn(24).half()}, TypeError, r"bias: expected dtype torch.float32, that of token; got torch.float16"),
     ({"weight": torch.randn(24, 8, device="meta")}, ValueError, r"weight: expected device cpu, that of token; got meta"),
+    ({"bias": torch.ones(24, dtype=torch.long)}, TypeError, r"bias: expected dtype torch.float32, .* got torch.int64"),
+    ({"position": [[0.0] * 8] * 4}, TypeError, r"position: expected a Tensor, got list"),
+    ({"position_ids": [0, 1, 2]}, TypeError, r"position_ids: expected a Tensor, got list"),
     ({"padding_idx": 5}, ValueError, r"padding_idx: expected a row in \[-5, 5\), got 5"),
 ]
 
@@ -109,3 +112,33 @@ def test_outputs_are_heads_of_one_buffer():
     out = F.embed_qkv(**given)
     assert out.query.shape == (2, 3, 4, 4) and out.key.shape == out.value.shape == (2, 3, 1, 4)
     assert out.query.untyped_storage().data_ptr() == out.value.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("run", ["torch", "triton", "distinct"])
+def test_outputs_may_be_changed_in_place(run):
+    """x += attention(…) on the residual stream."""
+    token, weight = torch.randn(5, 8, requires_grad=True), torch.randn(24, 8, requires_grad=True)
+    ids, position = torch.tensor([[1, 2, 3], [4, 0, 1]]), torch.randn(4, 8, requires_grad=True)
+    results = []
+    for ours in (True, False):
+        with (
+            pyembed.backend("triton" if ours and run == "triton" else "torch"),
+            pyembed.plan("distinct" if ours and run == "distinct" else "auto"),
+        ):
+            out = F.embed_qkv(ids, token, weight, num_heads=2, norm="rms", position=position)
+            hidden = out.hidden if run != "torch" else out.hidden.clone()
+            hidden += 2.0
+            rows = F.embedding(ids, token)
+            rows *= 3.0
+        grads = torch.autograd.grad((hidden.square().sum() + out.key.square().sum() + rows.sum()), (token, weight, position))
+        results.append(grads)
+        if run == "torch":
+            break
+        run = "torch"
+    for mine, theirs in zip(results[0], results[-1], strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_interpreter_refuses_bf16():
+    with pyembed.backend("triton"), pytest.raises(TypeError, match="token: Triton's interpreter has no bfloat16"):
+        F.embedding(torch.tensor([0]), torch.randn(3, 4, dtype=torch.bfloat16))

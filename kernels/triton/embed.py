@@ -33,10 +33,10 @@ def embed_kernel(
 
 
 def embed(ids, token, position, position_ids):
-    """ids (..., T), token (V, D), position (L, D) or None, position_ids (T,) or like ids -> hidden (M, D)."""
+    """ids (..., T), token (V, D), position (L, D) or None, position_ids (T,) or like ids -> hidden (..., T, D)."""
     M, T = ids.numel(), ids.shape[-1] if ids.dim() else 1
     V, D = token.shape
-    hidden = token.new_empty(M, D)
+    hidden = token.new_empty(*ids.shape, D)
     if hidden.numel() == 0:
         return hidden
     rows, columns = tuning.streaming(D, token.dtype)

@@ -248,7 +248,7 @@ def embed_qkv_backward(
                 grad_sum = new_sum if needs_sum else None
         else:
             if needs_weight:
-                normed = embed(ids, token, position, position_ids)
+                normed = embed(ids, token, position, position_ids).view(-1, token.shape[1])
             if needs_sum:
                 grad_sum = grad_qkv @ weight if grad_sum is None else torch.addmm(grad_sum, grad_qkv, weight)
         grad_weight = grad_qkv.t() @ normed if needs_weight else None

@@ -195,7 +195,7 @@ def fold(weight, bias, norm, norm_weight, norm_bias):
 
 def embed_qkv(ids, token, weight, bias, position, position_ids, norm, norm_weight, norm_bias, eps, folds=None, tiles=None):
     """ids (..., T), token (V, D), weight (N, D), bias (N,), position (L, D), position_ids (T,) or like ids, norm "layer",
-    "rms" or "none" -> hidden (M, D), qkv (M, N), mean (M,) and rstd (M,), the last two empty where the norm has none.
+    "rms" or "none" -> hidden (..., T, D), qkv (..., T, N), mean (M,) and rstd (M,), the last two empty where the norm has none.
 
     folds and tiles override what tuning.py would choose.
     """
@@ -203,8 +203,8 @@ def embed_qkv(ids, token, weight, bias, position, position_ids, norm, norm_weigh
     (V, D), N = token.shape, weight.shape[0]
     token, position, bias = tuning.dense(token, position, bias)
     norm_weight, norm_bias = tuning.dense(norm_weight, norm_bias)
-    hidden = token.new_empty(M, D)
-    qkv = token.new_empty(M, N)
+    hidden = token.new_empty(*ids.shape, D)  # in their last shape: a view could not be changed in place by its user
+    qkv = token.new_empty(*ids.shape, N)
     statistics = torch.promote_types(token.dtype, torch.float32)
     mean = token.new_empty(M if norm == "layer" else 0, dtype=statistics)
     rstd = token.new_empty(M if norm != "none" else 0, dtype=statistics)

@@ -6,9 +6,6 @@ Tiles are (rows, columns) blocks in registers; `mask` always says which of their
 import triton
 import triton.language as tl
 
-# The interpreter multiplies bf16 as raw bits, so under it every operand is widened first (the result is the same).
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-
 
 @triton.jit
 def load_rows(ids, index, mask, size):
@@ -35,7 +32,7 @@ def load_hidden(token, position, row, place, d, D):
     x = tl.load(token + row[:, None] * D + d[None, :], mask=inside, other=0.0)
     if position is not None:
         p = tl.load(position + place[:, None] * D + d[None, :], mask=inside, other=0.0)
-        x = (x.to(tl.float32) + p.to(tl.float32)).to(x.dtype) if INTERPRETED and x.dtype == tl.bfloat16 else x + p
+        x += p
     return x
 
 
@@ -110,7 +107,4 @@ def normalise(x, mean, rstd, norm_weight, norm_bias, d, D):
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """acc + a·b on the tensor cores; PRECISION ("ieee" or "tf32") matters to fp32 alone."""
-    if INTERPRETED:
-        a = a.to(acc.dtype)
-        b = b.to(acc.dtype)
     return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
