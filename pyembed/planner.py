@@ -107,11 +107,19 @@ def is_trivial(ids, weight):
     return 2.0 * ids.numel() * weight.numel() < LEAST_FLOPS
 
 
+def _is_plain_eager():
+    """No compiler, autocast, torch.func transform or forward-mode AD is at work: an operator of our own would miss them."""
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+        return False
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+    return not transformed
+
+
 def choose(ids, token, weight, position, position_ids, trains):
     """The Plan of an embed_qkv call. trains: whether a backward pass may follow. RuntimeError: a forced plan cannot run."""
     if _plan == "one_pass":
         return Plan("one_pass", "forced", {})
-    here = not token.is_cuda and not token.is_meta and _backend != "triton" and not torch.compiler.is_compiling()
+    here = not token.is_cuda and not token.is_meta and _backend != "triton" and _is_plain_eager()
     if _plan == "distinct":
         if not here:
             raise RuntimeError(
