@@ -1,19 +1,22 @@
 """The front end of a transformer (embedding gather, positional add, norm, QKV projection) in one GPU kernel."""
 
 from . import data, functional, reference
+from .distinct import DistinctIds
 from .memory import empty_cache
 from .modules import Embedding, EmbeddingQKV, TokenPositionEmbedding
-from .planner import backend, plan
+from .planner import backend, debug, plan
 from .reference import HiddenQKV
 
 __version__ = "0.1.0"
 __all__ = [
+    "DistinctIds",
     "Embedding",
     "EmbeddingQKV",
     "HiddenQKV",
     "TokenPositionEmbedding",
     "backend",
     "data",
+    "debug",
     "empty_cache",
     "functional",
     "plan",

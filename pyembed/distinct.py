@@ -8,17 +8,27 @@ and the product needs as many rows as there are distinct tokens and positions; r
 a projected row's gradient is the sum of rstd·grad_qkv over its tokens, both products run on those rows, and rstd's own term
 is −rstd³/D·(hidden − mean)·(grad_qkv · qkv before rstd) per token.
 
-What is left is bound by memory, so tokens go by in blocks that stay in cache, and large results reuse memory.
+What is left is bound by memory, so tokens go by in blocks that stay in cache, large results reuse memory, and query, key and
+value are tensors of their own: autograd would copy the gradients of three views into one.
 """
 
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import memory
+from . import memory, rates
 
+FEW = 64  # tokens up to which the number of operators is what a call costs
 BLOCK_BYTES = 2 << 20  # of one block's largest tensor: a few of them fit in the last level of cache
+
+
+class DistinctIds(NamedTuple):
+    """Which ids a batch has, as torch.unique(ids, return_inverse=True) finds them."""
+
+    ids: Tensor  # (U,) ascending
+    inverse: Tensor  # like the batch's ids: the place of each among the distinct ones
 
 
 class Block(NamedTuple):
@@ -30,12 +40,17 @@ class Block(NamedTuple):
 
 
 class Batch:
-    """Which rows a batch uses: distinct tokens, distinct positions, and each token's place among them."""
+    """Which rows a batch uses: of the token table, of the position table, and each token's place among them.
 
-    def __init__(self, ids: Tensor, position: Tensor | None, position_ids: Tensor | None, width: int):
+    rows (U,) and index (M,) where they are known: the rows of the token table that were projected, and each token's among them.
+    """
+
+    def __init__(self, ids: Tensor, position: Tensor | None, position_ids: Tensor | None, width: int, rows=None, index=None):
         self.M, self.T = ids.numel(), ids.shape[-1] if ids.dim() else 1
         self.ids = ids.reshape(-1)
-        self.rows, self.index = torch.unique(self.ids, return_inverse=True)
+        self.rows, self.index = rows, index
+        if index is None:
+            self.rows, self.index = torch.unique(self.ids, return_inverse=True)
         self.place_rows = self.place_index = None
         if position is not None and position_ids is None:
             self.place_rows = torch.arange(self.T)
@@ -61,30 +76,17 @@ class Batch:
                     places = slice(t, min(t + self.step, self.T))
                     yield Block(slice(first + t, first + places.stop), 1, places)
 
-    def hidden(self, block: Block, token: Tensor, places: Tensor | None, out: Tensor) -> Tensor:
-        """token[ids] + position[…] of a block, into out."""
-        torch.index_select(token, 0, self.ids[block.tokens], out=out)
-        if places is not None:
-            self.add_places(block, out, places)
-        return out
-
-    def projected(self, block: Block, table: Tensor, out: Tensor) -> Tensor:
-        """The sum of each token's two rows of a projected table (P + U, N), into out of any dtype."""
-        rows, index = table[self.P :], self.index[block.tokens]
-        if out.dtype == table.dtype:
-            torch.index_select(rows, 0, index, out=out)
+    def sum(self, block: Block, tokens: Tensor, index: Tensor, places: Tensor | None, out: Tensor) -> Tensor:
+        """tokens[index] + places[…] of a block, into out; places (P, n) are the rows of the batch's positions."""
+        if tokens.dtype == out.dtype:
+            torch.index_select(tokens, 0, index[block.tokens], out=out)
         else:
-            out.copy_(rows.index_select(0, index))
-        if self.P:
-            self.add_places(block, out, table[: self.P])
+            out.copy_(tokens.index_select(0, index[block.tokens]))
+        if places is not None and self.place_index is not None:
+            out += places.index_select(0, self.place_index[block.tokens])
+        elif places is not None:
+            out.view(block.sequences, -1, out.shape[1]).add_(places[block.places])
         return out
-
-    def add_places(self, block: Block, x: Tensor, table: Tensor):
-        """x (tokens, n) += the rows of table (P, n) that its tokens' positions name."""
-        if self.place_index is not None:
-            x += table.index_select(0, self.place_index[block.tokens])
-        else:
-            x.view(block.sequences, -1, x.shape[1]).add_(table[block.places])
 
     def sum_places(self, block: Block, x: Tensor, table: Tensor):
         """table (P, n) += x (tokens, n), by position."""
@@ -93,70 +95,114 @@ class Batch:
         else:
             table[block.places].add_(x.view(block.sequences, -1, x.shape[1]).sum(0))
 
+    @cached_property
+    def order(self):
+        """Tokens in the order of their distinct rows, stable, and where each row's tokens begin."""
+        counts = torch.bincount(self.index, minlength=self.rows.numel())
+        return torch.argsort(self.index, stable=True), counts.cumsum(0) - counts
+
     def sum_tokens(self, x: Tensor, weights: Tensor | None = None) -> Tensor:
         """(U, n): the rows of x (M, n), weighted, summed by distinct token in the batch's order."""
-        order = torch.argsort(self.index, stable=True)
-        offsets = torch.zeros(self.rows.numel(), dtype=torch.int64)
-        offsets[1:] = torch.bincount(self.index, minlength=self.rows.numel()).cumsum(0)[:-1]
+        order, offsets = self.order
         weights = None if weights is None else weights[order].to(x.dtype)
         return torch.nn.functional.embedding_bag(order, x, offsets, mode="sum", per_sample_weights=weights)
 
 
-def _distinct_rows(batch, token, position, norm):
-    """(P + U, D) in at least fp32: the rows of the position table, then of the token table, centred for LayerNorm."""
-    wide = torch.promote_types(token.dtype, torch.float32)
-    rows = token.index_select(0, batch.rows).to(wide)
-    if position is not None:
-        rows = torch.cat([position.index_select(0, batch.place_rows).to(wide), rows])
-    if norm == "layer":
-        rows -= rows.mean(1, keepdim=True)
-    return rows
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What statistics and sums are kept in."""
+    return torch.promote_types(dtype, torch.float32)
 
 
-def _unit(rows, dtype):
-    """A factor that keeps the rows' products within fp16's range; 1 for the other types."""
-    return 1.0 if dtype != torch.float16 else 1.0 / max(rows.abs().max().item(), 1e-30)
+def centred(rows: Tensor, norm: str) -> Tensor:
+    """Table rows in at least fp32, without their mean for LayerNorm; a tensor of its own."""
+    rows = rows.to(wide_dtype(rows.dtype), copy=True)
+    return rows.sub_(rows.mean(1, keepdim=True)) if norm == "layer" else rows
 
 
-def forward(ids, token, weight, bias, position, position_ids, norm_weight, norm_bias, norm, eps):
-    """-> hidden (..., D), qkv (..., N), rstd (M,) or (0,), projected (P + U, N): of distinct positions, then of tokens."""
-    D, N, dtype = token.shape[1], weight.shape[0], token.dtype
-    batch = Batch(ids, position, position_ids, max(D, N))
-    M, wide = batch.M, torch.promote_types(dtype, torch.float32)
-    rows = _distinct_rows(batch, token, position, norm)
-    unit = _unit(rows, dtype)
-    if norm_weight is not None:
-        rows *= norm_weight
-    projected = memory.empty(rows.shape[0], N, dtype=dtype)
-    torch.mm((rows * unit if unit != 1.0 else rows).to(dtype), weight.t(), out=projected)
-    shift = weight.new_zeros(N, dtype=wide)
-    if bias is not None:
-        shift += bias
+def project(rows: Tensor, weight: Tensor, out: Tensor) -> Tensor:
+    """rows · weightᵀ, into out: rows (R, D) in at least fp32, weight (n, D), out (R, n) of any dtype."""
+    dtype = rates.product_dtype(weight.device, weight.dtype)
+    rows, weight = rows.to(dtype), weight.to(dtype)
+    return torch.mm(rows, weight.t(), out=out) if out.dtype == dtype else out.copy_(rows @ weight.t())
+
+
+def shift(weight: Tensor, bias: Tensor | None, norm_bias: Tensor | None) -> Tensor:
+    """W·β + b (N,), in at least fp32."""
+    wide = wide_dtype(weight.dtype)
+    total = weight.new_zeros(weight.shape[0], dtype=wide)
     if norm_bias is not None:
-        shift += (weight @ norm_bias).to(wide)
+        total += (weight @ norm_bias).to(wide)
+    return total if bias is None else total.add_(bias)
 
-    results = memory.empty(*ids.shape, D, dtype=dtype), memory.empty(*ids.shape, N, dtype=dtype)
-    hidden, qkv = results[0].view(M, D), results[1].view(M, N)
-    rstd = torch.empty(M if norm != "none" else 0, dtype=wide)
-    places = None if position is None else position.index_select(0, batch.place_rows)
+
+def inverse_deviation(hidden: Tensor, norm: str, eps: float) -> Tensor:
+    """rstd (m, 1) of rows (m, D), in at least fp32."""
+    rows = hidden.to(wide_dtype(hidden.dtype))
+    if norm == "layer":  # one operator, though it writes more than is wanted
+        return torch.native_layer_norm(rows, rows.shape[1:], None, None, eps)[2]
+    return torch.linalg.vecdot(rows, rows).div_(rows.shape[1]).add_(eps).rsqrt_()[:, None]
+
+
+def expand(batch, token, places, parts, hidden, rstd, norm, eps, unit=1.0):
+    """One pass over the tokens: hidden (M, D) and rstd (M,) are filled, and for each of parts — projected tokens, projected
+    positions or None (both times unit), shift or None, out (M, n) — out is the projection. places (P, D): the rows of the
+    batch's positions, or None."""
+    wide = wide_dtype(token.dtype)
     for block in batch.blocks():
-        h = batch.hidden(block, token, places, hidden[block.tokens])
+        h = batch.sum(block, token, batch.ids, places, hidden[block.tokens])
+        scale = None
         if norm != "none":
-            centred = h - h.mean(1, keepdim=True, dtype=wide) if norm == "layer" else h.to(wide)
-            rstd[block.tokens] = torch.linalg.vecdot(centred, centred).div_(D).add_(eps).rsqrt_()
+            scale = inverse_deviation(h, norm, eps)
+            rstd[block.tokens, None] = scale
+        for tokens, positions, offset, out in parts:
+            out = out[block.tokens]
+            in_place = out.dtype == wide == tokens.dtype
+            x = batch.sum(block, tokens, batch.index, positions, out if in_place else torch.empty(out.shape, dtype=wide))
+            if scale is not None:
+                x = torch.addcmul(offset, x, scale, value=1 / unit, out=x)
+            elif offset is not None:
+                x = torch.add(offset, x, alpha=1 / unit, out=x)
+            if not in_place:
+                out.copy_(x)
 
-        out = qkv[block.tokens]
-        x = batch.projected(block, projected, out if dtype == wide else torch.empty(out.shape, dtype=wide))
-        scale = rstd[block.tokens, None] / unit if norm != "none" else x.new_full((), 1 / unit)
-        torch.addcmul(shift, x, scale, out=x)
-        if x is not out:
-            out.copy_(x)
-    return *results, rstd, projected
+
+def split(buffer: Tensor, widths: list[int]) -> list[Tensor]:
+    """A buffer (R, N) as dense matrices (R, n), one behind the other in its memory."""
+    R, flat, start, parts = buffer.shape[0], buffer.view(-1), 0, []
+    for width in widths:
+        parts.append(flat[R * start : R * (start + width)].view(R, width))
+        start += width
+    return parts
+
+
+def forward(ids, token, weight, bias, position, position_ids, norm_weight, norm_bias, heads, norm, eps, rows=None, index=None):
+    """-> hidden (..., D), [query, key, value] (..., h, d_h), rstd (M,) or (0,), projected (P + U, N): of distinct positions,
+    then of tokens, and the batch's rows (U,) and index (M,), which may be given. heads: how many of query, key and value."""
+    D, N, dtype = token.shape[1], weight.shape[0], token.dtype
+    batch = Batch(ids, position, position_ids, max(D, N), rows, index)
+    wide, P = wide_dtype(dtype), batch.P
+    widths = [N // sum(heads) * h for h in heads]
+    places = None if position is None else position.index_select(0, batch.place_rows)
+    used = token.index_select(0, batch.rows)
+    used = centred(used if places is None else torch.cat([places, used]), norm)
+    if norm_weight is not None:
+        used *= norm_weight
+    # In fp16 small projections would lose digits, so they stay in fp32.
+    projected = memory.empty(used.shape[0], N, dtype=wide if dtype == torch.float16 else dtype)
+    hidden = memory.empty(*ids.shape, D, dtype=dtype)
+    rstd = torch.empty(batch.M if norm != "none" else 0, dtype=wide)
+    results, parts = [memory.empty(*ids.shape, h, N // sum(heads), dtype=dtype) for h in heads], []
+    offsets = shift(weight, bias, norm_bias).split(widths)
+    for rows_of, table, out, offset in zip(weight.split(widths), split(projected, widths), results, offsets, strict=True):
+        project(used, rows_of, table)
+        parts.append((table[P:], table[:P] if P else None, offset, out.view(batch.M, rows_of.shape[0])))
+    expand(batch, token, places, parts, hidden.view(batch.M, D), rstd, norm, eps)
+    return hidden, results, rstd, projected, batch.rows, batch.index
 
 
 def backward(
     grad_hidden,
-    grad_qkv,
+    grads_qkv,
     ids,
     token,
     weight,
@@ -166,54 +212,54 @@ def backward(
     norm_bias,
     rstd,
     projected,
+    rows,
+    index,
+    heads,
     norm,
     padding_idx,
     needs,
 ):
     """Gradients of (token, weight, bias, position, norm_weight, norm_bias), None where `needs` says no.
 
-    grad_hidden (M, D) and grad_qkv (M, N), either None; rstd and projected as forward returned them.
+    grad_hidden (M, D) and grads_qkv [(M, n)] of query, key and value, each or None; the others as forward returned them.
     """
     (V, D), dtype = token.shape, token.dtype
     needs_token, needs_weight, needs_bias, needs_position, needs_norm_weight, needs_norm_bias = needs
-    batch = Batch(ids, position, position_ids, max(D, weight.shape[0]))
-    wide = torch.promote_types(dtype, torch.float32)
-    normed, needs_tables = norm != "none", needs_token or needs_position
-    rows = _distinct_rows(batch, token, position, norm)
-    unit = _unit(rows, dtype)
-    P, places = batch.P, None if position is None else position.index_select(0, batch.place_rows)
+    N, needs_tables = weight.shape[0], needs_token or needs_position
+    batch = Batch(ids, position, position_ids, max(D, N), rows, index)
+    wide, P, normed = wide_dtype(dtype), batch.P, norm != "none"
+    places = None if position is None else position.index_select(0, batch.place_rows)
 
-    grad_places = torch.zeros(P, D, dtype=wide)
-    grad_tokens = None
+    grad_places, grad_tokens = torch.zeros(P, D, dtype=wide), None
     grads = dict.fromkeys(("weight", "bias", "norm_weight", "norm_bias"))
     pull = None  # per token: how strongly rstd's own gradient pulls its row
-    if grad_qkv is not None:
-        grad_qkv = grad_qkv.contiguous()
-        grad_bias = torch.zeros(weight.shape[0], dtype=wide)
-        grad_projected_places = torch.zeros(P, weight.shape[0], dtype=wide)
+    if any(grad is not None for grad in grads_qkv):
         pull = torch.zeros(batch.M, dtype=wide) if normed and needs_tables else None
-        for block in batch.blocks():
-            g = grad_qkv[block.tokens].to(wide)
-            grad_bias += g.sum(0)
-            if pull is not None:
-                x = batch.projected(block, projected, torch.empty(g.shape, dtype=wide))
-                pull[block.tokens] = torch.linalg.vecdot(g, x)
-            if position is not None:
-                batch.sum_places(block, g * rstd[block.tokens, None] if normed else g, grad_projected_places)
+        product = rates.product_dtype(weight.device, dtype)
+        grad_projected = torch.empty(P + batch.rows.numel(), N, dtype=product)
+        grad_bias = torch.zeros(N, dtype=wide)
+        widths = [N // sum(heads) * h for h in heads]
+        sums = zip(split(projected, widths), grad_projected.split(widths, 1), grad_bias.split(widths), strict=True)
+        for grad, (table, *found) in zip(grads_qkv, sums, strict=True):
+            if grad is None:
+                found[0].zero_()
+            else:
+                _project_backward(batch, grad.contiguous(), table, rstd, pull, *found)
         if pull is not None:
-            pull *= rstd.pow(3) / (-D * unit)
-        summed = batch.sum_tokens(grad_qkv, rstd if normed else None)
-        grad_projected = torch.cat([grad_projected_places.to(dtype), summed])
+            pull *= rstd.pow(3) / -D
+        used = token.index_select(0, batch.rows)
+        used = centred(used if places is None else torch.cat([places, used]), norm)
         gamma = 1.0 if norm_weight is None else norm_weight
         if needs_weight:
-            grads["weight"] = grad_projected.t() @ (rows * gamma).to(dtype)
+            grad_weight = grad_projected.t() @ (used * gamma).to(product)
             if norm_bias is not None:
-                grads["weight"] += torch.outer(grad_bias, norm_bias.to(wide))
+                grad_weight += torch.outer(grad_bias, norm_bias.to(wide))
+            grads["weight"] = grad_weight.to(dtype)
         grads["bias"] = grad_bias.to(dtype) if needs_bias else None
         grads["norm_bias"] = (grad_bias @ weight.to(wide)).to(dtype) if needs_norm_bias else None
         if needs_tables or needs_norm_weight:
-            grad_rows = (grad_projected @ weight).to(wide)
-            grads["norm_weight"] = (grad_rows * rows).sum(0).to(dtype) if needs_norm_weight else None
+            grad_rows = (grad_projected @ weight.to(product)).to(wide)
+            grads["norm_weight"] = (grad_rows * used).sum(0).to(dtype) if needs_norm_weight else None
             grad_rows *= gamma
             if norm == "layer":
                 grad_rows -= grad_rows.mean(1, keepdim=True)
@@ -221,19 +267,7 @@ def backward(
             grad_tokens = grad_rows[P:]
 
     if needs_tables and (grad_hidden is not None or pull is not None):
-        streamed = memory.empty(batch.M, D, dtype=wide) if pull is not None else grad_hidden.contiguous()
-        for block in batch.blocks():
-            g = streamed[block.tokens]
-            if pull is not None:
-                g.copy_(batch.hidden(block, token, places, torch.empty(g.shape, dtype=dtype)))
-                if norm == "layer":
-                    g -= g.mean(1, keepdim=True)
-                g *= pull[block.tokens, None]
-                if grad_hidden is not None:
-                    g += grad_hidden[block.tokens]
-            if position is not None:
-                batch.sum_places(block, g.to(wide), grad_places)
-        by_token = batch.sum_tokens(streamed)
+        by_token = _sum_backward(batch, grad_hidden, token, places, pull, norm, grad_places)
         grad_tokens = by_token if grad_tokens is None else grad_tokens.add_(by_token)
 
     grad_token = grad_position = None
@@ -245,3 +279,38 @@ def backward(
     if needs_position:
         grad_position = torch.zeros(position.shape, dtype=wide).index_add_(0, batch.place_rows, grad_places).to(dtype)
     return grad_token, grads["weight"], grads["bias"], grad_position, grads["norm_weight"], grads["norm_bias"]
+
+
+def _project_backward(batch, grad, table, rstd, pull, grad_table, grad_bias):
+    """For query, key or value: fills grad_table (P + U, n), the gradient of its projected rows, adds to grad_bias (n,), and to
+    pull (M,), where that is not None, grad · qkv before rstd."""
+    P, wide, normed = batch.P, grad_bias.dtype, rstd.numel() > 0
+    grad_places = torch.zeros(P, grad.shape[1], dtype=wide)
+    for block in batch.blocks():
+        g = grad[block.tokens].to(wide)
+        grad_bias += g.sum(0)
+        if pull is not None:
+            x = batch.sum(block, table[P:], batch.index, table[:P] if P else None, torch.empty(g.shape, dtype=wide))
+            pull[block.tokens] += torch.linalg.vecdot(g, x)
+        if P:
+            batch.sum_places(block, g * rstd[block.tokens, None] if normed else g, grad_places)
+    grad_table[:P] = grad_places
+    grad_table[P:] = batch.sum_tokens(grad, rstd if normed else None)
+
+
+def _sum_backward(batch, grad_hidden, token, places, pull, norm, grad_places):
+    """Gradient of the distinct tokens (U, D) through hidden and rstd; adds that of the positions to grad_places (P, D)."""
+    wide = grad_places.dtype
+    streamed = memory.empty(batch.M, token.shape[1], dtype=wide) if pull is not None else grad_hidden.contiguous()
+    for block in batch.blocks():
+        g = streamed[block.tokens]
+        if pull is not None:
+            g.copy_(batch.sum(block, token, batch.ids, places, torch.empty(g.shape, dtype=token.dtype)))
+            if norm == "layer":
+                g -= g.mean(1, keepdim=True)
+            g *= pull[block.tokens, None]
+            if grad_hidden is not None:
+                g += grad_hidden[block.tokens]
+        if batch.P:
+            batch.sum_places(block, g.to(wide), grad_places)
+    return batch.sum_tokens(streamed)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from . import ops, planner, reference
+from .distinct import DistinctIds
 from .reference import HiddenQKV
 
 NORMS = ("layer", "rms", None)
@@ -66,6 +67,30 @@ def _check_range(name: str, ids: Tensor | None, table: str, size: int):
         raise IndexError(f"{name}: expected values in [0, {size}), the rows of {table}; got {ids[place].item()} at {place}")
 
 
+def _check_distinct(distinct: DistinctIds | None, ids: Tensor, token: Tensor):
+    """What a loader counted belongs to these ids: shapes always, values where looking costs no synchronisation."""
+    if distinct is None:
+        return
+    if not isinstance(distinct, DistinctIds):
+        raise TypeError(f"distinct: expected a DistinctIds, got {type(distinct).__name__}")
+    for name, tensor, shape in (("distinct.ids", distinct.ids, (None,)), ("distinct.inverse", distinct.inverse, ids.shape)):
+        _check_ids(name, tensor)
+        _check_shape(name, tensor, tuple(shape), "sorted ids, and the place of each of the batch's ids among them")
+        if tensor.device != ids.device:
+            raise ValueError(f"{name}: expected device {ids.device}, that of ids; got {tensor.device}")
+    if not planner.looks(ids):
+        return
+    if distinct.ids.numel() > 1 and not (distinct.ids[1:] > distinct.ids[:-1]).all():
+        raise ValueError("distinct.ids: expected each id once, in ascending order, as torch.unique gives them")
+    _check_range("distinct.inverse", distinct.inverse, "distinct.ids", distinct.ids.numel())
+    same = distinct.ids.index_select(0, distinct.inverse.reshape(-1)) == ids.reshape(-1)
+    if not same.all():
+        first = int(same.logical_not().nonzero()[0])
+        place = tuple(int(i) for i in torch.unravel_index(torch.tensor(first), ids.shape))
+        found = distinct.ids[distinct.inverse.reshape(-1)[first]].item()
+        raise ValueError(f"distinct: expected the ids of this batch, {ids[place].item()} at {place}; got {found}")
+
+
 def _padding_row(padding_idx: int | None, rows: int) -> int | None:
     if padding_idx is None:
         return None
@@ -74,24 +99,31 @@ def _padding_row(padding_idx: int | None, rows: int) -> int | None:
     return padding_idx % rows
 
 
-def _run(kernel, eager, token, ids, position, position_ids):
-    """The call by kernel or by eager. Ids are looked at where that costs no synchronisation: on the CPU."""
-    looks = token.device.type == "cpu" and not torch.compiler.is_compiling()
+def check_ids(ids: Tensor, token: Tensor, position: Tensor | None, position_ids: Tensor | None):
+    """A front end's ids: types, devices and shapes, and values where looking costs no synchronisation."""
+    _check_ids("ids", ids)
+    if position_ids is not None:
+        _check_ids("position_ids", position_ids)
+    _check_alike(token, ids, position_ids=position_ids)
+    _check_positions(ids, position, position_ids)
+    _check_ranges(ids, token, position, position_ids)
 
-    def check():
+
+def _check_ranges(ids, token, position, position_ids):
+    if planner.looks(ids):
         _check_range("ids", ids, "token", token.shape[0])
-        if position is not None:
-            _check_range("position_ids", position_ids, "position", position.shape[0])
+        _check_range("position_ids", position_ids, "position", 0 if position is None else position.shape[0])
 
+
+def _run(kernel, eager, token, ids, position, position_ids):
+    """The call by kernel or by eager. Kernels do not look at ids: here that is done where it costs no synchronisation."""
     if planner.uses_triton(token):
-        if looks:
-            check()
+        _check_ranges(ids, token, position, position_ids)
         return kernel()
     try:
         return eager()
-    except IndexError:
-        if looks:  # PyTorch looks at every id anyway: only its message lacks what is wrong where
-            check()
+    except IndexError:  # PyTorch looks at every id on the CPU anyway: only its message lacks what is wrong where
+        _check_ranges(ids, token, position, position_ids)
         raise
 
 
@@ -147,6 +179,7 @@ def embed_qkv(
     norm_bias: Tensor | None = None,
     eps: float = 1e-5,
     padding_idx: int | None = None,
+    distinct: DistinctIds | None = None,
 ) -> HiddenQKV:
     """The front end of a transformer: gather, positional add, norm and QKV projection.
 
@@ -154,7 +187,9 @@ def embed_qkv(
     N = (num_heads + 2·num_kv_heads)·head_dim; position (L, D) with position_ids as in embed; norm "layer" (LayerNorm, Ba
     et al. 2016), "rms" (RMSNorm, Zhang and Sennrich 2019) or None, with norm_weight (D,) and norm_bias (D,).
     Returns hidden (..., T, D), the residual stream, rounded to the table's dtype; query (..., T, num_heads, head_dim); key
-    and value (..., T, num_kv_heads, head_dim). The last three are views of one buffer. fp32 statistics and accumulation.
+    and value (..., T, num_kv_heads, head_dim). fp32 statistics and accumulation. distinct: the batch's distinct ids, where a
+    data loader found them; the plan of that name then need not. ValueError: they are not those of ids (values are compared on
+    the CPU, on a GPU within pyembed.debug()).
     Differentiable once in every floating argument. All tensors share one dtype (float32, float16, bfloat16; float64 on the
     CPU) and one device. fp32 products on a GPU use tf32 where torch.backends.cuda.matmul says so.
     Errors as in embedding.
@@ -193,24 +228,28 @@ def embed_qkv(
             f"weight: expected a multiple of num_heads + 2·num_kv_heads = {num_heads + 2 * num_kv_heads} rows, got {N}"
         )
     padding_idx = _padding_row(padding_idx, token.shape[0])
+    _check_distinct(distinct, ids, token)
 
     row = -1 if padding_idx is None else padding_idx
-    arguments = (ids, token, weight, bias, position, position_ids, norm_weight, norm_bias, norm or "none", eps, row)
+    arguments = (ids, token, weight, bias, position, position_ids, norm_weight, norm_bias)
+    options = (num_heads, num_kv_heads, norm or "none", eps, row)
 
     def kernel():
-        hidden, qkv, _, _ = ops.embed_qkv(*arguments)
-        return reference.split_heads(hidden, qkv, num_heads, num_kv_heads)
+        return HiddenQKV(*ops.embed_qkv(*arguments, *options)[:4])
 
-    def distinct():
-        hidden, qkv, _, _ = ops.distinct_qkv(*arguments)
-        return reference.split_heads(hidden, qkv, num_heads, num_kv_heads)
+    def once_each():
+        known = (None, None) if distinct is None else (distinct.ids, distinct.inverse.reshape(-1))
+        *outputs, count = ops.distinct_qkv(*arguments, *options, *known, planner.uses_triton(token))
+        planner.saw(token, count, ids.numel())
+        return HiddenQKV(*outputs[:4])
 
     def eager():
         options = {"norm": norm, "norm_weight": norm_weight, "norm_bias": norm_bias, "eps": eps, "padding_idx": padding_idx}
         heads = {"num_heads": num_heads, "num_kv_heads": num_kv_heads}
         return reference.embed_qkv(ids, token, weight, bias, position=position, position_ids=position_ids, **heads, **options)
 
-    trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments[1:8])
-    if planner.choose(ids, token, weight, position, position_ids, trains).name == "distinct":
-        eager = distinct
+    trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments[1:])
+    known = None if distinct is None else distinct.ids.numel()
+    if planner.choose(ids, token, weight, position, position_ids, trains, known).name == "distinct":
+        kernel = eager = once_each
     return _run(kernel, eager, token, ids, position, position_ids)

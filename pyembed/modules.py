@@ -1,13 +1,18 @@
 """The modules: PyTorch's own submodules, so that weights, names and initial values stay what they are, run in one pass."""
 
 import contextlib
+import logging
+import warnings
 
 import torch
 from torch import Tensor, nn
 
 from . import functional as F
-from . import planner, positions
+from . import planner, positions, table
+from .distinct import DistinctIds
 from .reference import HiddenQKV, embed_qkv, normalise, split_heads
+
+logger = logging.getLogger(__name__)
 
 
 class Embedding(nn.Embedding):
@@ -67,6 +72,8 @@ class EmbeddingQKV(nn.Module):
     num_heads where None. With dropout > 0 in training the call runs by PyTorch's operators, since the kernel has no
     dropout between its sum and its norm. ValueError: a head count or width that does not divide.
     """
+
+    _table, _table_dtype, _keeps_table, _table_failed = None, None, False, False
 
     def __init__(
         self,
@@ -151,29 +158,163 @@ class EmbeddingQKV(nn.Module):
                 raise ValueError(f"qkv: expected outputs of query, key and value in the ratio {heads}, got {rows}")
         return self.train(token.training)
 
-    def forward(self, ids: Tensor, position_ids: Tensor | None = None) -> HiddenQKV:
+    def forward(self, ids: Tensor, position_ids: Tensor | None = None, distinct: DistinctIds | None = None) -> HiddenQKV:
         """ids (..., T), position_ids (T,), (1, T) or like ids, None: 0 … T−1 -> HiddenQKV(hidden (..., T, D), query
-        (..., T, num_heads, head_dim), key and value (..., T, num_kv_heads, head_dim))."""
-        modules = self._modules  # a module's attributes are slow, and a decode step asks for them all
-        token, padding_idx = modules["token"].weight, modules["token"].padding_idx
-        position = None if modules["position"] is None else modules["position"].weight
+        (..., T, num_heads, head_dim), key and value (..., T, num_kv_heads, head_dim)). distinct: as a data loader gives it."""
+        if self._keeps_table or planner.forces("table"):
+            found = self._look_up(ids, position_ids)
+            if found is not None:
+                return found
+            if planner.forces("table"):  # there was no memory for it
+                with planner.plan("auto"):
+                    return self.forward(ids, position_ids, distinct)
+        module = self._modules["token"]  # a module's attributes are slow, and a decode step asks for them all
+        token, padding_idx = module.weight, module.padding_idx
+        position = self._position()
         weight, bias = self._projection()
-        norm = _norm_arguments(modules["norm"])
+        norm = self._norm()
         heads = {"num_heads": self.num_heads, "num_kv_heads": self.num_kv_heads}
-        drops = self.training and modules["dropout"].p > 0
-        if position_ids is None and not drops and planner.is_trivial(ids, weight):
-            with contextlib.suppress(
-                IndexError, RuntimeError, TypeError
-            ):  # PyTorch checks too; the call below says what is wrong
-                return embed_qkv(ids, token, weight, bias, position=position, padding_idx=padding_idx, **heads, **norm)
-        if drops:
+        if self._drops():
             hidden = self.dropout(F.embed(ids, token, position, position_ids, padding_idx=padding_idx))
             normed = normalise(hidden, norm["norm"], norm["norm_weight"], norm["norm_bias"], norm["eps"])
             qkv = nn.functional.linear(normed, weight, bias)
             return split_heads(hidden, qkv, self.num_heads, self.num_kv_heads)
+        if position_ids is None and distinct is None and planner.is_trivial(ids, token, weight):
+            with contextlib.suppress(
+                IndexError, RuntimeError, TypeError
+            ):  # PyTorch checks too; the call below says what is wrong
+                return embed_qkv(ids, token, weight, bias, position=position, padding_idx=padding_idx, **heads, **norm)
         return F.embed_qkv(
-            ids, token, weight, bias, position=position, position_ids=position_ids, padding_idx=padding_idx, **heads, **norm
-        )
+            ids, token, weight, bias, position=position, position_ids=position_ids, padding_idx=padding_idx, distinct=distinct,
+            **heads, **norm,
+        )  # fmt: skip
+
+    def explain(self, ids: Tensor, position_ids: Tensor | None = None, distinct: DistinctIds | None = None) -> planner.Plan:
+        """Which plan a call with these arguments would run now, why, and the seconds predicted for each that could run it.
+
+        Nothing runs and no table is built; its str() is a line to read. On a GPU it waits for the ids to be counted.
+        """
+        token, position, weight = self._modules["token"].weight, self._position(), self._projection()[0]
+        self._check(ids, position_ids)
+        if self._drops():
+            return planner.Plan("one_pass", "dropout between sum and norm runs by PyTorch's operators", {})
+        trains = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
+        known = ids.unique().numel() if distinct is None else distinct.ids.numel()
+        looks_up = (self._keeps_table or planner.forces("table")) and self._refuses_table() is None
+        weighed = planner.weigh(ids, token, weight, position, position_ids, trains, known, looks_up)
+        if looks_up and not planner.forces("one_pass", "distinct"):
+            size = table.nbytes(token, weight, position, self._table_dtype) / 2**20
+            there = self._table is not None and self._table.is_current(ids, position_ids)
+            return weighed._replace(
+                name="table", reason=f"a table of {size:,.0f} MiB {'is there' if there else 'would be built first'}"
+            )
+        return planner.choose(ids, token, weight, position, position_ids, trains, known)._replace(seconds=weighed.seconds)
+
+    def table_nbytes(self, dtype: torch.dtype | None = None) -> int:
+        """Bytes that build_table(dtype) takes: (V + L)·N elements."""
+        return table.nbytes(self._modules["token"].weight, self._projection()[0], self._position(), dtype)
+
+    @torch.no_grad()
+    def build_table(self, dtype: torch.dtype | None = None) -> float:
+        """Projects every token and position now, so that calls without gradients only gather, under "auto" and "table".
+
+        The first call after a weight changed (in place, replaced, loaded, moved) makes it anew, until drop_table(). Changes
+        through `.data` or NumPy, which PyTorch does not count, are looked for in samples on a CPU and not seen on a GPU.
+        dtype: of the entries, torch.float16 or torch.bfloat16 to halve an fp32 model's table; hidden stays exact.
+        Returns the largest error of an entry that this made, relative to the largest entry (0.0: none).
+        torch.OutOfMemoryError: it would not fit, before anything is allocated. RuntimeError: weights that are computed
+        (parametrizations) or of inference mode. TypeError: another dtype. ValueError: entries beyond the dtype's range.
+        """
+        token = self._modules["token"].weight
+        if dtype not in (None, token.dtype, torch.float16, torch.bfloat16) or dtype and dtype.itemsize > token.element_size():
+            raise TypeError(f"dtype: expected torch.float16, torch.bfloat16 or None for {token.dtype}, got {dtype}")
+        self._table, self._table_dtype, self._keeps_table, self._table_failed = None, dtype, False, False
+        logger.info("building a table of %s bytes on %s", f"{self.table_nbytes(dtype):,}", token.device)
+        weight, bias = self._projection()
+        self._table = table.Table(self._links(), token, weight, bias, self._position(), **self._norm(), dtype=dtype)
+        self._keeps_table = True
+        return self._table.error
+
+    def drop_table(self):
+        """Gives the table's memory back, and makes it no more."""
+        self._table, self._keeps_table, self._table_failed = None, False, False
+
+    def _look_up(self, ids, position_ids):
+        """The call by the table, made or made anew if need be; None: another plan must run it."""
+        forced = planner.forces("table")
+        refused = self._refuses_table()
+        if refused and forced:
+            raise RuntimeError(f"plan: 'table' cannot run here: {refused}")
+        if refused or planner.forces("one_pass", "distinct") or self._table_failed:
+            return None
+        if position_ids is not None:
+            self._check(ids, position_ids)
+        try:
+            if self._table is None or not self._table.is_current(ids, position_ids):
+                self.build_table(self._table_dtype)
+            return self._table.look_up(ids, position_ids, self.num_heads, self.num_kv_heads)
+        except table.DoesNotFit:
+            if forced:
+                raise
+            return self._fail("does not fit any more")
+        except torch.OutOfMemoryError:
+            return self._fail("ran out of memory")
+        except (AttributeError, IndexError, RuntimeError, TypeError):
+            self._check(ids, position_ids)  # says what is wrong, if it is an argument
+            raise
+
+    def _check(self, ids, position_ids):
+        F.check_ids(ids, self._modules["token"].weight, self._position(), position_ids)
+
+    def _fail(self, what):
+        self._keeps_table = self._table_failed = True
+        warnings.warn(
+            f"pyembed: a table of {self.table_nbytes(self._table_dtype):,} bytes {what}: other plans serve until the next "
+            "build_table()", stacklevel=4,
+        )  # fmt: skip
+
+    def _refuses_table(self):
+        """Why no table can serve a call now; None: one can."""
+        if torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
+            return "gradients are wanted and a table has none; call it within torch.no_grad()"
+        if self._drops():
+            return "dropout comes between sum and norm; call eval()"
+        if not planner.is_plain_eager():
+            return "a compiler, autocast, torch.func or forward-mode AD is at work"
+        return None
+
+    def _links(self):
+        """(dict, key, value) of all that a table depends on. RuntimeError: a weight that is computed at every access."""
+        names, qkv = ("token", "position", "norm", "qkv"), self._modules["qkv"]
+        links = [(self._modules, name, self._modules[name]) for name in names]
+        if isinstance(qkv, nn.ModuleList):
+            links += [(qkv._modules, name, module) for name, module in qkv._modules.items()]
+        for module in [module for _, _, module in links if module is not None]:
+            for name in ("weight", "bias", "eps", "variance_epsilon"):
+                homes = (module._parameters, module._buffers, module.__dict__)
+                home = next((home for home in homes if name in home), None)
+                if home is module.__dict__ and "eps" not in name or home is None and hasattr(type(module), name):
+                    raise RuntimeError(f"table: expected plain parameters, got a computed {name} of {type(module).__name__}")
+                if home is not None:
+                    links.append((home, name, home[name]))
+        return links
+
+    def _apply(self, fn, recurse=True):
+        self._table = None  # its memory need not wait for the next call
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self):
+        return {**self.__dict__, "_table": None}  # a copy makes its own
+
+    def _position(self):
+        module = self._modules["position"]
+        return None if module is None else module.weight
+
+    def _norm(self):
+        return _norm_arguments(self._modules["norm"])
+
+    def _drops(self):
+        return self.training and self._modules["dropout"].p > 0
 
     def _projection(self):
         """Weight (N, D) and bias (N,) or None of qkv, whatever holds them."""

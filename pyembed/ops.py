@@ -74,6 +74,12 @@ def _embed_backward(ctx, grad):
 embed.register_autograd(_embed_backward, setup_context=_embed_setup)
 
 
+def _projected_shapes(ids, weight, num_heads, num_kv_heads):
+    """Shapes of query, key and value."""
+    head_dim = weight.shape[0] // (num_heads + 2 * num_kv_heads)
+    return [(*ids.shape, heads, head_dim) for heads in (num_heads, num_kv_heads, num_kv_heads)]
+
+
 @torch.library.custom_op("pyembed::embed_qkv", mutates_args=())
 def embed_qkv(
     ids: Tensor,
@@ -84,22 +90,27 @@ def embed_qkv(
     position_ids: Tensor | None,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
+    num_heads: int,
+    num_kv_heads: int,
     norm: str,
     eps: float,
     padding_idx: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> hidden (..., D), qkv (..., N), mean (M,) or (0,), rstd (M,) or (0,)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """-> hidden (..., D), query (..., H, d_h), key and value (..., H_kv, d_h), mean (M,) or (0,), rstd (M,) or (0,)."""
     module, running = _kernels("embed_qkv", token)
+    heads = (num_heads, num_kv_heads, num_kv_heads)
     with running:
-        return module.embed_qkv(ids, token, weight, bias, position, position_ids, norm, norm_weight, norm_bias, eps)
+        return module.embed_qkv(ids, token, weight, bias, position, position_ids, norm, norm_weight, norm_bias, eps, heads)
 
 
 @embed_qkv.register_fake
-def _(ids, token, weight, bias, position, position_ids, norm_weight, norm_bias, norm, eps, padding_idx):
+def _(
+    ids, token, weight, bias, position, position_ids, norm_weight, norm_bias, num_heads, num_kv_heads, norm, eps, padding_idx
+):
     statistics = _statistics(token)
     return (
         token.new_empty(*ids.shape, token.shape[1]),
-        token.new_empty(*ids.shape, weight.shape[0]),
+        *(token.new_empty(shape) for shape in _projected_shapes(ids, weight, num_heads, num_kv_heads)),
         token.new_empty(ids.numel() if norm == "layer" else 0, dtype=statistics),
         token.new_empty(ids.numel() if norm != "none" else 0, dtype=statistics),
     )
@@ -108,7 +119,9 @@ def _(ids, token, weight, bias, position, position_ids, norm_weight, norm_bias, 
 @torch.library.custom_op("pyembed::embed_qkv_backward", mutates_args=())
 def embed_qkv_backward(
     grad_hidden: Tensor | None,
-    grad_qkv: Tensor | None,
+    grad_query: Tensor | None,
+    grad_key: Tensor | None,
+    grad_value: Tensor | None,
     ids: Tensor,
     token: Tensor,
     weight: Tensor,
@@ -118,32 +131,45 @@ def embed_qkv_backward(
     norm_bias: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
     padding_idx: int,
     needs: list[bool],
 ) -> list[Tensor]:
     """Gradients of (token, weight, bias, position, norm_weight, norm_bias), empty where `needs` says no."""
     module, running = _kernels("embed_grad", token)
-    M = ids.numel()
+    grad_hidden, *grads = _rows(ids, grad_hidden, grad_query, grad_key, grad_value)
+    heads = (num_heads, num_kv_heads, num_kv_heads)
     with running:
-        grads = module.embed_qkv_backward(
-            None if grad_hidden is None else grad_hidden.reshape(M, token.shape[1]),
-            None if grad_qkv is None else grad_qkv.reshape(M, weight.shape[0]),
-            ids, token, weight, position, position_ids, norm_weight, norm_bias, mean, rstd, padding_idx, needs,
+        found = module.embed_qkv_backward(
+            grad_hidden, grads, ids, token, weight, position, position_ids, norm_weight, norm_bias, mean, rstd, heads,
+            padding_idx, needs,
         )  # fmt: skip
-    return _packed(grads, needs, _grad_shapes(token, weight, position, norm_weight, norm_bias), token)
+    return _packed(found, needs, _grad_shapes(token, weight, position, norm_weight, norm_bias), token)
 
 
 @embed_qkv_backward.register_fake
 def _(
-    grad_hidden, grad_qkv, ids, token, weight, position, position_ids, norm_weight, norm_bias, mean, rstd, padding_idx, needs
-):
-    shapes = _grad_shapes(token, weight, position, norm_weight, norm_bias)
-    return [token.new_empty(shape if need else (0,)) for need, shape in zip(needs, shapes, strict=True)]
+    grad_hidden, grad_query, grad_key, grad_value, ids, token, weight, position, position_ids, norm_weight, norm_bias, mean,
+    rstd, num_heads, num_kv_heads, padding_idx, needs,
+):  # fmt: skip
+    return _fake_grads(token, weight, position, norm_weight, norm_bias, needs)
+
+
+def _rows(ids, *grads):
+    """Gradients as matrices, a row per token; None stays None."""
+    M = ids.numel()
+    return [None if g is None else g.reshape(M, -1 if M else g.shape[ids.dim() :].numel()) for g in grads]
 
 
 def _grad_shapes(token, weight, position, norm_weight, norm_bias):
     optional = [() if t is None else t.shape for t in (position, norm_weight, norm_bias)]
     return [token.shape, weight.shape, (weight.shape[0],), *optional]
+
+
+def _fake_grads(token, weight, position, norm_weight, norm_bias, needs):
+    shapes = _grad_shapes(token, weight, position, norm_weight, norm_bias)
+    return [token.new_empty(shape if need else (0,)) for need, shape in zip(needs, shapes, strict=True)]
 
 
 def _packed(grads, needs, shapes, token):
@@ -154,41 +180,49 @@ def _packed(grads, needs, shapes, token):
     ]
 
 
-def _needs(ctx, grad_qkv):
+def _needs(ctx, grads_qkv):
     """Which of token, weight, bias, position, norm_weight, norm_bias want a gradient; hidden's reaches the tables alone."""
-    _, *needed = ctx.needs_input_grad
-    token, weight, bias, position, _, norm_weight, norm_bias = needed[:7]
-    reached = grad_qkv is not None
+    _, token, weight, bias, position, _, norm_weight, norm_bias, *_ = ctx.needs_input_grad
+    reached = any(grad is not None for grad in grads_qkv)
     return [token, weight and reached, bias and reached, position, norm_weight and reached, norm_bias and reached]
 
 
-def _unpacked(grads, needs):
+def _unpacked(ctx, grads, needs):
     """The gradients in the order of the operators' inputs."""
     token, weight, bias, position, norm_weight, norm_bias = (
         grad if need else None for grad, need in zip(grads, needs, strict=True)
     )
-    return None, token, weight, bias, position, None, norm_weight, norm_bias, None, None, None
+    first = (None, token, weight, bias, position, None, norm_weight, norm_bias)
+    return *first, *(None,) * (len(ctx.needs_input_grad) - len(first))
 
 
 def _embed_qkv_setup(ctx, inputs, output):
-    ids, token, weight, _, position, position_ids, norm_weight, norm_bias, _, _, ctx.padding_idx = inputs
+    ids, token, weight, _, position, position_ids, norm_weight, norm_bias, *ctx.heads, _, _, ctx.padding_idx = inputs
     *_, mean, rstd = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(mean, rstd)
     ctx.save_for_backward(ids, token, weight, position, position_ids, norm_weight, norm_bias, mean, rstd)
 
 
-def _embed_qkv_backward(ctx, grad_hidden, grad_qkv, _mean, _rstd):
-    if grad_hidden is None and grad_qkv is None:
-        return (None,) * 11
-    needs = _needs(ctx, grad_qkv)
-    return _unpacked(embed_qkv_backward(grad_hidden, grad_qkv, *ctx.saved_tensors, ctx.padding_idx, needs), needs)
+def _embed_qkv_backward(ctx, grad_hidden, *grads):
+    needs = _needs(ctx, grads[:3])
+    if grad_hidden is None and all(grad is None for grad in grads[:3]):
+        return _unpacked(ctx, [None] * 6, needs)
+    found = embed_qkv_backward(grad_hidden, *grads[:3], *ctx.saved_tensors, *ctx.heads, ctx.padding_idx, needs)
+    return _unpacked(ctx, found, needs)
 
 
 embed_qkv.register_autograd(_embed_qkv_backward, setup_context=_embed_qkv_setup)
 
 
-@torch.library.custom_op("pyembed::distinct_qkv", mutates_args=(), device_types="cpu")
+def count_distinct(ids: Tensor, size: int) -> Tensor:
+    """How many distinct rows of a table of `size` rows the ids on a GPU name: (1,) there."""
+    module, running = _kernels("distinct", ids)
+    with running:
+        return module.find(ids, size)[1]
+
+
+@torch.library.custom_op("pyembed::distinct_qkv", mutates_args=())
 def distinct_qkv(
     ids: Tensor,
     token: Tensor,
@@ -198,30 +232,60 @@ def distinct_qkv(
     position_ids: Tensor | None,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
+    num_heads: int,
+    num_kv_heads: int,
     norm: str,
     eps: float,
     padding_idx: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> hidden (..., D), qkv (..., N), rstd (M,) or (0,), projected (P + U, N) of distinct positions and tokens."""
-    return distinct.forward(ids, token, weight, bias, position, position_ids, norm_weight, norm_bias, norm, eps)
+    rows: Tensor | None,
+    index: Tensor | None,
+    kernels: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """-> hidden, query, key, value, mean and rstd as embed_qkv; projected (·, N), of distinct positions and then of tokens;
+    rows of the token table and each token's index (M,) among them, empty where they were given; count (1,) of the rows in use,
+    where that is known to the device alone. kernels: by Triton, else by PyTorch's operators (which need no mean)."""
+    heads = (num_heads, num_kv_heads, num_kv_heads)
+    arguments = (ids, token, weight, bias, position, position_ids, norm_weight, norm_bias, heads, norm, eps, rows, index)
+    if kernels:
+        module, running = _kernels("distinct", token)
+        with running:
+            *results, found_rows, found_index, count = module.forward(*arguments)
+    else:
+        hidden, qkv, rstd, projected, found_rows, found_index = distinct.forward(*arguments)
+        results = hidden, *qkv, rstd.new_empty(0), rstd, projected
+        count = ids.new_empty(0, dtype=torch.int32)
+    found = (found_rows, found_index) if rows is None else (ids.new_empty(0), ids.new_empty(0))
+    return *results, *found, count
 
 
 @distinct_qkv.register_fake
-def _(ids, token, weight, bias, position, position_ids, norm_weight, norm_bias, norm, eps, padding_idx):
-    M, N = ids.numel(), weight.shape[0]
-    rows = torch.library.get_ctx().new_dynamic_size()
+def _(
+    ids, token, weight, bias, position, position_ids, norm_weight, norm_bias, num_heads, num_kv_heads, norm, eps, padding_idx,
+    rows, index, kernels,
+):  # fmt: skip
+    M, N, dtype, wide = ids.numel(), weight.shape[0], torch.int32 if kernels else torch.int64, _statistics(token)
+    size = torch.library.get_ctx().new_dynamic_size
+    found = ids.new_empty(0), ids.new_empty(0)
+    if rows is None:
+        used = torch.sym_min(M, token.shape[0]) if kernels else size()
+        found = ids.new_empty(used, dtype=dtype if kernels else ids.dtype), ids.new_empty(M, dtype=dtype)
     return (
         token.new_empty(*ids.shape, token.shape[1]),
-        token.new_empty(*ids.shape, N),
-        token.new_empty(M if norm != "none" else 0, dtype=_statistics(token)),
-        token.new_empty(rows, N),
+        *(token.new_empty(shape) for shape in _projected_shapes(ids, weight, num_heads, num_kv_heads)),
+        token.new_empty(M if norm == "layer" and kernels else 0, dtype=wide),
+        token.new_empty(M if norm != "none" else 0, dtype=wide),
+        token.new_empty(size(), N, dtype=wide if token.dtype == torch.float16 else None),
+        *found,
+        ids.new_empty(1 if kernels else 0, dtype=torch.int32),
     )
 
 
-@torch.library.custom_op("pyembed::distinct_qkv_backward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("pyembed::distinct_qkv_backward", mutates_args=())
 def distinct_qkv_backward(
     grad_hidden: Tensor | None,
-    grad_qkv: Tensor | None,
+    grad_query: Tensor | None,
+    grad_key: Tensor | None,
+    grad_value: Tensor | None,
     ids: Tensor,
     token: Tensor,
     weight: Tensor,
@@ -229,57 +293,57 @@ def distinct_qkv_backward(
     position_ids: Tensor | None,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
+    mean: Tensor,
     rstd: Tensor,
     projected: Tensor,
+    rows: Tensor,
+    index: Tensor,
+    count: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
     norm: str,
     padding_idx: int,
+    kernels: bool,
     needs: list[bool],
 ) -> list[Tensor]:
     """Gradients of (token, weight, bias, position, norm_weight, norm_bias), empty where `needs` says no."""
-    M = ids.numel()
-    grads = distinct.backward(
-        None if grad_hidden is None else grad_hidden.reshape(M, token.shape[1]),
-        None if grad_qkv is None else grad_qkv.reshape(M, weight.shape[0]),
-        ids, token, weight, position, position_ids, norm_weight, norm_bias, rstd, projected, norm, padding_idx, needs,
-    )  # fmt: skip
-    return _packed(grads, needs, _grad_shapes(token, weight, position, norm_weight, norm_bias), token)
+    grad_hidden, *grads = _rows(ids, grad_hidden, grad_query, grad_key, grad_value)
+    tensors = (ids, token, weight, position, position_ids, norm_weight, norm_bias)
+    options = ((num_heads, num_kv_heads, num_kv_heads), norm, padding_idx, needs)
+    if kernels:
+        module, running = _kernels("distinct_grad", token)
+        with running:
+            found = module.backward(grad_hidden, grads, *tensors, mean, rstd, projected, rows, index, count, *options)
+    else:
+        found = distinct.backward(grad_hidden, grads, *tensors, rstd, projected, rows, index, *options)
+    return _packed(found, needs, _grad_shapes(token, weight, position, norm_weight, norm_bias), token)
 
 
 @distinct_qkv_backward.register_fake
 def _(
-    grad_hidden,
-    grad_qkv,
-    ids,
-    token,
-    weight,
-    position,
-    position_ids,
-    norm_weight,
-    norm_bias,
-    rstd,
-    projected,
-    norm,
-    padding_idx,
-    needs,
-):
-    shapes = _grad_shapes(token, weight, position, norm_weight, norm_bias)
-    return [token.new_empty(shape if need else (0,)) for need, shape in zip(needs, shapes, strict=True)]
+    grad_hidden, grad_query, grad_key, grad_value, ids, token, weight, position, position_ids, norm_weight, norm_bias, mean,
+    rstd, projected, rows, index, count, num_heads, num_kv_heads, norm, padding_idx, kernels, needs,
+):  # fmt: skip
+    return _fake_grads(token, weight, position, norm_weight, norm_bias, needs)
 
 
 def _distinct_setup(ctx, inputs, output):
-    ids, token, weight, _, position, position_ids, norm_weight, norm_bias, ctx.norm, _, ctx.padding_idx = inputs
-    *_, rstd, projected = output
+    ids, token, weight, _, position, position_ids, norm_weight, norm_bias, *ctx.heads = inputs[:10]
+    ctx.norm, _, ctx.padding_idx, *given, ctx.kernels = inputs[10:]
+    *_, mean, rstd, projected, rows, index, count = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(rstd, projected)
-    ctx.save_for_backward(ids, token, weight, position, position_ids, norm_weight, norm_bias, rstd, projected)
+    ctx.mark_non_differentiable(mean, rstd, projected, rows, index, count)
+    found = (rows, index) if given[0] is None else given
+    tensors = (ids, token, weight, position, position_ids, norm_weight, norm_bias, mean, rstd, projected, *found, count)
+    ctx.save_for_backward(*tensors)
 
 
-def _distinct_backward(ctx, grad_hidden, grad_qkv, _rstd, _projected):
-    if grad_hidden is None and grad_qkv is None:
-        return (None,) * 11
-    needs = _needs(ctx, grad_qkv)
-    grads = distinct_qkv_backward(grad_hidden, grad_qkv, *ctx.saved_tensors, ctx.norm, ctx.padding_idx, needs)
-    return _unpacked(grads, needs)
+def _distinct_backward(ctx, grad_hidden, *grads):
+    needs = _needs(ctx, grads[:3])
+    if grad_hidden is None and all(grad is None for grad in grads[:3]):
+        return _unpacked(ctx, [None] * 6, needs)
+    options = (*ctx.heads, ctx.norm, ctx.padding_idx, ctx.kernels, needs)
+    return _unpacked(ctx, distinct_qkv_backward(grad_hidden, *grads[:3], *ctx.saved_tensors, *options), needs)
 
 
 distinct_qkv.register_autograd(_distinct_backward, setup_context=_distinct_setup)

@@ -2,20 +2,23 @@
 
 one_pass  every token is projected: the fused kernel on a GPU, PyTorch's composition on a CPU
 distinct  each distinct token and position is projected once, then gathered: less matrix work, one more pass over memory
+table     every row of the vocabulary was projected before: gathers alone, for inference
 """
 
 import contextlib
-import functools
 import importlib.util
-import time
 from typing import NamedTuple
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from . import memory, ops, rates
 
 _backend = "auto"
 _plan = "auto"
+_debug = False
 BACKENDS = ("auto", "triton", "torch")
-PLANS = ("auto", "one_pass", "distinct")
+PLANS = ("auto", "one_pass", "distinct", "table")
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 _COMPILED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -39,10 +42,12 @@ def backend(name):
 
 @contextlib.contextmanager
 def plan(name):
-    """Within it, embed_qkv runs by this plan: "one_pass", "distinct", or the cheaper one by prediction ("auto").
+    """Within it, embed_qkv and EmbeddingQKV run by this plan: "one_pass", "distinct", "table", or "auto", the cheapest by
+    prediction.
 
-    All plans agree to rounding. "distinct" runs on CPU tensors; RuntimeError where it cannot. ValueError: another name.
-    The setting is the process's.
+    All plans agree to rounding. "table" is for an EmbeddingQKV without gradients, and builds its table at the first call;
+    "auto" uses a table that is there and builds none. RuntimeError, at the call: the plan cannot run it. ValueError:
+    another name. The setting is the process's.
     """
     global _plan
     if name not in PLANS:
@@ -52,6 +57,27 @@ def plan(name):
         yield
     finally:
         _plan = before
+
+
+def forces(*names):
+    """Whether the plan asked for is one of these."""
+    return _plan in names
+
+
+@contextlib.contextmanager
+def debug():
+    """Within it, calls on a GPU look at ids and at given distinct ids as calls on a CPU do, and wait for the device."""
+    global _debug
+    before, _debug = _debug, True
+    try:
+        yield
+    finally:
+        _debug = before
+
+
+def looks(tensor):
+    """Whether a check may look at the values of this tensor: where that costs no synchronisation, or one was asked for."""
+    return (tensor.device.type == "cpu" or _debug and tensor.is_cuda) and not torch.compiler.is_compiling()
 
 
 def uses_triton(token):
@@ -70,44 +96,37 @@ def uses_triton(token):
 
 
 class Plan(NamedTuple):
-    """The plan of a call, why, and the seconds predicted for each plan that was weighed."""
+    """The plan of a call, why, and the seconds predicted for each plan that could run it (empty: nothing was weighed)."""
 
     name: str
     reason: str
     seconds: dict[str, float]
 
+    def __str__(self):
+        costs = ", ".join(f"{name} {seconds * 1e3:.3g} ms" for name, seconds in self.seconds.items())
+        return f"{self.name}: {self.reason}" + (f" (predicted: {costs})" if costs else "")
+
 
 LEAST_FLOPS = 1e9  # of the product over all tokens, forward: below it no plan can save what weighing them costs
-FIXED_SECONDS = 1e-3  # of `distinct`: finding the distinct rows, its smaller operators, its operator's own cost
+LEAST_TOKENS = 1024  # of a call on a GPU, for the same reason
+LAUNCH_SECONDS = 1e-5  # of a kernel of ours on a GPU, the host's part included
+FIXED_SECONDS = 1e-3  # of `distinct` on a CPU: finding the distinct rows, its smaller operators, its operator's own cost
+LAUNCHES = {"one_pass": (2, 12), "distinct": (8, 26), "table": (1, 1)}  # of a forward, of a forward and backward
 
 
-@functools.cache
-def rates(dtype):
-    """FLOP/s of a matrix product and bytes/s of a gather on this CPU, measured once a process: the best of three."""
-    a, b, table = torch.randn(512, 768).to(dtype), torch.randn(768, 1024).to(dtype), torch.randn(4096, 1024).to(dtype)
-    rows = torch.randint(4096, (4096,))
+def is_trivial(ids, token, weight):
+    """Whether a call is too small for any plan but PyTorch's composition, so that nothing need be weighed or checked first.
 
-    def best(call):
-        seconds = []
-        for _ in range(4):
-            start = time.perf_counter()
-            call()
-            seconds.append(time.perf_counter() - start)
-        return min(seconds[1:])
-
-    out = torch.empty_like(table)
-    moved = 2 * table.numel() * table.element_size()
-    return 2 * 512 * 768 * 1024 / best(lambda: a @ b), moved / best(lambda: torch.index_select(table, 0, rows, out=out))
-
-
-def is_trivial(ids, weight):
-    """Whether a call is too small for any plan but PyTorch's composition, so that nothing need be weighed or checked first."""
+    No call is, which will make a dense gradient of a large table: to fill fresh memory with zeros costs more than all else.
+    """
     if torch.compiler.is_compiling() or ids.is_cuda or _plan != "auto" or _backend == "triton":
+        return False
+    if token.requires_grad and torch.is_grad_enabled() and token.numel() * token.element_size() >= memory.SMALL_BYTES:
         return False
     return 2.0 * ids.numel() * weight.numel() < LEAST_FLOPS
 
 
-def _is_plain_eager():
+def is_plain_eager():
     """No compiler, autocast, torch.func transform or forward-mode AD is at work: an operator of our own would miss them."""
     if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return False
@@ -115,31 +134,105 @@ def _is_plain_eager():
     return not transformed
 
 
-def choose(ids, token, weight, position, position_ids, trains):
-    """The Plan of an embed_qkv call. trains: whether a backward pass may follow. RuntimeError: a forced plan cannot run."""
+def choose(ids, token, weight, position, position_ids, trains, known=None):
+    """The Plan of an embed_qkv call. trains: whether a backward pass may follow. known: how many ids are distinct, where
+    that is given. RuntimeError: a forced plan cannot run."""
     if _plan == "one_pass":
         return Plan("one_pass", "forced", {})
-    here = not token.is_cuda and not token.is_meta and _backend != "triton" and _is_plain_eager()
+    if _plan == "table":
+        raise RuntimeError("plan: 'table' needs a module to keep it: expected an EmbeddingQKV, got a function call")
+    kernels = uses_triton(token)
+    runs = not token.is_meta and (token.is_cuda or is_plain_eager())
     if _plan == "distinct":
-        if not here:
-            raise RuntimeError(
-                f"plan: 'distinct' runs eagerly on CPU tensors by PyTorch's operators, not on {token.device} here"
-            )
+        if not runs or token.is_cuda and not kernels:
+            raise RuntimeError(f"plan: 'distinct' runs by the kernels or eagerly on CPU tensors, not on {token.device} here")
         return Plan("distinct", "forced", {})
-    if not here:
-        return Plan("one_pass", "the other plans have no kernel here", {})
-    M, (N, D) = ids.numel(), weight.shape
-    if is_trivial(ids, weight):
-        return Plan("one_pass", f"{M} tokens are too few for another plan to save time", {})
+    if token.is_cuda and ids.numel() < LEAST_TOKENS or not token.is_cuda and is_trivial(ids, token, weight):
+        return Plan("one_pass", f"{ids.numel()} tokens are too few for another plan to save time", {})
+    if not runs or kernels and not token.is_cuda or token.is_cuda and (not kernels or torch.compiler.is_compiling()):
+        return Plan("one_pass", "the other plans do not run here", {})
+    if known is None:
+        known = _seen_distinct(ids, token) if token.is_cuda else ids.unique().numel()
+    if known is None:
+        return Plan("one_pass", "how many ids are distinct is not known yet", {})
+    return weigh(ids, token, weight, position, position_ids, trains, known)
+
+
+def weigh(ids, token, weight, position, position_ids, trains, distinct, has_table=False):
+    """The cheapest plan, by the seconds that each is predicted to take.
+
+    A product counts its FLOPs at the device's rate, everything else the bytes that it moves: one_pass reads rows and writes
+    hidden, normed rows and the projection (into fresh memory, on a CPU), distinct and table gather their projections too.
+    """
+    M, (N, D), size = ids.numel(), weight.shape, token.element_size()
     T = ids.shape[-1] if ids.dim() else 1
-    places = 0 if position is None else T if position_ids is None else position_ids.unique().numel()
-    distinct = ids.unique().numel()
-    flops, bandwidth = rates(token.dtype)
-    product = (3 if trains else 1) * 2.0 * N * D / flops
-    passes = (3 if trains else 1) * token.element_size() / bandwidth
-    seconds = {
-        "one_pass": M * product + M * (2 * D + N) * passes,
-        "distinct": (distinct + places) * product + (M * (2 * D + 2 * N) + N * D) * passes + FIXED_SECONDS,
-    }
+    places = 0 if position is None else T if position_ids is None else min(position_ids.numel(), position.shape[0])
+    rate = rates.measure(token.device, token.dtype)
+    product = rates.measure(token.device, rates.product_dtype(token.device, token.dtype))
+    passes = 3 if trains else 1
+    work = passes * 2.0 * N * D
+    gather, fresh = passes * size / rate.gather, passes * size / rate.fresh
+    grad = token.numel() * size if trains and token.requires_grad else 0  # the dense gradient of the table
+    if token.is_cuda:  # the caching allocator has no fresh memory, and the fused kernel keeps its normed rows to itself
+        launches = {name: counts[trains] * LAUNCH_SECONDS for name, counts in LAUNCHES.items()}
+        seconds = {"one_pass": M * work / rate.flops + M * (2 * D + N) * gather + grad / rate.gather}
+        shared = grad / rate.gather
+    else:
+        launches = {"one_pass": 0.0, "distinct": FIXED_SECONDS, "table": 0.0}
+        seconds = {"one_pass": M * work / rate.flops + M * D * gather + M * (2 * D + N) * fresh + grad / rate.fresh}
+        shared = grad / rate.gather
+    rows = distinct + places
+    seconds["distinct"] = rows * work / product.flops + (rows * (3 * D + N) + M * (2 * D + 2 * N) + N * D) * gather + shared
+    if has_table:
+        seconds["table"] = M * (2 * D + 2 * N) * gather
+    seconds = {name: value + launches[name] for name, value in seconds.items()}
     name = min(seconds, key=seconds.get)
     return Plan(name, f"{M} tokens have {distinct} distinct ids and {places} positions", seconds)
+
+
+class _Seen:
+    """How many distinct ids a batch on a GPU had, as it becomes known: copied to the host behind the kernels, never awaited."""
+
+    def __init__(self):
+        self.tokens = self.distinct = self.pending = None
+        self.calls = 0
+
+    def look(self, count, tokens):
+        """count (1,) on the device, of a batch of that many tokens."""
+        if self.pending is not None or torch.cuda.is_current_stream_capturing():
+            return
+        host = torch.empty(1, dtype=count.dtype, pin_memory=True)
+        host.copy_(count, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        self.pending = host, event, tokens
+
+    def expect(self, tokens):
+        """Distinct ids among so many tokens, from the last batch seen: their number grows with the tokens' to the 0.64
+        (Heaps' law, fitted to WikiText-2 in GPT-2's tokens). None: nothing was seen yet."""
+        if self.pending is not None and not torch.cuda.is_current_stream_capturing() and self.pending[1].query():
+            (host, _, self.tokens), self.pending = self.pending, None
+            self.distinct = int(host)
+        if self.distinct is None:
+            return None
+        return min(tokens, round(self.distinct * (tokens / self.tokens) ** 0.64))
+
+
+_seen = WeakTensorKeyDictionary()
+LOOK_EVERY = 16  # calls by one_pass from one count of distinct ids to the next
+
+
+def _seen_distinct(ids, token):
+    """What is known of the ids that this table is called with, without waiting; now and then they are counted."""
+    seen = _seen.setdefault(token, _Seen())
+    found = seen.expect(ids.numel())
+    if seen.pending is None and seen.calls % LOOK_EVERY == 0 and not torch.cuda.is_current_stream_capturing():
+        seen.look(ops.count_distinct(ids, token.shape[0]), ids.numel())
+    seen.calls += 1
+    return found
+
+
+def saw(token, count, tokens):
+    """A call by `distinct` counted its ids: count (1,) on the device, out of so many tokens."""
+    if count.is_cuda:
+        _seen.setdefault(token, _Seen()).look(count, tokens)

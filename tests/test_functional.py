@@ -117,8 +117,8 @@ def test_outputs_are_heads_of_one_buffer():
 @pytest.mark.parametrize("run", ["torch", "triton", "distinct"])
 def test_outputs_may_be_changed_in_place(run):
     """x += attention(…) on the residual stream."""
-    token, weight = torch.randn(5, 8, requires_grad=True), torch.randn(24, 8, requires_grad=True)
-    ids, position = torch.tensor([[1, 2, 3], [4, 0, 1]]), torch.randn(4, 8, requires_grad=True)
+    token, weight, position = (torch.randn(n, 8, dtype=torch.float64, requires_grad=True) for n in (5, 24, 4))
+    ids = torch.tensor([[1, 2, 3], [4, 0, 1]])
     results = []
     for ours in (True, False):
         with (

@@ -19,19 +19,20 @@ def inputs(dtype=torch.float32, norm="layer", requires_grad=True):
 
     ids = torch.randint(7, (2, 5), device=DEVICE)
     norm_weight, norm_bias = draw(6) if norm != "none" else None, draw(6) if norm == "layer" else None
-    return (ids, draw(7, 6), draw(9, 6), draw(9), draw(5, 6), None, norm_weight, norm_bias, norm, 1e-5, 2)
+    return (ids, draw(7, 6), draw(9, 6), draw(9), draw(5, 6), None, norm_weight, norm_bias, 1, 1, norm, 1e-5, 2)
 
 
 @pytest.mark.parametrize("norm", ["layer", "rms", "none"])
 def test_opcheck_embed_qkv(norm):
     opcheck(ops.embed_qkv, inputs(norm=norm))
     args = inputs(norm=norm, requires_grad=False)
-    hidden, qkv, mean, rstd = ops.embed_qkv(*args)
+    *outputs, mean, rstd = ops.embed_qkv(*args)
+    grads = [torch.randn_like(output) for output in outputs]
     ids, token, weight, _, position, position_ids, norm_weight, norm_bias, *_ = args
     needs = [True, True, True, True, norm_weight is not None, norm_bias is not None]
     tensors = (ids, token, weight, position, position_ids, norm_weight, norm_bias, mean, rstd)
-    opcheck(ops.embed_qkv_backward, (torch.randn_like(hidden), torch.randn_like(qkv), *tensors, 2, needs))
-    opcheck(ops.embed_qkv_backward, (None, torch.randn_like(qkv), *tensors, 2, [False] * 6))
+    opcheck(ops.embed_qkv_backward, (*grads, *tensors, 1, 1, 2, needs))
+    opcheck(ops.embed_qkv_backward, (None, None, *grads[2:], *tensors, 1, 1, 2, [False] * 6))
 
 
 def test_opcheck_embed():
@@ -48,8 +49,8 @@ def test_gradcheck(norm):
     leaves = [t for t in (token, weight, bias, position, norm_weight, norm_bias) if t is not None]
 
     def function(*_):
-        hidden, qkv, _, _ = ops.embed_qkv(ids, token, weight, bias, position, None, norm_weight, norm_bias, norm, 1e-5, -1)
-        return hidden, qkv
+        arguments = (ids, token, weight, bias, position, None, norm_weight, norm_bias, 1, 1, norm, 1e-5, -1)
+        return ops.embed_qkv(*arguments)[:4]
 
     assert torch.autograd.gradcheck(function, leaves, fast_mode=True)
 
@@ -63,8 +64,8 @@ def test_gradcheck_embed():
 
 def test_second_derivatives_are_refused():
     args = inputs()
-    _, qkv, _, _ = ops.embed_qkv(*args)
-    (grad,) = torch.autograd.grad(qkv.square().sum(), args[1], create_graph=True)
+    _, query, *_ = ops.embed_qkv(*args)
+    (grad,) = torch.autograd.grad(query.square().sum(), args[1], create_graph=True)
     with pytest.raises(RuntimeError):
         grad.sum().backward()
 
@@ -154,7 +155,7 @@ def test_interpreter_leaves_the_compiler_alone(monkeypatch):
     ids, vector = torch.empty(1, 40, dtype=torch.long, device="meta"), torch.empty(64, **meta)
     (launch,) = aot.record(
         monkeypatch, tuning, tuning.H100,
-        lambda: embed_qkv.embed_qkv(ids, *arguments, None, None, "layer", vector, vector, 1e-5),
+        lambda: embed_qkv.embed_qkv(ids, *arguments, None, None, "layer", vector, vector, 1e-5, (1, 1, 1)),
     )  # fmt: skip
     monkeypatch.setattr(triton.knobs.compilation, "always_compile", True)
     assert launch.compile(90).asm["cubin"]

@@ -6,7 +6,7 @@ from conftest import CUDA
 
 import pyembed
 from pyembed import functional as F
-from pyembed import ops, planner
+from pyembed import ops, planner, rates
 
 
 def runs_triton(monkeypatch, token):
@@ -57,7 +57,7 @@ def chosen(ids, V=50257, D=768, N=2304, trains=False, position=None, dtype=torch
 @pytest.fixture
 def steady(monkeypatch):
     """The rates of some CPU: 150 GFLOP/s, 20 GB/s."""
-    monkeypatch.setattr(planner, "rates", lambda dtype: (150e9, 20e9))
+    monkeypatch.setattr(rates, "measure", lambda device, dtype: rates.Rates(150e9, 20e9, 20e9))
 
 
 def test_plan_follows_what_repeats(steady):
@@ -76,10 +76,10 @@ def test_plan_follows_what_repeats(steady):
 
 
 def test_rates_are_measured_once():
-    planner.rates.cache_clear()
-    flops, bandwidth = planner.rates(torch.float32)
-    assert 1e9 < flops < 1e14 and 1e8 < bandwidth < 1e13
-    assert planner.rates(torch.float32) == (flops, bandwidth)
+    rates.measure.cache_clear()
+    found = rates.measure(torch.device("cpu"), torch.float32)
+    assert 1e9 < found.flops < 1e14 and 1e8 < found.gather < 1e13 and 1e8 < found.fresh < 1e13
+    assert rates.measure(torch.device("cpu"), torch.float32) is found
 
 
 def test_plan_refuses():

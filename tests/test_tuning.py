@@ -23,7 +23,7 @@ def front_end(dtype, M, D, N, norm, position, bias=True, affine=True, ids=torch.
     embed_qkv.embed_qkv(
         meta(1, M, dtype=ids), meta(50257, D, dtype=dtype), weight, meta(N, dtype=dtype) if bias else None,
         meta(8192, D, dtype=dtype) if position else None, meta(1, M, dtype=ids) if position == "ids" else None, norm,
-        vector if affine and norm != "none" else None, vector if affine and norm == "layer" else None, 1e-5,
+        vector if affine and norm != "none" else None, vector if affine and norm == "layer" else None, 1e-5, (1, 1, 1),
     )  # fmt: skip
 
 

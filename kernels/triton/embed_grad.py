@@ -224,19 +224,42 @@ def norm_backward(
     return grad_sum, normed, *affine
 
 
+def packed(grads, widths):
+    """Gradients of query, key and value, [(M, n)] of any strides or None, as one matrix (M, N); None where all are."""
+    if all(grad is None for grad in grads):
+        return None
+    (like,) = [grad for grad in grads if grad is not None][:1]
+    zeros = (like.new_zeros(like.shape[0], n) if g is None else g for g, n in zip(grads, widths, strict=True))
+    return torch.cat(tuple(zeros), 1)
+
+
 def embed_qkv_backward(
-    grad_hidden, grad_qkv, ids, token, weight, position, position_ids, norm_weight, norm_bias, mean, rstd, padding_idx, needs
+    grad_hidden,
+    grads_qkv,
+    ids,
+    token,
+    weight,
+    position,
+    position_ids,
+    norm_weight,
+    norm_bias,
+    mean,
+    rstd,
+    heads,
+    padding_idx,
+    needs,
 ):
     """Gradients of (token, weight, bias, position, norm_weight, norm_bias), None where `needs` says no.
 
-    grad_hidden (M, D) and grad_qkv (M, N), either None, of any strides. mean and rstd as embed_qkv returned them.
+    grad_hidden (M, D) and grads_qkv [(M, n)] of query, key and value, any of them None, of any strides. mean and rstd as
+    embed_qkv returned them; heads: how many of query, key and value.
     """
     needs_token, needs_weight, needs_bias, needs_position, needs_norm_weight, needs_norm_bias = needs
     needs_sum = needs_token or needs_position
     grad_weight = grad_bias = grad_norm_weight = grad_norm_bias = None
     grad_sum = None if grad_hidden is None else grad_hidden.contiguous()
+    grad_qkv = packed(grads_qkv, [weight.shape[0] // sum(heads) * h for h in heads])
     if grad_qkv is not None and ids.numel():
-        grad_qkv = grad_qkv.contiguous()
         normed = None
         if rstd.numel():
             wants_grad = needs_sum or needs_norm_weight or needs_norm_bias

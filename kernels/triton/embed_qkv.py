@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from . import tuning
-from .tiles import dot, gather_statistics, load_hidden, load_places, load_rows, normalise
+from .tiles import dot, gather_statistics, load_hidden, load_places, load_rows, normalise, store_qkv
 
 
 @triton.jit
@@ -33,10 +33,10 @@ def embed_qkv_kernel(
     weight,  # descriptor of (N, D), or of (D, N) when TRANSPOSED
     bias,  # (N,) or None
     hidden,  # (M, D) out
-    qkv,  # (M, N) out
+    qkv,  # query, key, value out, (M, n) each
     mean,  # (M,) out; None: RMSNorm or no norm
     rstd,  # (M,) out; None: no norm
-    shape,  # M, T, V, L, N and how many programs share a row's N tiles
+    shape,  # M, T, V, L, widths of query and of key, and how many programs share a row's N tiles
     eps,
     D,
     TRANSPOSED: tl.constexpr,
@@ -45,7 +45,8 @@ def embed_qkv_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    M, T, V, L, N, runs = shape
+    M, T, V, L, query, key, runs = shape
+    N = query + 2 * key
     ACC: tl.constexpr = tl.float64 if token.dtype.element_ty == tl.float64 else tl.float32
     run = tl.program_id(0) % runs  # N fastest: programs that share rows run side by side
     m = (tl.program_id(0) // runs).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -74,7 +75,7 @@ def embed_qkv_kernel(
         if bias is not None:
             acc += tl.load(bias + n, mask=n < N, other=0.0).to(ACC)[None, :]
         acc = tl.where(known[:, None], acc, float("nan"))
-        tl.store(qkv + m[:, None] * N + n[None, :], acc.to(qkv.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
+        store_qkv(qkv, acc, m, n, M, query, key)
 
 
 @triton.jit
@@ -136,10 +137,10 @@ def embed_qkv_folded_kernel(
     shift,  # (N,)
     residual,  # (N,), or None: RMSNorm
     hidden,  # (M, D) out
-    qkv,  # (M, N) out
+    qkv,  # query, key, value out, (M, n) each
     mean,  # (M,) out, or None: RMSNorm
     rstd,  # (M,) out
-    shape,  # M, T, V, L, N and how many programs share a row's N tiles
+    shape,  # M, T, V, L, widths of query and of key, and how many programs share a row's N tiles
     eps,
     D,
     PRECISION: tl.constexpr,
@@ -147,7 +148,8 @@ def embed_qkv_folded_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    M, T, V, L, N, runs = shape
+    M, T, V, L, query, key, runs = shape
+    N = query + 2 * key
     ACC: tl.constexpr = tl.float64 if token.dtype.element_ty == tl.float64 else tl.float32
     run = tl.program_id(0) % runs
     m = (tl.program_id(0) // runs).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -174,7 +176,7 @@ def embed_qkv_folded_kernel(
         if mean is not None:
             acc -= mu[:, None] * tl.load(residual + n, mask=n < N, other=0.0)[None, :]
         acc = acc * scale[:, None] + tl.load(shift + n, mask=n < N, other=0.0)[None, :]
-        tl.store(qkv + m[:, None] * N + n[None, :], acc.to(qkv.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
+        store_qkv(qkv, acc, m, n, M, query, key)
 
 
 def fold(weight, bias, norm, norm_weight, norm_bias):
@@ -193,9 +195,12 @@ def fold(weight, bias, norm, norm_weight, norm_bias):
     return folded, shift, residual
 
 
-def embed_qkv(ids, token, weight, bias, position, position_ids, norm, norm_weight, norm_bias, eps, folds=None, tiles=None):
+def embed_qkv(
+    ids, token, weight, bias, position, position_ids, norm, norm_weight, norm_bias, eps, heads, folds=None, tiles=None
+):
     """ids (..., T), token (V, D), weight (N, D), bias (N,), position (L, D), position_ids (T,) or like ids, norm "layer",
-    "rms" or "none" -> hidden (..., T, D), qkv (..., T, N), mean (M,) and rstd (M,), the last two empty where the norm has none.
+    "rms" or "none", heads: how many of query, key and value -> hidden (..., T, D), query, key and value (..., T, h, d_h), mean
+    (M,) and rstd (M,), the last two empty where the norm has none.
 
     folds and tiles override what tuning.py would choose.
     """
@@ -204,19 +209,20 @@ def embed_qkv(ids, token, weight, bias, position, position_ids, norm, norm_weigh
     token, position, bias = tuning.dense(token, position, bias)
     norm_weight, norm_bias = tuning.dense(norm_weight, norm_bias)
     hidden = token.new_empty(*ids.shape, D)  # in their last shape: a view could not be changed in place by its user
-    qkv = token.new_empty(*ids.shape, N)
+    head_dim = N // sum(heads)
+    qkv = tuple(token.new_empty(*ids.shape, h, head_dim) for h in heads)
     statistics = torch.promote_types(token.dtype, torch.float32)
     mean = token.new_empty(M if norm == "layer" else 0, dtype=statistics)
     rstd = token.new_empty(M if norm != "none" else 0, dtype=statistics)
     if M == 0 or N == 0 or D == 0:
-        return hidden, qkv, mean, rstd
+        return hidden, *qkv, mean, rstd
     device = tuning.device_of(token)
     folds = norm != "none" and (tuning.folds(M, token.dtype) if folds is None else folds)
     tiles = tiles or (tuning.embed_qkv_folded if folds else tuning.embed_qkv)(M, N, D, token.dtype, device)
     runs = tuning.runs(M, N, tiles, device)
     period = T if position_ids is None else position_ids.numel()
     outputs = (hidden, qkv, mean if norm == "layer" else None, rstd if norm != "none" else None)
-    shape = (M, period, V, 0 if position is None else position.shape[0], N, runs)
+    shape = (M, period, V, 0 if position is None else position.shape[0], heads[0] * head_dim, heads[1] * head_dim, runs)
     options = {"PRECISION": tuning.precision(token.dtype), **tiles._asdict(), **tuning.registers(device)}
     grid = (triton.cdiv(M, tiles.BLOCK_M) * runs,)
     ids, position_ids = tuning.dense(ids, position_ids)
@@ -233,4 +239,4 @@ def embed_qkv(ids, token, weight, bias, position, position_ids, norm, norm_weigh
                 ids, position_ids, token, position, norm_weight, norm_bias, operand, bias, *outputs, shape, eps, D,
                 TRANSPOSED=transposed, **options,
             )  # fmt: skip
-    return hidden, qkv, mean, rstd
+    return hidden, *qkv, mean, rstd

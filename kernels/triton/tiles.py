@@ -108,3 +108,16 @@ def normalise(x, mean, rstd, norm_weight, norm_bias, d, D):
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """acc + a·b on the tensor cores; PRECISION ("ieee" or "tf32") matters to fp32 alone."""
     return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+
+
+@triton.jit
+def store_qkv(qkv, x, m, n, M, query, key):
+    """Columns n of the projection to their places in query, key and value; each store is wide, as one over all could not be."""
+    q, k, v = qkv
+    x = x.to(q.dtype.element_ty)
+    inside = (m < M)[:, None]
+    tl.store(q + m[:, None] * query + n[None, :], x, mask=inside & (n < query)[None, :])
+    n -= query
+    tl.store(k + m[:, None] * key + n[None, :], x, mask=inside & ((n >= 0) & (n < key))[None, :])
+    n -= key
+    tl.store(v + m[:, None] * key + n[None, :], x, mask=inside & ((n >= 0) & (n < key))[None, :])

@@ -1,0 +1,52 @@
+"""How fast a device is: measured once a process, for the planner's cost model and for the choice of a product's dtype."""
+
+import functools
+import time
+from typing import NamedTuple
+
+import torch
+
+
+class Rates(NamedTuple):
+    """What a device does in a second."""
+
+    flops: float  # of a matrix product
+    gather: float  # bytes read and written by a gather of rows into memory that was used before
+    fresh: float  # bytes written into memory that was just allocated, and then given back
+
+
+def _best_of(call, synchronise, repeats):
+    seconds = []
+    for _ in range(repeats + 1):  # the first warms up
+        synchronise()
+        start = time.perf_counter()
+        call()
+        synchronise()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds[1:])
+
+
+@functools.cache
+def measure(device: torch.device, dtype: torch.dtype) -> Rates:
+    """The rates of one device for one dtype, the best of a few repeats: 0.1 s on a CPU, some ms on a GPU."""
+    cuda = device.type == "cuda"
+    M, K, N, rows = (8192, 4096, 4096, 32_768) if cuda else (256, 768, 1024, 4096)
+    synchronise = functools.partial(torch.cuda.synchronize, device) if cuda else lambda: None
+    best = functools.partial(_best_of, synchronise=synchronise, repeats=5 if cuda else 3)
+    with torch.no_grad():
+        a, b = (torch.randn(shape, device=device).to(dtype) for shape in ((M, K), (K, N)))
+        table, out = (torch.zeros(rows, 2048, dtype=dtype, device=device) for _ in range(2))
+        index = torch.randint(rows, (rows,), device=device)
+        nbytes = out.numel() * out.element_size()
+        product = best(lambda: a @ b)
+        gather = best(lambda: torch.index_select(table, 0, index, out=out))
+        fresh = best(lambda: torch.zeros_like(out).fill_(0))
+    return Rates(2 * M * K * N / product, 2 * nbytes / gather, nbytes / fresh)
+
+
+@functools.cache
+def product_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which to multiply: fp32 for 16-bit numbers where that is faster, as on a CPU without units for them."""
+    if device.type != "cpu" or dtype.itemsize != 2:
+        return dtype
+    return dtype if measure(device, dtype).flops > measure(device, torch.float32).flops else torch.float32

@@ -1,0 +1,190 @@
+"""The `table` plan, for inference: every row of the vocabulary and of the position table is projected once, then gathered.
+
+With centred rows as in distinct.py, entry r of the table is γ⊙(r − mean(r))·Wᵀ; a call sums two entries and applies rstd and
+W·β + b. Where no position is added rstd depends on the token alone, and an entry is the finished projection.
+
+A table belongs to the modules and tensors that it was made from. Before each call it is held against them: the same objects,
+at the same address, with the same version (PyTorch counts in-place changes). What PyTorch does not count, changes through
+`.data` or NumPy, is looked for in samples, on the CPU: 64 elements of every weight and vector, and of every row of the token
+and the position table that the call uses, one.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from . import distinct, memory
+from .reference import HiddenQKV, split_heads
+
+CHUNK = 4096  # rows that are projected at a time
+COLUMN = 1 / math.pi  # of a table that is compared
+SAMPLES = 64  # elements of a weight that are compared: each costs a cache line, and few rows of a head lie between two
+
+
+def nbytes(token: Tensor, weight: Tensor, position: Tensor | None, dtype: torch.dtype | None = None) -> int:
+    """Bytes of the table: (V + L)·N elements of dtype, by default that of the weights."""
+    rows = token.shape[0] + (0 if position is None else position.shape[0])
+    return rows * weight.shape[0] * (dtype or token.dtype).itemsize
+
+
+def available(device: torch.device) -> float:
+    """Bytes that a new tensor could take; infinity where the system does not say."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    try:
+        with open("/proc/meminfo") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return math.inf
+
+
+class DoesNotFit(torch.OutOfMemoryError):
+    """Known before anything was allocated."""
+
+
+class Table:
+    """Projected rows of one front end: (L + V, N), positions first.
+
+    links: (dict, key, value) of every object that a user can replace or change, tensors among them; the other arguments are
+    those of functional.embed_qkv, and derive from these.
+    dtype: of the entries. error: largest rounding of an entry to a narrower dtype, relative to the largest entry.
+    DoesNotFit, torch.OutOfMemoryError: no memory. ValueError: entries exceed dtype's range. RuntimeError: inference tensors.
+    """
+
+    def __init__(self, links, token, weight, bias, position, norm, norm_weight, norm_bias, eps, dtype=None):
+        self.token, self.position, self.eps = token, position, eps
+        self.norm = norm or "none"
+        self.dtype = token.dtype if dtype is None else dtype
+        sources = [value for _, _, value in links if isinstance(value, Tensor)]
+        size, room = nbytes(token, weight, position, self.dtype), available(token.device)
+        if size > room:
+            raise DoesNotFit(f"table: expected at most the {room:,.0f} bytes that {token.device} has left, got {size:,}")
+        if any(tensor.is_inference() for tensor in sources):
+            raise RuntimeError("table: expected weights that count their changes, got tensors made in inference mode")
+        self._links, self._stamps = links, [(tensor, tensor.data_ptr(), tensor._version) for tensor in sources]
+        self._sample(sources)
+        try:
+            with torch.no_grad():
+                self._build(weight, bias, norm_weight, norm_bias)
+        except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError) or "memory" not in str(error):
+                raise
+            raise torch.OutOfMemoryError(str(error)) from error  # the CPU's allocator has no type of its own
+
+    def _build(self, weight, bias, norm_weight, norm_bias):
+        tables = [self.token] if self.position is None else [self.position, self.token]
+        places = 0 if self.position is None else self.position.shape[0]
+        wide, N = distinct.wide_dtype(self.token.dtype), weight.shape[0]
+        self.projected = self.token.new_empty(places + self.token.shape[0], N, dtype=self.dtype)
+        self.shift = distinct.shift(weight, bias, norm_bias)
+        self.unit, largest, lost, start = 1.0, 0.0, 0.0, 0
+        if self.dtype == torch.float16 and self.position is not None:
+            # No entry exceeds the product of two norms (Cauchy, Schwarz): a power of two that brings all of them into range.
+            longest = [distinct.centred(t, self.norm).norm(dim=1).amax().item() for t in (*tables, weight)]
+            scale = 1.0 if norm_weight is None else norm_weight.abs().amax().item()
+            self.unit = 2.0 ** math.floor(15 - math.log2(max(max(longest[:-1]) * longest[-1] * scale, 1e-30)))
+        for table in tables:
+            for rows in table.split(CHUNK):
+                used = distinct.centred(rows, self.norm)
+                rstd = None if self.norm == "none" else used.square().mean(1, keepdim=True).add_(self.eps).rsqrt_()
+                if norm_weight is not None:
+                    used *= norm_weight
+                exact = distinct.project(used, weight, torch.empty(len(rows), N, dtype=wide, device=rows.device))
+                if self.position is None:
+                    exact = exact.add_(self.shift) if rstd is None else torch.addcmul(self.shift, exact, rstd)
+                exact *= self.unit
+                entries = self.projected[start : start + len(rows)].copy_(exact)
+                start += len(rows)
+                if self.dtype.itemsize < wide.itemsize:
+                    largest = max(largest, exact.abs().amax().item())
+                    lost = max(lost, exact.sub_(entries).abs().amax().item())
+        if not math.isfinite(lost):
+            raise ValueError(f"dtype: expected one that holds entries up to {largest:.3g}, got {self.dtype}")
+        self._tokens, self._positions = self.projected[places:], self.projected[:places] if places else None
+        if self.position is None:  # nothing is left to be applied
+            self.norm, self.shift = "none", None
+        self.error = lost / largest if largest else 0.0
+
+    def _sample(self, sources):
+        """Sets (view, copy) of what is compared before each call, and of the tables' columns that are compared by row."""
+        self._samples = self._columns = None
+        if self.token.device.type != "cpu":
+            return
+        tables = [t for t in (self.token, self.position) if t is not None]
+        spread = [_bits(_spread(t)) for t in sources if not any(t is table for table in tables)]
+        columns = [_bits(t[:, int(t.shape[1] * COLUMN)]) for t in tables]
+        self._samples, self._columns = ([(view, view.clone()) for view in views] for views in (spread, columns))
+
+    def is_current(self, ids: Tensor, position_ids: Tensor | None) -> bool:
+        """Whether the table still is what its sources give, as far as this call's rows go."""
+        for holder, key, value in self._links:
+            if holder.get(key) is not value:
+                return False
+        for tensor, address, version in self._stamps:
+            if tensor._version != version or tensor.data_ptr() != address:
+                return False
+        if self._samples is None:
+            return True
+        for view, copy in self._samples:
+            if not torch.equal(view, copy):
+                return False
+        (view, copy), *positions = self._columns
+        rows = ids.reshape(-1)
+        if not torch.equal(view.index_select(0, rows), copy.index_select(0, rows)):
+            return False
+        if not positions or ids.numel() == 0:
+            return True
+        rows = slice(ids.shape[-1] if ids.dim() else 1) if position_ids is None else position_ids.reshape(-1)
+        return all(torch.equal(view[rows], copy[rows]) for view, copy in positions)
+
+    def look_up(self, ids, position_ids, num_heads, num_kv_heads) -> HiddenQKV:
+        """The front end of ids (..., T). IndexError: an id or a place without a row."""
+        if self.position is not None and position_ids is None and ids.dim() and ids.shape[-1] > self.position.shape[0]:
+            raise IndexError("position")
+        flat, shape, D, N = ids.reshape(-1), ids.shape, self.token.shape[1], self.projected.shape[1]
+        if flat.numel() <= distinct.FEW:
+            hidden, qkv = self._look_up_few(flat, shape[-1] if shape else 1, position_ids)
+            return split_heads(hidden.view(*shape, D), qkv.view(*shape, N), num_heads, num_kv_heads)
+        dtype, M = self.token.dtype, flat.numel()
+        batch = distinct.Batch(ids, None, None, max(D, N), index=flat)
+        places, positions = self.position, self._positions
+        if position_ids is not None and position_ids.numel() < M:
+            places, positions = (table.index_select(0, position_ids.reshape(-1)) for table in (places, positions))
+        elif position_ids is not None:
+            batch.place_index = position_ids.reshape(-1)
+        hidden, qkv = memory.empty(*shape, D, dtype=dtype), memory.empty(*shape, N, dtype=dtype)
+        rstd = None if self.norm == "none" else torch.empty(M, dtype=self.shift.dtype)
+        parts = [(self._tokens, positions, self.shift, qkv.view(M, N))]
+        distinct.expand(batch, self.token, places, parts, hidden.view(M, D), rstd, self.norm, self.eps, self.unit)
+        return split_heads(hidden, qkv, num_heads, num_kv_heads)
+
+    def _look_up_few(self, flat, T, position_ids):
+        """hidden (M, D) and qkv (M, N) without blocks: for a few tokens the number of operators is what counts."""
+        hidden, x = self.token.index_select(0, flat), self._tokens.index_select(0, flat)
+        if self.position is None or not len(flat):
+            return hidden, x.to(hidden.dtype)
+        x = x.to(self.shift.dtype)
+        rows = slice(T) if position_ids is None else position_ids.reshape(-1)
+        for out, positions in ((hidden, self.position), (x, self._positions)):
+            added = positions[rows]
+            (out if len(flat) == len(added) else out.view(-1, *added.shape)).add_(added)
+        if self.norm == "none":
+            x = torch.add(self.shift, x, alpha=1 / self.unit)
+        else:
+            scale = distinct.inverse_deviation(hidden, self.norm, self.eps)
+            x = torch.addcmul(self.shift, x, scale, value=1 / self.unit)
+        return hidden, x.to(hidden.dtype)
+
+
+def _spread(tensor):
+    """Some SAMPLES elements of a vector or matrix, each of another row and column, from one end to the other."""
+    count = min(SAMPLES, *tensor.shape)
+    step = sum(size // count * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.detach().as_strided((count,), (step,), tensor.storage_offset())
+
+
+def _bits(tensor):
+    """To compare NaN with itself."""
+    return tensor.detach().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
