@@ -1,9 +1,10 @@
-"""The front end on a CPU, at GPT-2 small's widths and a character model's, against stock modules: `auto` and each plan.
+"""The front end on a CPU, at GPT-2 small's widths and a character model's, against stock modules: `auto`, and the plan `table`.
 
     python -m pytest bench/bench_plans.py --benchmark-json=plans.json [--text FILE]
 
 Ours and stock modules run in turn in one process; extra_info holds stock's median and the ratio stock / ours (above 1: ours
-is faster). Results are compared before anything is timed. Times are wall-clock seconds of a forward, or forward and backward.
+is faster). Results are compared before anything is timed. Times are wall-clock seconds of a forward, or forward and backward;
+those of `table` are without building it. bench/report.py makes tables of the JSON.
 """
 
 import statistics
@@ -14,7 +15,6 @@ import torch
 from torch import nn
 
 import pyembed
-from pyembed import planner
 
 GPT2 = {"V": 50257, "L": 1024, "D": 768, "heads": 12}
 CHARACTERS = {"V": 65, "L": 256, "D": 384, "heads": 6}
@@ -38,6 +38,10 @@ class Stock(nn.Module):
         return hidden, *heads.split(self.heads, -2)
 
 
+def direction(trains):
+    return "forward+backward" if trains else "forward"
+
+
 def step(module, ids, grads):
     """Seconds of one call, with grads of its backward too; to free the last results and gradients is not counted."""
     module.zero_grad()
@@ -49,20 +53,24 @@ def step(module, ids, grads):
         return time.perf_counter() - start
 
 
-def compare(benchmark, widths, ids, trains, dtype=torch.float32, plan="auto"):
+def assert_close(found, expected):
+    for a, b in zip(found, expected, strict=True):
+        tolerance = 2e-2 if b.dtype.itemsize == 2 else 1e-4
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def compare(benchmark, case, widths, ids, trains, dtype=torch.float32, plan="auto"):
     torch.manual_seed(0)
     stock = Stock(**widths, dtype=dtype)
     ours = pyembed.EmbeddingQKV.from_modules(stock.token, stock.position, stock.norm, qkv=stock.qkv, num_heads=widths["heads"])
     with pyembed.plan(plan):
-        expected, found = stock(ids), ours(ids)
-        for a, b in zip(found, expected, strict=True):
-            torch.testing.assert_close(
-                a, b, rtol=2e-2 if dtype.itemsize == 2 else 1e-4, atol=2e-2 if dtype.itemsize == 2 else 1e-4
-            )
+        with torch.set_grad_enabled(trains):
+            chosen = ours.explain(ids)
+            expected, found = stock(ids), ours(ids)
+        assert_close(found, expected)
         grads = [torch.randn_like(output) for output in expected] if trains else None
         del expected, found
-        chosen = planner.choose(ids, stock.token.weight, stock.qkv.weight, stock.position.weight, None, trains)
-        rounds = 7 if trains or ids.numel() > 4096 else 21 if ids.numel() > 100 else 201
+        rounds = 7 if trains or ids.numel() > 4096 else 21 if ids.numel() > 100 else 401
         mine, theirs = [], []
         benchmark.pedantic(
             lambda: mine.append(step(ours, ids, grads)),
@@ -72,24 +80,36 @@ def compare(benchmark, widths, ids, trains, dtype=torch.float32, plan="auto"):
         )
     median, stock_median = statistics.median(mine[1:]), statistics.median(theirs[1:])
     benchmark.extra_info.update(
-        tokens=ids.numel(), distinct=ids.unique().numel(), plan=chosen.name, dtype=str(dtype), median=median,
-        stock_median=stock_median, ratio=stock_median / median,
+        case=case, direction=direction(trains), tokens=ids.numel(), distinct=ids.unique().numel(), plan=chosen.name,
+        dtype=str(dtype), median=median, stock_median=stock_median, ratio=stock_median / median,
     )  # fmt: skip
     print(f"\n{benchmark.name}: {chosen.name}, {stock_median / median:.2f} times as fast as stock modules")
 
 
-@pytest.mark.parametrize("trains", [False, True], ids=["forward", "forward+backward"])
+@pytest.mark.parametrize("trains", [False, True], ids=direction)
 @pytest.mark.parametrize("B, T", SHAPES)
 def test_auto(benchmark, tokens, B, T, trains):
-    compare(benchmark, GPT2, tokens[: B * T].view(B, T), trains)
+    compare(benchmark, f"GPT-2 small, {B} × {T}", GPT2, tokens[: B * T].view(B, T), trains)
 
 
-@pytest.mark.parametrize("trains", [False, True], ids=["forward", "forward+backward"])
+@pytest.mark.parametrize("trains", [False, True], ids=direction)
 def test_auto_on_uniformly_random_ids(benchmark, trains):
     ids = torch.randint(50257, (32, 1024), generator=torch.Generator().manual_seed(0))
-    compare(benchmark, GPT2, ids, trains)
+    compare(benchmark, "GPT-2 small, 32 × 1024 uniformly random ids", GPT2, ids, trains)
 
 
-@pytest.mark.parametrize("trains", [False, True], ids=["forward", "forward+backward"])
+@pytest.mark.parametrize("B, T", [(1, 1), (16, 1), (1, 1024), (32, 1024)])
+def test_table(benchmark, tokens, B, T):
+    compare(benchmark, f"GPT-2 small, {B} × {T}, table built before", GPT2, tokens[: B * T].view(B, T), False, plan="table")
+
+
+@pytest.mark.parametrize("trains", [False, True], ids=direction)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_sixteen_bit(benchmark, tokens, dtype, trains):
+    name = "bf16" if dtype == torch.bfloat16 else "fp16"
+    compare(benchmark, f"GPT-2 small, 2 × 256, {name}", GPT2, tokens[:512].view(2, 256), trains, dtype)
+
+
+@pytest.mark.parametrize("trains", [False, True], ids=direction)
 def test_character_model(benchmark, characters, trains):
-    compare(benchmark, CHARACTERS, characters[: 64 * 256].view(64, 256), trains)
+    compare(benchmark, "character model, 64 × 256", CHARACTERS, characters[: 64 * 256].view(64, 256), trains)

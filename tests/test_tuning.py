@@ -7,7 +7,7 @@ import torch
 from aot import record, report
 
 pytest.importorskip("triton")
-from pyembed.kernels import embed, embed_grad, embed_qkv, tuning
+from pyembed.kernels import distinct, distinct_grad, embed, embed_grad, embed_qkv, tuning
 
 HALF, FULL = (torch.bfloat16, torch.float16), (torch.float32,)
 
@@ -39,6 +39,38 @@ def backward(dtype, M, D, norm, position):
     embed.embed(meta(1, M), meta(50257, D, dtype=dtype), meta(8192, D, dtype=dtype) if position else None, None)
 
 
+def distinct_rows(dtype, M, D, N, norm, position, trains=True, affine=True, index=None, transposed=False):
+    """The `distinct` plan, forward and backward. position: None, True (0 … T−1), "ids" or "gathered"."""
+    weight = meta(D, N, dtype=dtype).t() if transposed else meta(N, D, dtype=dtype)
+    B, T = (2, M // 2) if position is True else (1, M)
+    L = 1024 if position == "ids" else 8 * M
+    tables = meta(50257, D, dtype=dtype), weight, meta(N, dtype=dtype), meta(L, D, dtype=dtype) if position else None
+    places = meta(B, T) if position in ("ids", "gathered") else None
+    vector = meta(D, dtype=dtype) if affine and norm != "none" else None
+    norm_bias = vector if norm == "layer" else None
+    given = (None, None) if index is None else (meta(M // 3, dtype=index), meta(B * T, dtype=index))
+    heads = (1, 1, 1)
+    token, weight, bias, table = tables
+    arguments = (token, weight, bias, table, places, vector, norm_bias)
+    *_, mean, rstd, projected, rows, index, count = distinct.forward(meta(B, T), *arguments, heads, norm, 1e-5, *given)
+    if trains:
+        grads = [meta(B * T, N // 3, dtype=dtype) for _ in heads]
+        distinct_grad.backward(
+            meta(B * T, D, dtype=dtype), grads, meta(B, T), token, weight, table, places, vector, norm_bias, mean, rstd,
+            projected, rows, index, count, heads, norm, -1, [True] * 3 + [bool(position)] + [vector is not None] * 2,
+        )  # fmt: skip
+
+
+def look_up(dtype, M, D, N, norm, position, entries):
+    """A call by the `table` plan."""
+    token, table = meta(50257, D, dtype=dtype), meta(1024, D, dtype=dtype) if position else None
+    P = 1024 if position else 0
+    projected = meta(50257 + P, N, dtype=entries)
+    offset = meta(N, dtype=torch.float32) if position else None
+    norm = norm if position else "none"
+    distinct.expand(meta(1, M), token, table, None, projected, None, None, offset, norm, 1e-5, (1, 1, 1), P, False, 0.5)
+
+
 def launches(device):
     """Every distinct launch of the sizes at which a configuration changes, in every variant of the kernels."""
     combinations = list(itertools.product(("layer", "rms", "none"), (True, False)))
@@ -63,6 +95,23 @@ def launches(device):
             ]
         for dtype, D, norm in itertools.product((torch.bfloat16, torch.float32), (64, 771, 2048, 8192), ("layer", "rms")):
             calls.append((False, backward, dtype, 4097, D, norm, norm == "layer"))
+        calls += [(False, distinct_rows, torch.bfloat16, 4098, 768, 2304, *variant) for variant in combinations]
+        for dtype in (torch.bfloat16, torch.float32):
+            calls.append((False, distinct_rows, dtype, 4098, 4096, 6144, "rms", None))
+            calls.append((False, distinct_rows, dtype, 4098, 771, 2313, "layer", True))
+            for position in (True, "ids", "gathered"):
+                calls.append((False, distinct_rows, dtype, 4098, 768, 2304, "layer", position))
+            calls.append((False, distinct_rows, dtype, 4098, 768, 2304, "layer", True, True, False, torch.int64, True))
+        calls.append((False, distinct_rows, torch.float16, 4098, 768, 2304, "layer", True, False))
+        calls.append((True, distinct_rows, torch.float32, 4098, 768, 2304, "layer", True))
+        for dtype, entries in (
+            (torch.bfloat16,) * 2,
+            (torch.float16,) * 2,
+            (torch.float32,) * 2,
+            (torch.float32, torch.bfloat16),
+        ):
+            for M, (norm, position) in itertools.product((1, 4098), (("layer", True), ("rms", True), ("none", False))):
+                calls.append((False, look_up, dtype, M, 768, 2304, norm, position, entries))
         for switch, function, *arguments in calls:
             torch.backends.cuda.matmul.allow_tf32 = switch
             for launch in record(patch, tuning, device, lambda f=function, a=arguments: f(*a)):
@@ -89,8 +138,8 @@ def test_ahead_of_time(arch, launch):
     assert found["spills"] == 0
     assert found["shared"] <= device.shared_memory
     constants = {p.name: launch.constants.get((i,)) for i, p in enumerate(launch.kernel.params)}
-    exact_fp32 = constants.get("PRECISION") == "ieee" and "*fp32" in launch.signature["token"]
-    if "embed_qkv" in launch.kernel.__name__ and not exact_fp32:
+    operands = [str(kind) for name, kind in launch.signature.items() if name in ("token", "weight", "used")]
+    if "PRECISION" in constants and not (constants["PRECISION"] == "ieee" and any("fp32" in kind for kind in operands)):
         assert found["instruction"]
         # Hopper's and Blackwell's own instructions want 64 rows; decode has fewer, and waits for memory anyway.
         if arch == 90 and constants["BLOCK_M"] >= 64:

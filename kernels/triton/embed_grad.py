@@ -92,11 +92,13 @@ def segment_kernel(
     rows,  # (M, D)
     ids,  # (M,) sorted
     order,  # (M,) where each sorted id came from
-    grad,  # (V, D) out
+    weights,  # (M,) or None: what each row is multiplied by
+    grad,  # (V, D) out, rows stride_gv apart
     pieces,  # (2, chunks, D) out: of each chunk, the run that came into it and the run that leaves it
     M,
     V,
     padding_idx,
+    stride_gv,
     D,
     CHUNK: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -116,10 +118,13 @@ def segment_kernel(
             step = i + tl.arange(0, BLOCK_M)
             source = tl.load(order + start + step, mask=step < count, other=0)
             inside = (step < count)[:, None] & (d < D)[None, :]
-            acc += tl.sum(tl.load(rows + source[:, None] * D + d[None, :], mask=inside, other=0.0).to(acc.dtype), 0)
+            x = tl.load(rows + source[:, None] * D + d[None, :], mask=inside, other=0.0).to(acc.dtype)
+            if weights is not None:
+                x *= tl.load(weights + source, mask=step < count, other=0.0)[:, None]
+            acc += tl.sum(x, 0)
         leaves = (start + count == end) & (tl.load(ids + tl.minimum(end, M - 1)) == row) & (end < M)
         if opens & (leaves == 0):
-            tl.store(grad + row * D + d, acc.to(grad.dtype.element_ty), mask=d < D)
+            tl.store(grad + row * stride_gv + d, acc.to(grad.dtype.element_ty), mask=d < D)
         else:
             side = tl.where(opens, tl.cdiv(M, CHUNK), 0).to(tl.int64)
             tl.store(pieces + (side + chunk) * D + d, acc, mask=d < D)
@@ -133,6 +138,7 @@ def join_kernel(
     M,
     V,
     padding_idx,
+    stride_gv,
     D,
     CHUNK: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -155,37 +161,43 @@ def join_kernel(
             acc += tl.sum(tl.load(pieces + later[:, None] * D + d[None, :], mask=inside, other=0.0), 0)
             more = tl.min(same.to(tl.int32), 0)
             chunk += BLOCK_M
-        tl.store(grad + row * D + d, acc.to(grad.dtype.element_ty), mask=d < D)
+        tl.store(grad + row * stride_gv + d, acc.to(grad.dtype.element_ty), mask=d < D)
 
 
-def table_grad(rows, ids, size, padding_idx=-1, dtype=None):
-    """Gradient of a table of `size` rows: rows (M, D) summed by ids (M,); ids outside the table have none."""
+def table_grad(rows, ids, size, padding_idx=-1, dtype=None, weights=None, order=None, out=None):
+    """Gradient of a table of `size` rows: rows (M, D), times weights (M,), summed by ids (M,); ids outside the table have none.
+
+    order: torch.sort(ids, stable=True), where it is known. out: (size, D), of which only rows that an id names are written.
+    """
     M, D = rows.shape
     rows = rows.contiguous()  # sum().backward() hands down an expanded gradient of stride 0
-    grad = rows.new_zeros(size, D, dtype=dtype or rows.dtype)
+    grad = rows.new_zeros(size, D, dtype=dtype or rows.dtype) if out is None else out
     if M == 0 or D == 0:
         return grad
-    ids, order = torch.sort(ids, stable=True)
+    ids, order = torch.sort(ids, stable=True) if order is None else order
     chunks = triton.cdiv(M, CHUNK)
     pieces = rows.new_empty(2, chunks, D, dtype=torch.promote_types(rows.dtype, torch.float32))
     block_m, block_d = tuning.segment(D)
     tiles = {"D": D, "CHUNK": CHUNK, "BLOCK_M": block_m, "BLOCK_D": block_d, "num_warps": 4}
     with tuning.on_device(rows):
-        segment_kernel[(M, triton.cdiv(D, block_d))](rows, ids, order, grad, pieces, M, size, padding_idx, **tiles)
-        join_kernel[(chunks, triton.cdiv(D, block_d))](ids, grad, pieces, M, size, padding_idx, **tiles)
+        segment_kernel[(M, triton.cdiv(D, block_d))](
+            rows, ids, order, weights, grad, pieces, M, size, padding_idx, grad.stride(0), **tiles
+        )
+        join_kernel[(chunks, triton.cdiv(D, block_d))](ids, grad, pieces, M, size, padding_idx, grad.stride(0), **tiles)
     return grad
 
 
-def position_grad(rows, shape, position_ids, size):
+def position_grad(rows, shape, position_ids, size, dtype=None):
     """Gradient of a position table of `size` rows: rows (M, D) of ids with this shape, summed by position."""
+    dtype = dtype or rows.dtype
     T = shape[-1] if shape else 1
     if position_ids is not None and position_ids.numel() == rows.shape[0]:
-        return table_grad(rows, position_ids.reshape(-1), size)
+        return table_grad(rows, position_ids.reshape(-1), size, dtype=dtype)
     wide = torch.promote_types(rows.dtype, torch.float32)
     per_place = rows.view(-1, T, rows.shape[1]).sum(0, dtype=wide) if rows.numel() else rows.new_zeros(T, rows.shape[1])
     if position_ids is not None:
-        return table_grad(per_place, position_ids.reshape(-1), size, dtype=rows.dtype)
-    grad = rows.new_zeros(size, rows.shape[1])
+        return table_grad(per_place, position_ids.reshape(-1), size, dtype=dtype)
+    grad = rows.new_zeros(size, rows.shape[1], dtype=dtype)
     grad[:T] = per_place[:size]
     return grad
 

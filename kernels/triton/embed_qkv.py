@@ -182,8 +182,7 @@ def embed_qkv_folded_kernel(
 def fold(weight, bias, norm, norm_weight, norm_bias):
     """weight (N, D) -> folded (N, D) with rows at multiples of 16 bytes, shift (N,), residual (N,) or None."""
     N, D = weight.shape
-    unit = 16 // weight.element_size()
-    folded = weight.new_empty(N, triton.cdiv(D, unit) * unit)[:, :D]
+    folded = tuning.padded(weight, N, D)
     statistics = torch.promote_types(weight.dtype, torch.float32)
     shift = weight.new_empty(N, dtype=statistics)
     residual = weight.new_empty(N, dtype=statistics) if norm == "layer" else None

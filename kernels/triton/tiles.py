@@ -121,3 +121,15 @@ def store_qkv(qkv, x, m, n, M, query, key):
     tl.store(k + m[:, None] * key + n[None, :], x, mask=inside & ((n >= 0) & (n < key))[None, :])
     n -= key
     tl.store(v + m[:, None] * key + n[None, :], x, mask=inside & ((n >= 0) & (n < key))[None, :])
+
+
+@triton.jit
+def load_qkv(qkv, m, n, mask, query, key):
+    """Columns n of the rows m of (query, key, value) side by side; 0 where mask (rows) says no."""
+    q, k, v = qkv
+    rows = mask[:, None]
+    x = tl.load(q + m[:, None] * query + n[None, :], mask=rows & (n < query)[None, :], other=0.0)
+    n -= query
+    x += tl.load(k + m[:, None] * key + n[None, :], mask=rows & ((n >= 0) & (n < key))[None, :], other=0.0)
+    n -= key
+    return x + tl.load(v + m[:, None] * key + n[None, :], mask=rows & ((n >= 0) & (n < key))[None, :], other=0.0)

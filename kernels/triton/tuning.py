@@ -122,6 +122,38 @@ def embed_qkv_folded(M, N, D, dtype, device):
     return Tiles(128, 128, 64, 8, 2 if device.shared_memory < 100_000 else 3)
 
 
+def project(N, K, dtype, device):
+    """Tiles of the persistent product over distinct rows, whose operands both come by descriptors."""
+    if dtype.itemsize > 2:
+        return embed_qkv(1024, N, K, dtype, device)
+    return embed_qkv_folded(1024, N, K, dtype, device)
+
+
+def expand(D, N, dtype):
+    """Tokens, projected columns and table columns of a step of the pass that gathers projected rows: 8 KB in flight."""
+    columns = min(1 << max(N - 1, 15).bit_length(), 512)
+    return max(1, 8192 // (columns * dtype.itemsize)), columns, min(1 << max(D - 1, 15).bit_length(), 512)
+
+
+def weight_grad(N, D, dtype, device):
+    """Tiles of the product over distinct rows that gives the weight's gradient (N, D)."""
+    if dtype.itemsize > 2:
+        return embed_qkv(1024, D, N, dtype, device)
+    tiles = embed_qkv_folded(1024, D, N, dtype, device)
+    return tiles._replace(BLOCK_N=min(tiles.BLOCK_N, 128))  # enough of them to fill the device
+
+
+def stream(N):
+    """Tokens and columns of a step of the pass over the gradients of query, key and value."""
+    return 4, min(1 << max(N - 1, 15).bit_length(), 512)
+
+
+def padded(like, rows, columns):
+    """An empty matrix whose rows start at multiples of 16 bytes, as descriptors need."""
+    unit = 16 // like.element_size()
+    return like.new_empty(rows, cdiv(columns, unit) * unit)[:, :columns]
+
+
 FOLD = {"BLOCK_N": 16, "BLOCK_K": 128, "num_warps": 4}
 
 

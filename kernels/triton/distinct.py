@@ -1,0 +1,346 @@
+"""The `distinct` plan: each distinct token and each position is projected once, then gathered.
+
+    find     marks the ids that occur, numbers them by a prefix sum and lists them          U stays on the device
+    prepare  used = rows of positions, then of distinct tokens, centred, times γ            (P + U, D)
+    project  projected = used · weightᵀ, by a persistent product that reads U from memory   (P + U, N)
+    expand   hidden = token[ids] + position[places], and its statistics                     (M, D)
+             qkv = rstd · (projected[P + slot] + projected[place]) + W·β + b                (M, N)
+
+Exact, because a norm's linear part distributes over the sum: only rstd depends on the pair. Buffers have room for min(M, V)
+distinct rows and nothing waits for the host, so one CUDA graph captures the plan and replays it with other ids.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from . import tuning
+from .tiles import dot, gather_statistics, load_places, load_rows, store_qkv
+
+
+@triton.jit
+def mark_kernel(
+    ids,  # (M,)
+    position_ids,  # (T,) or (M,), or None
+    seen,  # (V,) int8, zero before
+    shape,  # M, T, V, L
+    BLOCK_M: tl.constexpr,
+):
+    M, T, V, L = shape
+    m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row, known = load_rows(ids, m, m < M, V)
+    if position_ids is not None:
+        _, placed = load_places(position_ids, m, m < M, T, L)
+        known &= placed
+    tl.store(seen + row, 1, mask=(m < M) & known)
+
+
+@triton.jit
+def number_kernel(
+    seen,  # (V,) int8
+    slots,  # (V,) out: each seen row's number
+    rows,  # (min(M, V),) out: the seen rows
+    count,  # (1,) out: how many they are
+    V,
+    BLOCK_V: tl.constexpr,
+):
+    start = tl.program_id(0) * BLOCK_V
+    lane = tl.arange(0, BLOCK_V)
+    # Every program counts what lies before it: V bytes from L2 cost less than a second launch or waiting for a neighbour.
+    earlier = tl.zeros((BLOCK_V,), tl.int32)
+    for v0 in range(0, start, BLOCK_V):
+        earlier += tl.load(seen + v0 + lane).to(tl.int32)
+    before = tl.sum(earlier, 0)
+    v = start + lane
+    flag = tl.load(seen + v, mask=v < V, other=0).to(tl.int32)
+    number = before + tl.cumsum(flag, 0) - flag
+    tl.store(slots + v, number, mask=flag > 0)
+    tl.store(rows + number, v, mask=flag > 0)
+    if start + BLOCK_V >= V:
+        tl.store(count, before + tl.sum(flag, 0))
+
+
+@triton.jit
+def prepare_kernel(
+    rows,  # (U,) rows of the token table
+    place_rows,  # (P,) rows of the position table, or None: 0 … P−1
+    count,  # (1,) U
+    token,  # (V, D)
+    position,  # (L, D) or None
+    norm_weight,  # (D,) or None
+    used,  # (P + U, D) out, rows stride_um apart
+    units,  # (P + U,) out, or None: what each row was divided by, to fit fp16
+    shape,  # P, V, L
+    stride_um,
+    D,
+    CENTRE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    P, V, L = shape
+    ACC: tl.constexpr = tl.float64 if token.dtype.element_ty == tl.float64 else tl.float32
+    total = P + tl.load(count)
+    r = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    if tl.program_id(0) * BLOCK_M < total:
+        d = tl.arange(0, BLOCK_D)
+        x = load_used(rows, place_rows, token, position, r, total, d, P, V, L, D, CENTRE)
+        if norm_weight is not None:
+            x *= tl.load(norm_weight + d, mask=d < D, other=0.0).to(ACC)[None, :]
+        if units is not None:
+            unit = tl.maximum(tl.max(tl.abs(x), 1), 1e-30)
+            tl.store(units + r, unit, mask=r < total)
+            x /= unit[:, None]
+        inside = (r < total)[:, None] & (d < D)[None, :]
+        tl.store(used + r[:, None] * stride_um + d[None, :], x.to(used.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def load_used(rows, place_rows, token, position, r, total, d, P, V, L, D, CENTRE: tl.constexpr):
+    """Rows r of (positions, distinct tokens), whole, centred where the norm centres; 0 past row total and column D."""
+    ACC: tl.constexpr = tl.float64 if token.dtype.element_ty == tl.float64 else tl.float32
+    columns = (d < D)[None, :]
+    is_token = (r >= P) & (r < total)
+    row, _ = load_rows(rows, r - P, is_token, V)
+    x = tl.load(token + row[:, None] * D + d[None, :], mask=is_token[:, None] & columns, other=0.0).to(ACC)
+    if position is not None:
+        place = r
+        if place_rows is not None:
+            place, _ = load_rows(place_rows, r, r < P, L)
+        x += tl.load(position + place[:, None] * D + d[None, :], mask=(r < P)[:, None] & columns, other=0.0).to(ACC)
+    if CENTRE:
+        x = tl.where(columns, x - (tl.sum(x, 1) / D)[:, None], 0.0)
+    return x
+
+
+@triton.jit
+def project_kernel(
+    rows,  # descriptor of (P + U, K)
+    weight,  # descriptor of (N, K), or of (K, N) when TRANSPOSED
+    units,  # (P + U,) or None
+    count,  # (1,) U
+    out,  # (P + U, N)
+    P,
+    N,
+    K,
+    TRANSPOSED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    ACC: tl.constexpr = tl.float64 if rows.dtype == tl.float64 else tl.float32
+    total = P + tl.load(count)
+    across = tl.cdiv(N, BLOCK_N)
+    for tile in range(tl.program_id(0), tl.cdiv(total, BLOCK_M) * across, tl.num_programs(0)):
+        m0 = tile // across * BLOCK_M
+        n0 = tile % across * BLOCK_N
+        acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+        for k in range(0, K, BLOCK_K):
+            w = weight.load([k, n0]) if TRANSPOSED else weight.load([n0, k]).T
+            acc = dot(rows.load([m0, k]), w, acc, PRECISION)
+        m = m0 + tl.arange(0, BLOCK_M)
+        n = n0 + tl.arange(0, BLOCK_N)
+        if units is not None:
+            acc *= tl.load(units + m, mask=m < total, other=0.0)[:, None]
+        inside = (m < total)[:, None] & (n < N)[None, :]
+        tl.store(out + m[:, None].to(tl.int64) * N + n[None, :], acc.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def shift_kernel(
+    weight,  # (N, D)
+    bias,  # (N,) or None
+    norm_bias,  # (D,)
+    shift,  # (N,) out: W·β + b
+    N,
+    stride_wn,
+    stride_wd,
+    D,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    acc = tl.zeros((BLOCK_N,), shift.dtype.element_ty)
+    for d0 in range(0, D, BLOCK_K):
+        d = d0 + tl.arange(0, BLOCK_K)
+        places = n[:, None].to(tl.int64) * stride_wn + d[None, :] * stride_wd
+        w = tl.load(weight + places, mask=(n < N)[:, None] & (d < D)[None, :], other=0.0).to(acc.dtype)
+        acc += tl.sum(w * tl.load(norm_bias + d, mask=d < D, other=0.0).to(acc.dtype)[None, :], 1)
+    if bias is not None:
+        acc += tl.load(bias + n, mask=n < N, other=0.0).to(acc.dtype)
+    tl.store(shift + n, acc, mask=n < N)
+
+
+@triton.jit
+def expand_kernel(
+    ids,  # (M,)
+    position_ids,  # (T,) or (M,), or None: the place in the sequence
+    token,  # (V, D)
+    position,  # (L, D) or None
+    projected,  # (P + U, N) of positions, then of tokens
+    slots,  # (V,) a token row's place among the projected ones, or None
+    index,  # (M,) each token's place: out with slots (−1: an unknown id), in without; None: its id
+    shift,  # (N,) or None
+    hidden,  # (M, D) out
+    qkv,  # query, key, value out, (M, n) each
+    mean,  # (M,) out; None: RMSNorm or no norm
+    rstd,  # (M,) out; None: no norm
+    shape,  # M, T, V, L, widths of query and of key, P, U and how many programs share a token's columns
+    eps,
+    factor,  # what a projected row is multiplied by
+    D,
+    GATHERED: tl.constexpr,  # projected positions are those of position_ids, in their order
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    M, T, V, L, query, key, P, U, runs = shape
+    N = query + 2 * key
+    ACC: tl.constexpr = tl.float64 if token.dtype.element_ty == tl.float64 else tl.float32
+    run = tl.program_id(0) % runs
+    m = (tl.program_id(0) // runs).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row, known = load_rows(ids, m, m < M, V)
+    place = None
+    if position is not None:
+        place, placed = load_places(position_ids, m, m < M, T, L)
+        known &= placed
+    _, scale = gather_statistics(
+        token, position, row, place, known, hidden, mean, rstd, m, M, run == 0, eps, D, BLOCK_M, BLOCK_K
+    )
+    slot = row
+    if slots is not None:
+        slot = tl.load(slots + row, mask=known & (m < M), other=0).to(tl.int64)
+        tl.store(index + m, tl.where(known, slot, -1).to(tl.int32), mask=(m < M) & (run == 0))
+    elif index is not None:
+        slot, _ = load_rows(index, m, m < M, U)
+    if GATHERED:
+        place = m % T
+
+    tiles = tl.cdiv(N, BLOCK_N)
+    for tile in range(run * tiles // runs, (run + 1) * tiles // runs):
+        n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        columns = (n < N)[None, :]
+        x = tl.load(projected + (P + slot)[:, None] * N + n[None, :], mask=columns, other=0.0).to(ACC)
+        if position is not None:
+            x += tl.load(projected + place.to(tl.int64)[:, None] * N + n[None, :], mask=columns, other=0.0).to(ACC)
+        x *= factor
+        if rstd is not None:
+            x *= scale[:, None]
+        if shift is not None:
+            x += tl.load(shift + n, mask=n < N, other=0.0).to(ACC)[None, :]
+        store_qkv(qkv, tl.where(known[:, None], x, float("nan")), m, n, M, query, key)
+
+
+def find(ids, V, position_ids=None, L=0):
+    """The distinct ids of a batch -> rows (min(M, V),), of which count (1,) are in use, ascending, and slots (V,), each one's
+    number among them. A token whose id or place has no row does not count."""
+    M = ids.numel()
+    ids, position_ids = tuning.dense(ids, position_ids)
+    seen = ids.new_zeros(V, dtype=torch.int8)
+    slots, rows, count = (ids.new_empty(size, dtype=torch.int32) for size in (V, min(M, V), 1))
+    period = 1 if position_ids is None else position_ids.numel()
+    with tuning.on_device(ids):
+        mark_kernel[(triton.cdiv(M, 1024),)](ids, position_ids, seen, (M, period, V, L), BLOCK_M=1024, num_warps=4)
+        number_kernel[(triton.cdiv(V, 4096),)](seen, slots, rows, count, V, BLOCK_V=4096, num_warps=8)
+    return rows, count, slots
+
+
+def places(position, position_ids, M, T):
+    """Which positions are projected -> how many, their rows (None: 0 … P−1), whether in the order of position_ids."""
+    if position is None:
+        return 0, None, False
+    if position_ids is None:
+        return T, None, False
+    if position.shape[0] <= M:
+        return position.shape[0], None, False
+    return position_ids.numel(), position_ids.reshape(-1), True
+
+
+def prepare(rows, place_rows, count, token, position, norm, norm_weight, P):
+    """-> used (P + U, D), rows at multiples of 16 bytes, and units (P + U,) for fp16, else None."""
+    V, D = token.shape
+    R = P + rows.numel()
+    used = tuning.padded(token, R, D)
+    units = token.new_empty(R, dtype=torch.float32) if token.dtype == torch.float16 else None
+    block_m, block_d, warps = tuning.rows(D)
+    shape = (P, V, 0 if position is None else position.shape[0])
+    prepare_kernel[(triton.cdiv(R, block_m),)](
+        rows, place_rows, count, token, position, norm_weight, used, units, shape, used.stride(0), D, CENTRE=norm == "layer",
+        BLOCK_M=block_m, BLOCK_D=block_d, num_warps=warps, **tuning.registers(tuning.device_of(token)),
+    )  # fmt: skip
+    return used, units
+
+
+def project(used, weight, units, count, P, dtype):
+    """used (P + U, K) · weightᵀ, weight (N, K) of any strides -> (P + U, N) of dtype; rows past P + count are not written."""
+    (R, K), N = used.shape, weight.shape[0]
+    device = tuning.device_of(weight)
+    tiles = tuning.project(N, K, weight.dtype, device)
+    operand, transposed = tuning.weight_descriptor(weight, tiles)
+    out = used.new_empty(R, N, dtype=dtype)
+    programs = min(device.multiprocessors, triton.cdiv(R, tiles.BLOCK_M) * triton.cdiv(N, tiles.BLOCK_N))
+    project_kernel[(programs,)](
+        TensorDescriptor(used, [R, K], [used.stride(0), 1], [tiles.BLOCK_M, tiles.BLOCK_K]), operand, units, count, out, P, N, K,
+        TRANSPOSED=transposed, PRECISION=tuning.precision(weight.dtype), **tiles._asdict(), **tuning.registers(device),
+    )  # fmt: skip
+    return out
+
+
+def shift(weight, bias, norm_bias):
+    """W·β + b (N,), or None where there is neither."""
+    if norm_bias is None:
+        return bias
+    N, D = weight.shape
+    total = weight.new_empty(N, dtype=torch.promote_types(weight.dtype, torch.float32))
+    grid = (triton.cdiv(N, tuning.FOLD["BLOCK_N"]),)
+    shift_kernel[grid](weight, bias, norm_bias, total, N, *weight.stride(), D, **tuning.FOLD)
+    return total
+
+
+def expand(ids, token, position, position_ids, projected, slots, index, offset, norm, eps, heads, P, gathered, factor=1.0):
+    """The streaming pass -> hidden (..., D), query, key and value (..., h, d_h), mean and rstd (M,) or (0,)."""
+    M, T = ids.numel(), ids.shape[-1] if ids.dim() else 1
+    (V, D), N = token.shape, projected.shape[1]
+    head_dim, wide = N // sum(heads), torch.promote_types(token.dtype, torch.float32)
+    hidden = token.new_empty(*ids.shape, D)
+    qkv = tuple(token.new_empty(*ids.shape, h, head_dim) for h in heads)
+    mean = token.new_empty(M if norm == "layer" else 0, dtype=wide)
+    rstd = token.new_empty(M if norm != "none" else 0, dtype=wide)
+    block_m, block_n, block_k = tuning.expand(D, N, token.dtype)
+    blocks = triton.cdiv(M, block_m)
+    runs = 1 if blocks >= 2 * tuning.device_of(token).multiprocessors else triton.cdiv(N, block_n)
+    period = T if position_ids is None else position_ids.numel()
+    L = 0 if position is None else position.shape[0]
+    shape = (M, period, V, L, heads[0] * head_dim, heads[1] * head_dim, P, projected.shape[0] - P, runs)
+    expand_kernel[(blocks * runs,)](
+        ids, position_ids, token, position, projected, slots, index, offset, hidden, qkv, mean if norm == "layer" else None,
+        rstd if norm != "none" else None, shape, eps, factor, D, GATHERED=gathered, BLOCK_M=block_m, BLOCK_N=block_n,
+        BLOCK_K=block_k, num_warps=4, **tuning.registers(tuning.device_of(token)),
+    )  # fmt: skip
+    return hidden, *qkv, mean, rstd
+
+
+def forward(ids, token, weight, bias, position, position_ids, norm_weight, norm_bias, heads, norm, eps, rows=None, index=None):
+    """Arguments as of embed_qkv; rows (U,) and index (M,) where the batch's distinct ids are known.
+
+    -> hidden, query, key, value, mean, rstd as embed_qkv; projected (P + U, N), rows, index (M,) and count (1,) of the rows.
+    """
+    M, T = ids.numel(), ids.shape[-1] if ids.dim() else 1
+    token, position, bias, norm_weight, norm_bias = tuning.dense(token, position, bias, norm_weight, norm_bias)
+    ids, position_ids = tuning.dense(ids, position_ids)
+    P, place_rows, gathered = places(position, position_ids, M, T)
+    with tuning.on_device(token):
+        slots = None
+        if rows is None:
+            rows, count, slots = find(ids, token.shape[0], position_ids, 0 if position is None else position.shape[0])
+            index = ids.new_empty(M, dtype=torch.int32)
+        else:
+            count = ids.new_full((1,), rows.numel(), dtype=torch.int32)
+        used, units = prepare(rows, place_rows, count, token, position, norm, norm_weight, P)
+        # In fp16 small projections would lose digits, so they stay in fp32.
+        dtype = torch.float32 if token.dtype == torch.float16 else token.dtype
+        projected = project(used, weight, units, count, P, dtype)
+        offset = shift(weight, bias, norm_bias)
+        outputs = expand(ids, token, position, position_ids, projected, slots, index, offset, norm, eps, heads, P, gathered)
+    return *outputs, projected, rows, index, count

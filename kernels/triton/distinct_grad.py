@@ -1,0 +1,356 @@
+"""Gradients of the `distinct` plan: both products run over distinct rows, and every sum has one fixed order.
+
+    total     = Σ grad_qkv[m]                                  grad of W·β + b                                   (N,)
+    G[P + u]  = Σ rstd[m]·grad_qkv[m] over the tokens of id u   G[p] likewise over those at position p           (P + U, N)
+    dot[m]    = grad_qkv[m] · (projected[P + slot] + projected[place])         rstd's own gradient               (M,)
+    grad_sum  = grad_hidden − rstd³/D · dot · (hidden − mean)                                                      (M, D)
+    grad_weight = Gᵀ·used + total ⊗ β       grad_used = G·weight              used as in distinct.py
+    a table's row = Σ grad_sum over its tokens + centred (γ ⊙ its row of grad_used)
+
+One pass over grad_qkv gives total, the positions' rows of G and dot; a second, by sorted ids, the tokens' rows of G.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from . import distinct, tuning
+from .distinct import load_used
+from .embed_grad import embed_qkv_backward, position_grad, table_grad
+from .tiles import dot, load_hidden, load_places, load_qkv, load_rows
+
+
+@triton.jit
+def qkv_kernel(
+    grads,  # of query, key and value, (M, n) each
+    projected,  # (P + U, N)
+    index,  # (M,) each token's place among the projected ones
+    position_ids,  # (T,) or (M,), or None
+    rstd,  # (M,), or None: no norm
+    dots,  # (column blocks, M) out, or None: each block's share of dot
+    sums,  # (STEP, N) out, rows stride_sn apart, or None: of the tokens m, m + step, m + 2·step, …
+    totals,  # (row blocks, N) out: each row block's share of total
+    shape,  # M, step, T, L, P, U, widths of query and of key
+    stride_sn,
+    PLACED: tl.constexpr,
+    GATHERED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    M, step, T, L, P, U, query, key = shape
+    N = query + 2 * key
+    ACC: tl.constexpr = totals.dtype.element_ty
+    t = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    columns = (n < N)[None, :]
+    total = tl.zeros((BLOCK_N,), ACC)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+    for m0 in range(0, M, step):
+        m = m0 + t
+        here = (t < step) & (m < M)
+        slot, known = load_rows(index, m, here, U)  # −1: the token had no row, and its gradient goes nowhere
+        g = load_qkv(grads, m, n, here & known, query, key).to(ACC)
+        total += tl.sum(g, 0)
+        if dots is not None:
+            x = tl.load(projected + (P + slot)[:, None] * N + n[None, :], mask=columns, other=0.0).to(ACC)
+            if PLACED:
+                place = m % T
+                if position_ids is not None and not GATHERED:
+                    place, _ = load_places(position_ids, m, here, T, L)
+                x += tl.load(projected + place.to(tl.int64)[:, None] * N + n[None, :], mask=columns, other=0.0).to(ACC)
+            tl.store(dots + tl.program_id(1).to(tl.int64) * M + m, tl.sum(g * x, 1), mask=here)
+        if sums is not None:
+            if rstd is not None:
+                g *= tl.load(rstd + m, mask=here, other=0.0)[:, None]
+            acc += g
+    tl.store(totals + tl.program_id(0).to(tl.int64) * N + n, total, mask=n < N)
+    if sums is not None:
+        tl.store(sums + t[:, None] * stride_sn + n[None, :], acc.to(sums.dtype.element_ty), mask=(t < step)[:, None] & columns)
+
+
+@triton.jit
+def weight_grad_kernel(
+    grad_rows,  # descriptor of G (P + U, N)
+    used,  # descriptor of used (P + U, D)
+    grad_tail,  # G again, as a pointer: the last rows want a mask
+    used_tail,
+    total,  # (N,) or None
+    norm_bias,  # (D,) or None
+    count,  # (1,) U
+    grad_weight,  # (N, D) out
+    shape,  # P, N, D
+    stride_gr,
+    stride_ur,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    P, N, D = shape
+    ACC: tl.constexpr = tl.float64 if grad_rows.dtype == tl.float64 else tl.float32
+    across = tl.cdiv(D, BLOCK_N)
+    n0 = tl.program_id(0) // across * BLOCK_M
+    d0 = tl.program_id(0) % across * BLOCK_N
+    n = n0 + tl.arange(0, BLOCK_M)
+    d = d0 + tl.arange(0, BLOCK_N)
+    rows = P + tl.load(count)
+    whole = rows // BLOCK_K * BLOCK_K
+    acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+    for r0 in range(0, whole, BLOCK_K):
+        acc = dot(grad_rows.load([r0, n0]).T, used.load([r0, d0]), acc, PRECISION)
+    # What lies past the last row was never written.
+    r = whole + tl.arange(0, BLOCK_K).to(tl.int64)
+    g = tl.load(grad_tail + r[None, :] * stride_gr + n[:, None], mask=(r < rows)[None, :] & (n < N)[:, None], other=0.0)
+    u = tl.load(used_tail + r[:, None] * stride_ur + d[None, :], mask=(r < rows)[:, None] & (d < D)[None, :], other=0.0)
+    acc = dot(g, u, acc, PRECISION)
+    if norm_bias is not None:
+        beta = tl.load(norm_bias + d, mask=d < D, other=0.0).to(ACC)
+        acc += tl.load(total + n, mask=n < N, other=0.0)[:, None] * beta[None, :]
+    inside = (n < N)[:, None] & (d < D)[None, :]
+    tl.store(grad_weight + n[:, None].to(tl.int64) * D + d[None, :], acc.to(grad_weight.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def sum_kernel(
+    ids,  # (M,)
+    position_ids,  # (T,) or (M,), or None
+    token,  # (V, D)
+    position,  # (L, D) or None
+    mean,  # (M,), or None: RMSNorm
+    rstd,  # (M,)
+    dots,  # (column blocks, M)
+    grad_hidden,  # (M, D) or None
+    grad_sum,  # (M, D) out
+    shape,  # M, T, V, L, column blocks
+    D,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    M, T, V, L, blocks = shape
+    m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    row, _ = load_rows(ids, m, m < M, V)
+    place = None
+    if position is not None:
+        place, _ = load_places(position_ids, m, m < M, T, L)
+    h = load_hidden(token, position, row, place, d, D).to(rstd.dtype.element_ty)
+    if mean is not None:
+        h -= tl.load(mean + m, mask=m < M, other=0.0)[:, None]
+    pull = tl.zeros((BLOCK_M,), rstd.dtype.element_ty)
+    share = dots + m
+    for _ in range(blocks):
+        pull += tl.load(share, mask=m < M, other=0.0)
+        share += M
+    scale = tl.load(rstd + m, mask=m < M, other=0.0)
+    g = h * (-scale * scale * scale / D * pull)[:, None]
+    inside = (m < M)[:, None] & (d < D)[None, :]
+    if grad_hidden is not None:
+        g += tl.load(grad_hidden + m[:, None] * D + d[None, :], mask=inside, other=0.0).to(g.dtype)
+    tl.store(grad_sum + m[:, None] * D + d[None, :], g.to(grad_sum.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def table_kernel(
+    rows,  # (U,) rows of the token table
+    place_rows,  # (P,) rows of the position table, or None
+    count,  # (1,) U
+    token,  # (V, D)
+    position,  # (L, D) or None
+    norm_weight,  # (D,) or None
+    grad_used,  # (P + U, D)
+    by_token,  # (U, D) Σ grad_sum, or None
+    grad_token,  # (V, D) out, or None
+    grad_place,  # (P, D) out, or None
+    partials,  # (programs, D) out, or None: this program's share of the gradient of norm_weight
+    shape,  # P, V, L, padding_idx
+    D,
+    CENTRE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    P, V, L, padding_idx = shape
+    ACC: tl.constexpr = grad_used.dtype.element_ty
+    d = tl.arange(0, BLOCK_D)
+    gamma = tl.full((BLOCK_D,), 1.0, ACC)
+    if norm_weight is not None:
+        gamma = tl.load(norm_weight + d, mask=d < D, other=0.0).to(ACC)
+    grad_gamma = tl.zeros((BLOCK_D,), ACC)
+    total = P + tl.load(count)
+    share = tl.cdiv(tl.cdiv(total, BLOCK_M), tl.num_programs(0)) * BLOCK_M
+    first = tl.program_id(0).to(tl.int64) * share
+    for r0 in range(first, tl.minimum(first + share, total), BLOCK_M):
+        r = r0 + tl.arange(0, BLOCK_M)
+        inside = (r < total)[:, None] & (d < D)[None, :]
+        g = tl.load(grad_used + r[:, None] * D + d[None, :], mask=inside, other=0.0)
+        if partials is not None:
+            x = load_used(rows, place_rows, token, position, r, total, d, P, V, L, D, CENTRE)
+            grad_gamma += tl.sum(g * x, 0)
+        g *= gamma[None, :]
+        if CENTRE:
+            g -= (tl.sum(g, 1) / D)[:, None]
+        if grad_place is not None:
+            tl.store(grad_place + r[:, None] * D + d[None, :], g, mask=inside & (r < P)[:, None])
+        if grad_token is not None:
+            mine = inside & (r >= P)[:, None]
+            if by_token is not None:
+                g += tl.load(by_token + (r - P)[:, None] * D + d[None, :], mask=mine, other=0.0)
+            row, known = load_rows(rows, r - P, (r >= P) & (r < total), V)
+            mine &= (known & (row != padding_idx))[:, None]
+            tl.store(grad_token + row[:, None] * D + d[None, :], g.to(grad_token.dtype.element_ty), mask=mine)
+    if partials is not None:
+        tl.store(partials + tl.program_id(0) * D + d, grad_gamma, mask=d < D)
+
+
+def backward(
+    grad_hidden, grads_qkv, ids, token, weight, position, position_ids, norm_weight, norm_bias, mean, rstd, projected, rows, index,
+    count, heads, norm, padding_idx, needs,
+):  # fmt: skip
+    """Gradients of (token, weight, bias, position, norm_weight, norm_bias), None where `needs` says no.
+
+    grad_hidden (M, D) and grads_qkv [(M, n)] of query, key and value, any of them None, of any strides; the others as
+    distinct.forward returned them. fp16 takes the backward of the one-pass kernel: sums of rstd·grad would leave its range.
+    """
+    M, (V, D), N = ids.numel(), token.shape, weight.shape[0]
+    if M == 0 or token.dtype == torch.float16 or all(grad is None for grad in grads_qkv):
+        return embed_qkv_backward(
+            grad_hidden, grads_qkv, ids, token, weight, position, position_ids, norm_weight, norm_bias, mean, rstd, heads,
+            padding_idx, needs,
+        )  # fmt: skip
+    needs_token, needs_weight, needs_bias, needs_position, needs_norm_weight, needs_norm_bias = needs
+    needs_tables, wide = needs_token or needs_position, torch.promote_types(token.dtype, torch.float32)
+    shape, T = tuple(ids.shape), ids.shape[-1] if ids.dim() else 1
+    widths = [N // sum(heads) * h for h in heads]
+    grads = [ids.new_zeros(M, n, dtype=token.dtype) if g is None else g for g, n in zip(grads_qkv, widths, strict=True)]
+    grad_hidden, *grads = tuning.dense(grad_hidden, *grads)
+    token, position, norm_weight, norm_bias = tuning.dense(token, position, norm_weight, norm_bias)
+    ids, position_ids = tuning.dense(ids, position_ids)
+    P, place_rows, gathered = distinct.places(position, position_ids, M, T)
+    scales, means = rstd if norm != "none" else None, mean if norm == "layer" else None
+    with tuning.on_device(token):
+        order = torch.sort(index, stable=True)
+        G = tuning.padded(token, P + rows.numel(), N)
+        total, dots = _stream(grads, projected, index, position_ids, scales, needs_tables, G, P, T, gathered, position)
+        start = 0
+        for grad in grads:
+            table_grad(grad, index, rows.numel(), weights=scales, order=order, out=G[P:, start : start + grad.shape[1]])
+            start += grad.shape[1]
+        grad_weight = grad_sum = grad_token = grad_position = by_token = None
+        if needs_weight:
+            used, _ = distinct.prepare(rows, place_rows, count, token, position, norm, norm_weight, P)
+            grad_weight = _weight_grad(G, used, total, norm_bias, count, weight, P)
+        if needs_tables:
+            grad_sum = grad_hidden if scales is None else _grad_sum(
+                ids, position_ids, token, position, means, scales, dots, grad_hidden, T
+            )  # fmt: skip
+        if needs_token:
+            grad_token = token.new_zeros(V, D)
+            by_token = grad_sum if grad_sum is None else table_grad(
+                grad_sum, index, rows.numel(), order=order, out=token.new_empty(rows.numel(), D, dtype=wide)
+            )  # fmt: skip
+        grad_place = token.new_empty(P, D, dtype=wide) if needs_position else None
+        partials = None
+        if needs_tables or needs_norm_weight:
+            grad_used = distinct.project(G, weight.t(), None, count, P, wide)
+            partials = _finish(
+                rows, place_rows, count, token, position, norm_weight,
+                grad_used, by_token, grad_token, grad_place, needs_norm_weight, norm, padding_idx, P,
+            )  # fmt: skip
+        if needs_position:
+            grad_position = _position_grad(grad_sum, grad_place, shape, position_ids, gathered, position.shape[0], wide)
+            grad_position = grad_position.to(token.dtype)
+    return (
+        grad_token,
+        grad_weight,
+        total.to(token.dtype) if needs_bias else None,
+        grad_position,
+        partials.sum(0).to(token.dtype) if needs_norm_weight else None,
+        (total @ weight.to(wide)).to(token.dtype) if needs_norm_bias else None,
+    )
+
+
+def _stream(grads, projected, index, position_ids, rstd, wants_dots, G, P, T, gathered, position):
+    """One pass over the gradients: fills the positions' rows of G, -> total (N,), dots (column blocks, M) or None."""
+    M, N, L = index.numel(), projected.shape[1], 0 if position is None else position.shape[0]
+    period = T if position_ids is None else position_ids.numel()
+    by_id = position_ids is not None and not gathered  # several tokens of a walk may share a position
+    wide = torch.promote_types(projected.dtype, torch.float32)
+    block_m, block_n = tuning.stream(N)
+    step, sums = min(M, 1024), None
+    if P and not by_id:
+        step, sums = period, G[:P]
+    elif P and period < M:
+        step, sums = period, projected.new_empty(period, N, dtype=wide)
+    row_blocks, column_blocks = triton.cdiv(step, block_m), triton.cdiv(N, block_n)
+    totals = projected.new_empty(row_blocks, N, dtype=wide)
+    dots = projected.new_empty(column_blocks, M, dtype=wide) if rstd is not None and wants_dots else None
+    shape = (M, step, period, L, P, projected.shape[0] - P, grads[0].shape[1], grads[1].shape[1])
+    qkv_kernel[(row_blocks, column_blocks)](
+        tuple(grads), projected, index, position_ids, rstd, dots, sums, totals, shape, 0 if sums is None else sums.stride(0),
+        PLACED=P > 0, GATHERED=gathered, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=4,
+        **tuning.registers(tuning.device_of(projected)),
+    )  # fmt: skip
+    if by_id:
+        G[:P].zero_()
+        if sums is not None:
+            table_grad(sums, position_ids.reshape(-1), P, out=G[:P])
+        else:
+            start, order = 0, torch.sort(position_ids.reshape(-1), stable=True)
+            for grad in grads:
+                columns = slice(start, start := start + grad.shape[1])
+                table_grad(grad, position_ids.reshape(-1), P, weights=rstd, order=order, out=G[:P, columns])
+    return totals.sum(0), dots
+
+
+def _weight_grad(G, used, total, norm_bias, count, weight, P):
+    (R, N), D = G.shape, used.shape[1]
+    device = tuning.device_of(weight)
+    tiles = tuning.weight_grad(N, D, weight.dtype, device)
+    grad = weight.new_empty(N, D)
+    weight_grad_kernel[(triton.cdiv(N, tiles.BLOCK_M) * triton.cdiv(D, tiles.BLOCK_N),)](
+        TensorDescriptor(G, [R, N], [G.stride(0), 1], [tiles.BLOCK_K, tiles.BLOCK_M]),
+        TensorDescriptor(used, [R, D], [used.stride(0), 1], [tiles.BLOCK_K, tiles.BLOCK_N]),
+        G, used, total, norm_bias, count, grad, (P, N, D), G.stride(0), used.stride(0),
+        PRECISION=tuning.precision(weight.dtype), **tiles._asdict(), **tuning.registers(device),
+    )  # fmt: skip
+    return grad
+
+
+def _grad_sum(ids, position_ids, token, position, mean, rstd, dots, grad_hidden, T):
+    M, (V, D) = ids.numel(), token.shape
+    block_m, block_d = tuning.streaming(D, token.dtype)
+    out = token.new_empty(M, D)
+    period, L = T if position_ids is None else position_ids.numel(), 0 if position is None else position.shape[0]
+    sum_kernel[(triton.cdiv(M, block_m), triton.cdiv(D, block_d))](
+        ids, position_ids, token, position, mean, rstd, dots, grad_hidden, out, (M, period, V, L, dots.shape[0]), D=D,
+        BLOCK_M=block_m, BLOCK_D=block_d, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+def _finish(
+    rows, place_rows, count, token, position, norm_weight, grad_used, by_token, grad_token, grad_place, wants_gamma, norm,
+    padding_idx, P,
+):  # fmt: skip
+    (V, D), R = token.shape, grad_used.shape[0]
+    block_m, block_d, warps = tuning.rows(D)
+    programs = min(triton.cdiv(R, block_m), 2 * tuning.device_of(token).multiprocessors)
+    partials = grad_used.new_empty(programs, D) if wants_gamma else None
+    L = 0 if position is None else position.shape[0]
+    table_kernel[(programs,)](
+        rows, place_rows, count, token, position, norm_weight, grad_used, by_token, grad_token, grad_place, partials,
+        (P, V, L, padding_idx), D=D, CENTRE=norm == "layer", BLOCK_M=block_m, BLOCK_D=block_d, num_warps=warps,
+        **tuning.registers(tuning.device_of(token)),
+    )  # fmt: skip
+    return partials
+
+
+def _position_grad(grad_sum, grad_place, shape, position_ids, gathered, L, wide):
+    """(L, D): through hidden and rstd by token, through the projection by its row."""
+    grad = grad_place.new_zeros(L, grad_place.shape[1])
+    if grad_sum is not None:
+        grad = position_grad(grad_sum, shape, position_ids, L, dtype=wide)
+    if gathered:
+        return grad.add_(table_grad(grad_place, position_ids.reshape(-1), L))
+    grad[: grad_place.shape[0]] += grad_place
+    return grad
