@@ -163,7 +163,8 @@ def test_every_configuration_is_valid():
 def test_runs_fill_the_device(M, N):
     """No split of the N tiles among programs ends earlier by the model that runs() states."""
     tiles, device = tuning.embed_qkv(M, N, 768, torch.bfloat16, tuning.H100), tuning.H100
-    chosen, count = tuning.runs(M, N, tiles, device), -(-N // tiles.BLOCK_N)
+    count = -(-N // tiles.BLOCK_N)
+    chosen = tuning.runs(M, count, tiles, device)
     assert 1 <= chosen <= count
     blocks = -(-M // tiles.BLOCK_M)
     cost = {share: -(-blocks * share // device.multiprocessors) * (0.5 + -(-count // share)) for share in range(1, count + 1)}

@@ -16,7 +16,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import tuning
-from .tiles import dot, gather_statistics, load_places, load_rows, store_qkv
+from .tiles import count_tiles, dot, find_tile, gather_statistics, load_places, load_rows
 
 
 @triton.jit
@@ -217,19 +217,21 @@ def expand_kernel(
     if GATHERED:
         place = m % T
 
-    tiles = tl.cdiv(N, BLOCK_N)
+    tiles = count_tiles(query, key, BLOCK_N)
     for tile in range(run * tiles // runs, (run + 1) * tiles // runs):
-        n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        columns = (n < N)[None, :]
-        x = tl.load(projected + (P + slot)[:, None] * N + n[None, :], mask=columns, other=0.0).to(ACC)
+        out, n0, width, first = find_tile(qkv, tile, query, key, BLOCK_N)
+        n = n0 + tl.arange(0, BLOCK_N)
+        columns = (n < width)[None, :]
+        x = tl.load(projected + first + (P + slot)[:, None] * N + n[None, :], mask=columns, other=0.0).to(ACC)
         if position is not None:
-            x += tl.load(projected + place.to(tl.int64)[:, None] * N + n[None, :], mask=columns, other=0.0).to(ACC)
+            x += tl.load(projected + first + place.to(tl.int64)[:, None] * N + n[None, :], mask=columns, other=0.0).to(ACC)
         x *= factor
         if rstd is not None:
             x *= scale[:, None]
         if shift is not None:
-            x += tl.load(shift + n, mask=n < N, other=0.0).to(ACC)[None, :]
-        store_qkv(qkv, tl.where(known[:, None], x, float("nan")), m, n, M, query, key)
+            x += tl.load(shift + first + n, mask=n < width, other=0.0).to(ACC)[None, :]
+        x = tl.where(known[:, None], x, float("nan")).to(out.dtype.element_ty)
+        tl.store(out + m[:, None] * width + n[None, :], x, mask=(m < M)[:, None] & columns)
 
 
 def find(ids, V, position_ids=None, L=0):
@@ -242,7 +244,7 @@ def find(ids, V, position_ids=None, L=0):
     period = 1 if position_ids is None else position_ids.numel()
     with tuning.on_device(ids):
         mark_kernel[(triton.cdiv(M, 1024),)](ids, position_ids, seen, (M, period, V, L), BLOCK_M=1024, num_warps=4)
-        number_kernel[(triton.cdiv(V, 4096),)](seen, slots, rows, count, V, BLOCK_V=4096, num_warps=8)
+        number_kernel[(triton.cdiv(V, 2048),)](seen, slots, rows, count, V, BLOCK_V=2048, num_warps=8)
     return rows, count, slots
 
 
@@ -281,8 +283,8 @@ def project(used, weight, units, count, P, dtype):
     out = used.new_empty(R, N, dtype=dtype)
     programs = min(device.multiprocessors, triton.cdiv(R, tiles.BLOCK_M) * triton.cdiv(N, tiles.BLOCK_N))
     project_kernel[(programs,)](
-        TensorDescriptor(used, [R, K], [used.stride(0), 1], [tiles.BLOCK_M, tiles.BLOCK_K]), operand, units, count, out, P, N, K,
-        TRANSPOSED=transposed, PRECISION=tuning.precision(weight.dtype), **tiles._asdict(), **tuning.registers(device),
+        TensorDescriptor(used, [R, K], [used.stride(0), 1], [tiles.BLOCK_M, tiles.BLOCK_K]), operand, units, count, out, P, N,
+        K, TRANSPOSED=transposed, PRECISION=tuning.precision(weight.dtype), **tiles._asdict(), **tuning.registers(device),
     )  # fmt: skip
     return out
 

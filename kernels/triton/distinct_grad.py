@@ -18,7 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from . import distinct, tuning
 from .distinct import load_used
 from .embed_grad import embed_qkv_backward, position_grad, table_grad
-from .tiles import dot, load_hidden, load_places, load_qkv, load_rows
+from .tiles import dot, find_tile, load_hidden, load_places, load_rows
 
 
 @triton.jit
@@ -42,15 +42,17 @@ def qkv_kernel(
     N = query + 2 * key
     ACC: tl.constexpr = totals.dtype.element_ty
     t = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    columns = (n < N)[None, :]
+    grad, n0, width, first = find_tile(grads, tl.program_id(1), query, key, BLOCK_N)
+    n = n0 + tl.arange(0, BLOCK_N)
+    columns = (n < width)[None, :]
+    projected += first
     total = tl.zeros((BLOCK_N,), ACC)
     acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
     for m0 in range(0, M, step):
         m = m0 + t
         here = (t < step) & (m < M)
         slot, known = load_rows(index, m, here, U)  # −1: the token had no row, and its gradient goes nowhere
-        g = load_qkv(grads, m, n, here & known, query, key).to(ACC)
+        g = tl.load(grad + m[:, None] * width + n[None, :], mask=(here & known)[:, None] & columns, other=0.0).to(ACC)
         total += tl.sum(g, 0)
         if dots is not None:
             x = tl.load(projected + (P + slot)[:, None] * N + n[None, :], mask=columns, other=0.0).to(ACC)
@@ -64,8 +66,9 @@ def qkv_kernel(
             if rstd is not None:
                 g *= tl.load(rstd + m, mask=here, other=0.0)[:, None]
             acc += g
-    tl.store(totals + tl.program_id(0).to(tl.int64) * N + n, total, mask=n < N)
+    tl.store(totals + tl.program_id(0).to(tl.int64) * N + first + n, total, mask=n < width)
     if sums is not None:
+        sums += first
         tl.store(sums + t[:, None] * stride_sn + n[None, :], acc.to(sums.dtype.element_ty), mask=(t < step)[:, None] & columns)
 
 
@@ -203,8 +206,8 @@ def table_kernel(
 
 
 def backward(
-    grad_hidden, grads_qkv, ids, token, weight, position, position_ids, norm_weight, norm_bias, mean, rstd, projected, rows, index,
-    count, heads, norm, padding_idx, needs,
+    grad_hidden, grads_qkv, ids, token, weight, position, position_ids, norm_weight, norm_bias, mean, rstd, projected, rows,
+    index, count, heads, norm, padding_idx, needs,
 ):  # fmt: skip
     """Gradients of (token, weight, bias, position, norm_weight, norm_bias), None where `needs` says no.
 
@@ -281,7 +284,7 @@ def _stream(grads, projected, index, position_ids, rstd, wants_dots, G, P, T, ga
         step, sums = period, G[:P]
     elif P and period < M:
         step, sums = period, projected.new_empty(period, N, dtype=wide)
-    row_blocks, column_blocks = triton.cdiv(step, block_m), triton.cdiv(N, block_n)
+    row_blocks, column_blocks = triton.cdiv(step, block_m), sum(triton.cdiv(grad.shape[1], block_n) for grad in grads)
     totals = projected.new_empty(row_blocks, N, dtype=wide)
     dots = projected.new_empty(column_blocks, M, dtype=wide) if rstd is not None and wants_dots else None
     shape = (M, step, period, L, P, projected.shape[0] - P, grads[0].shape[1], grads[1].shape[1])

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from . import tuning
-from .tiles import dot, gather_statistics, load_hidden, load_places, load_rows, normalise, store_qkv
+from .tiles import count_tiles, dot, find_tile, gather_statistics, load_hidden, load_places, load_rows, normalise
 
 
 @triton.jit
@@ -46,7 +46,6 @@ def embed_qkv_kernel(
     BLOCK_K: tl.constexpr,
 ):
     M, T, V, L, query, key, runs = shape
-    N = query + 2 * key
     ACC: tl.constexpr = tl.float64 if token.dtype.element_ty == tl.float64 else tl.float32
     run = tl.program_id(0) % runs  # N fastest: programs that share rows run side by side
     m = (tl.program_id(0) // runs).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -59,9 +58,9 @@ def embed_qkv_kernel(
         token, position, row, place, known, hidden, mean, rstd, m, M, run == 0, eps, D, BLOCK_M, BLOCK_K
     )
 
-    tiles = tl.cdiv(N, BLOCK_N)
+    tiles = count_tiles(query, key, BLOCK_N)
     for tile in range(run * tiles // runs, (run + 1) * tiles // runs):
-        n0 = tile * BLOCK_N
+        out, n0, width, first = find_tile(qkv, tile, query, key, BLOCK_N)
         acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
         for d0 in range(0, D, BLOCK_K):
             d = d0 + tl.arange(0, BLOCK_K)
@@ -69,13 +68,14 @@ def embed_qkv_kernel(
             if rstd is not None:
                 centre = mu if mean is not None else None
                 a = normalise(a.to(ACC), centre, scale, norm_weight, norm_bias, d, D).to(a.dtype)
-            w = weight.load([d0, n0]) if TRANSPOSED else weight.load([n0, d0]).T
+            w = weight.load([d0, first + n0]) if TRANSPOSED else weight.load([first + n0, d0]).T
             acc = dot(a, w, acc, PRECISION)
         n = n0 + tl.arange(0, BLOCK_N)
         if bias is not None:
-            acc += tl.load(bias + n, mask=n < N, other=0.0).to(ACC)[None, :]
+            acc += tl.load(bias + first + n, mask=n < width, other=0.0).to(ACC)[None, :]
         acc = tl.where(known[:, None], acc, float("nan"))
-        store_qkv(qkv, acc, m, n, M, query, key)
+        inside = (m < M)[:, None] & (n < width)[None, :]
+        tl.store(out + m[:, None] * width + n[None, :], acc.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -149,7 +149,6 @@ def embed_qkv_folded_kernel(
     BLOCK_K: tl.constexpr,
 ):
     M, T, V, L, query, key, runs = shape
-    N = query + 2 * key
     ACC: tl.constexpr = tl.float64 if token.dtype.element_ty == tl.float64 else tl.float32
     run = tl.program_id(0) % runs
     m = (tl.program_id(0) // runs).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -158,25 +157,27 @@ def embed_qkv_folded_kernel(
     if position is not None:
         place, placed = load_places(position_ids, m, m < M, T, L)
         known &= placed
-    mu, scale = gather_statistics(token, position, row, place, known, hidden, mean, rstd, m, M, True, eps, D, BLOCK_M, BLOCK_K)
+    _, scale = gather_statistics(token, position, row, place, known, hidden, mean, rstd, m, M, True, eps, D, BLOCK_M, BLOCK_K)
     # Every program wrote the rows that it reads back (programs that share rows wrote the same bits): a barrier of its
     # own threads is all that it needs, and the product below is a plain one, with no gather and no sum in its way.
     tl.debug_barrier()
     rows = hidden + tl.minimum(m, M - 1)[:, None] * D
 
-    tiles = tl.cdiv(N, BLOCK_N)
+    tiles = count_tiles(query, key, BLOCK_N)
     for tile in range(run * tiles // runs, (run + 1) * tiles // runs):
-        n0 = tile * BLOCK_N
+        out, n0, width, first = find_tile(qkv, tile, query, key, BLOCK_N)
         acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
         for d0 in range(0, D, BLOCK_K):
             d = d0 + tl.arange(0, BLOCK_K)
             a = tl.load(rows + d[None, :], mask=(d < D)[None, :], other=0.0)
-            acc = dot(a, folded.load([n0, d0]).T, acc, PRECISION)
+            acc = dot(a, folded.load([first + n0, d0]).T, acc, PRECISION)
         n = n0 + tl.arange(0, BLOCK_N)
         if mean is not None:
-            acc -= mu[:, None] * tl.load(residual + n, mask=n < N, other=0.0)[None, :]
-        acc = acc * scale[:, None] + tl.load(shift + n, mask=n < N, other=0.0)[None, :]
-        store_qkv(qkv, acc, m, n, M, query, key)
+            mu = tl.load(mean + m, mask=m < M, other=0.0)  # read back too: kept, it would not fit the registers
+            acc -= mu[:, None] * tl.load(residual + first + n, mask=n < width, other=0.0)[None, :]
+        acc = acc * scale[:, None] + tl.load(shift + first + n, mask=n < width, other=0.0)[None, :]
+        inside = (m < M)[:, None] & (n < width)[None, :]
+        tl.store(out + m[:, None] * width + n[None, :], acc.to(out.dtype.element_ty), mask=inside)
 
 
 def fold(weight, bias, norm, norm_weight, norm_bias):
@@ -218,10 +219,11 @@ def embed_qkv(
     device = tuning.device_of(token)
     folds = norm != "none" and (tuning.folds(M, token.dtype) if folds is None else folds)
     tiles = tiles or (tuning.embed_qkv_folded if folds else tuning.embed_qkv)(M, N, D, token.dtype, device)
-    runs = tuning.runs(M, N, tiles, device)
+    query, key = heads[0] * head_dim, heads[1] * head_dim
+    runs = tuning.runs(M, triton.cdiv(query, tiles.BLOCK_N) + 2 * triton.cdiv(key, tiles.BLOCK_N), tiles, device)
     period = T if position_ids is None else position_ids.numel()
     outputs = (hidden, qkv, mean if norm == "layer" else None, rstd if norm != "none" else None)
-    shape = (M, period, V, 0 if position is None else position.shape[0], heads[0] * head_dim, heads[1] * head_dim, runs)
+    shape = (M, period, V, 0 if position is None else position.shape[0], query, key, runs)
     options = {"PRECISION": tuning.precision(token.dtype), **tiles._asdict(), **tuning.registers(device)}
     grid = (triton.cdiv(M, tiles.BLOCK_M) * runs,)
     ids, position_ids = tuning.dense(ids, position_ids)

@@ -111,25 +111,18 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def store_qkv(qkv, x, m, n, M, query, key):
-    """Columns n of the projection to their places in query, key and value; each store is wide, as one over all could not be."""
-    q, k, v = qkv
-    x = x.to(q.dtype.element_ty)
-    inside = (m < M)[:, None]
-    tl.store(q + m[:, None] * query + n[None, :], x, mask=inside & (n < query)[None, :])
-    n -= query
-    tl.store(k + m[:, None] * key + n[None, :], x, mask=inside & ((n >= 0) & (n < key))[None, :])
-    n -= key
-    tl.store(v + m[:, None] * key + n[None, :], x, mask=inside & ((n >= 0) & (n < key))[None, :])
+def count_tiles(query, key, BLOCK_N: tl.constexpr):
+    """Column tiles of query, key and value: none lies across two of them, so that each has one place to load or store."""
+    return tl.cdiv(query, BLOCK_N) + 2 * tl.cdiv(key, BLOCK_N)
 
 
 @triton.jit
-def load_qkv(qkv, m, n, mask, query, key):
-    """Columns n of the rows m of (query, key, value) side by side; 0 where mask (rows) says no."""
+def find_tile(qkv, tile, query, key, BLOCK_N: tl.constexpr):
+    """A column tile's matrix, its first column there, that matrix' width, and its first column among those of all three."""
     q, k, v = qkv
-    rows = mask[:, None]
-    x = tl.load(q + m[:, None] * query + n[None, :], mask=rows & (n < query)[None, :], other=0.0)
-    n -= query
-    x += tl.load(k + m[:, None] * key + n[None, :], mask=rows & ((n >= 0) & (n < key))[None, :], other=0.0)
-    n -= key
-    return x + tl.load(v + m[:, None] * key + n[None, :], mask=rows & ((n >= 0) & (n < key))[None, :], other=0.0)
+    of_query, of_key = tl.cdiv(query, BLOCK_N), tl.cdiv(key, BLOCK_N)
+    later, last = tile >= of_query, tile >= of_query + of_key
+    matrix = tl.where(last, v, tl.where(later, k, q))
+    first = tl.where(later, query, 0) + tl.where(last, key, 0)
+    tile -= tl.where(later, of_query, 0) + tl.where(last, of_key, 0)
+    return matrix, tile * BLOCK_N, tl.where(later, key, query), first

@@ -158,12 +158,12 @@ FOLD = {"BLOCK_N": 16, "BLOCK_K": 128, "num_warps": 4}
 
 
 @functools.lru_cache(1024)
-def runs(M, N, tiles, device):
-    """How many programs share the N tiles of a block of rows: the number whose last program ends first.
+def runs(M, count, tiles, device):
+    """How many programs share the `count` column tiles of a block of rows: the number whose last program ends first.
 
-    A program's time is counted in N tiles; reading its rows for their statistics costs about half of one.
+    A program's time is counted in tiles; reading its rows for their statistics costs about half of one.
     """
-    blocks, count = cdiv(M, tiles.BLOCK_M), cdiv(N, tiles.BLOCK_N)
+    blocks = cdiv(M, tiles.BLOCK_M)
 
     def makespan(share):
         return cdiv(blocks * share, device.multiprocessors) * (0.5 + cdiv(count, share))
