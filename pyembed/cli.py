@@ -1,7 +1,7 @@
 """The command line. `pyembed demo` runs the front end on a text, forward and backward, and checks all of it.
 
-Three runs from the same rounded weights: the Triton kernels (ours), the PyTorch composition in the same dtype (eager) and
-the same composition in float64 (exact). Errors are distances to exact, and eager's say how large ours may be.
+Runs from the same rounded weights: the Triton kernels (ours) by every plan, the PyTorch composition in the same dtype (eager)
+and in float64 (exact). Errors are distances to exact, and eager's say how large ours may be.
 """
 
 import functools
@@ -11,7 +11,6 @@ import platform
 import statistics
 import sys
 import time
-import warnings
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -19,6 +18,8 @@ import torch
 
 from . import __version__, functional, planner, reference
 from .data import get_encoding
+from .modules import EmbeddingQKV
+from .plot import describe, plot_errors
 
 try:
     import typer
@@ -79,7 +80,7 @@ def demo(
     text: Annotated[Path | None, typer.Option(metavar="FILE", help="UTF-8 text; default: Python's own manual.")] = None,
     encoding: Annotated[str, typer.Option(metavar="NAME", help="A tiktoken encoding: gpt2, cl100k_base, o200k_base.")] = "gpt2",
     batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 2,
-    length: Annotated[int, typer.Option(min=1, help="Tokens per sequence.")] = 64,
+    length: Annotated[int, typer.Option(min=1, help="Tokens per sequence.")] = 32,
     width: Annotated[int, typer.Option(min=1, max=16_384, help="Model width D.")] = 768,
     kv_heads: Annotated[int | None, typer.Option(min=1, help="Key and value heads; default: as many as of query.")] = None,
     norm: Annotated[Literal["layer", "rms", "none"], typer.Option(help="LayerNorm, RMSNorm or none.")] = "layer",
@@ -114,14 +115,15 @@ def demo(
     shape |= {"vocabulary": vocabulary, "positions": max(length, 1024)}
     columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
-        task = progress.add_task("weights", total=4 * len(dtypes))
+        task = progress.add_task("weights", total=5 * len(dtypes))
         problem = ids.to(device), *_draw(shape, seed, device), shape
         calls, step = COMPILED_CALLS if compiled else 1, functools.partial(progress.update, task, advance=1)
         results = {name: _check(name, *problem, calls, step) for name in dtypes}
 
     versions = {"pyembed": __version__, "python": platform.python_version()}
     versions |= {"torch": torch.__version__, "triton": triton.__version__}
-    verdicts = [row["verdict"] for result in results.values() for row in result["tensors"].values()]
+    every = [tensors for result in results.values() for tensors in (result["tensors"], *result["plans"].values())]
+    verdicts = [row["verdict"] for tensors in every for row in tensors.values()]
     over = sum(verdict != "ok" for verdict in verdicts)
     report = {
         "passed": not over,
@@ -140,7 +142,7 @@ def demo(
                 finite = json.loads(json.dumps(report), parse_constant=lambda _: None)  # JSON has no NaN
                 json_file.write_text(json.dumps(finite, indent=2) + "\n", encoding="utf-8")
             if plot:
-                _plot(report, plot)
+                plot_errors(report, plot)
         finally:
             _show(report)  # last: a pipe into head ends the program
     except OSError as error:
@@ -234,7 +236,7 @@ def _draw(shape: dict, seed: int, device: torch.device):
 
 
 def _check(name, ids, parameters, incoming, shape, calls, step) -> dict:
-    """One dtype's errors and seconds. step(description=…) drives the progress bar, four times."""
+    """One dtype's errors, by every plan, and seconds. step(description=…) drives the progress bar, five times."""
     parameters = {key: value.to(DTYPES[name]) for key, value in parameters.items()}
     incoming = [gradient.to(DTYPES[name]) for gradient in incoming]
     norm = None if shape["norm"] == "none" else shape["norm"]
@@ -248,9 +250,29 @@ def _check(name, ids, parameters, incoming, shape, calls, step) -> dict:
     step(description=f"{name}: Triton")
     with planner.backend("triton"):
         ours, ours_seconds = _run(functional.embed_qkv, ids, parameters, incoming, options, calls)
+    step(description=f"{name}: the other plans")
+    others = {}
+    with planner.backend("triton"), planner.plan("distinct"):
+        others["distinct"], _ = _run(functional.embed_qkv, ids, parameters, incoming, options, 1)
+    others["table"] = _look_up(ids, parameters, shape, norm)
     step(description=f"{name}: comparing")
-    tensors = {key: _judge(ours[key], eager[key], exact[key], key == "hidden") for key in exact}
-    return {"tensors": tensors, "seconds": {"ours": ours_seconds, "eager": eager_seconds}}
+
+    def judge(found):
+        return {key: _judge(found[key], eager[key], exact[key], key == "hidden") for key in found}
+
+    plans = {plan: judge(found) for plan, found in others.items()}
+    return {"tensors": judge(ours), "plans": plans, "seconds": {"ours": ours_seconds, "eager": eager_seconds}}
+
+
+@torch.no_grad()
+def _look_up(ids, parameters, shape, norm):
+    """The outputs by the `table` plan, which has no gradients."""
+    sizes = shape["vocabulary"], shape["width"], shape["heads"]
+    options = {"num_kv_heads": shape["kv_heads"], "max_length": shape["positions"], "norm": norm}
+    front = EmbeddingQKV(*sizes, **options, device="meta", dtype=parameters["token"].dtype)
+    front.load_state_dict({PARAMETERS[key]: value for key, value in parameters.items()}, assign=True)
+    with planner.backend("triton"), planner.plan("table"):
+        return front(ids)._asdict()
 
 
 def _run(embed_qkv, ids, parameters, incoming, options, calls):
@@ -318,10 +340,15 @@ def _show(report: dict):
     facts.add_column(style="bold", no_wrap=True)
     facts.add_column()
     facts.add_row("budget", "2 x eager + eps x the largest value; the same for the RMS")
-    for key, value in _describe(report).items():
+    for key, value in describe(report).items():
         facts.add_row(key, Text(value.encode(console.encoding, "backslashreplace").decode(console.encoding)))
     facts.add_row("versions", ", ".join(f"{name} {version}" for name, version in report["versions"].items()))
     for name, result in report["dtypes"].items():
+        for plan, tensors in result["plans"].items():
+            over = [f"{tensor} {row['verdict']}" for tensor, row in tensors.items() if row["verdict"] != "ok"]
+            share, worst = max((row["ours"]["max"] / (row["budget"]["max"] or 1.0), tensor) for tensor, row in tensors.items())
+            line = ", ".join(over) or f"{len(tensors)} tensors within budget, the worst at {share:.0%} of it: {worst}"
+            facts.add_row(f"{name} {plan}", Text(line, "bold red" if over else ""))
         for direction in ("forward", "backward"):
             ours, eager = (result["seconds"][who][direction] for who in ("ours", "eager"))
             line = f"ours {ours:.1f} s (interpreted, not a speed), eager {eager:.3f} s (cold)"
@@ -330,67 +357,3 @@ def _show(report: dict):
             facts.add_row(f"{name} {direction}", line)
     console.print(facts)
     console.print(Text(f"\n{report['summary']}", "bold green" if report["passed"] else "bold red"))
-
-
-def _describe(report: dict) -> dict[str, str]:
-    """What ran, on what, where: for a person."""
-    text, shape = report["text"], report["shape"]
-    heads = f"{shape['heads']} head{'s' * (shape['heads'] > 1)}"
-    if shape["kv_heads"] < shape["heads"]:
-        heads += f" ({shape['kv_heads']} of key and value)"
-    norm = {"layer": "LayerNorm", "rms": "RMSNorm", "none": "no norm"}[shape["norm"]]
-    tables = f"tables of {shape['vocabulary']:,} and {shape['positions']:,} rows"
-    tokens = f"{shape['batch']} x {shape['length']} = {shape['tokens']:,}, {shape['distinct_tokens']:,} of them distinct"
-    return {
-        "text": f"{Path(text['name']).name}, {text['tokens']:,} tokens of {text['encoding']}",
-        "tokens": f"the first {tokens}",
-        "model": f"width {shape['width']:,}, {heads}, {norm}, {tables}",
-        "ran on": f"{report['device']}, Triton {report['mode']}",
-    }
-
-
-def _plot(report: dict, path: Path):
-    """A panel per dtype, a row per tensor: the errors as dots on a bar that ends at their budget."""
-    from matplotlib.figure import Figure
-
-    blue, orange, red, ink, grey, pale = "#0969da", "#e36f00", "#cf222e", "#1f2328", "#59636e", "#e6eaef"
-    panels = report["dtypes"]
-    tensors = list(next(iter(panels.values()))["tensors"])
-    width, height = 2.2 + 4 * len(panels), 2.6 + 0.36 * len(tensors)  # inches
-    figure = Figure((width, height), dpi=160, layout="constrained")
-    figure.get_layout_engine().set(rect=(0.12 / width, 0.4 / height, 1 - 0.4 / width, 1 - 1.8 / height), wspace=0.06)
-    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    for axis, (name, result) in zip(axes, panels.items(), strict=True):
-        rows = [result["tensors"][tensor] for tensor in tensors]
-        sizes = [row[who]["max"] for row in rows for who in ("ours", "eager", "budget")]
-        sizes = [size for size in sizes if 0 < size < math.inf] or [1.0]
-        low, high = min(sizes) / 2, max(sizes) * 2
-        for y, row in enumerate(rows):
-            sizes = (row[who]["max"] for who in ("ours", "eager", "budget"))
-            ours, eager, budget = (max(low, size) if size < high else high for size in sizes)  # 0, infinity, NaN: at the ends
-            ok = row["verdict"] == "ok"
-            axis.plot([low, budget], [y, y], color=pale, linewidth=9, solid_capstyle="butt")
-            budgets = axis.plot(budget, y, "|", color=grey, markersize=13, markeredgewidth=2)
-            eagers = axis.plot(eager, y, "o", color=orange, markerfacecolor="white", markersize=10, markeredgewidth=2)
-            axis.plot(ours, y, "o", color=blue if ok else red, markersize=5.5, clip_on=False)
-            if not ok:
-                text = {"color": red, "ha": "right", "va": "bottom", "fontsize": 8, "fontweight": "bold"}
-                axis.annotate(f"OVER ({row['ours']['max']:.1e})", (ours, y), (0, 6), textcoords="offset points", **text)
-        ourses = axis.plot([], [], "o", color=blue, markersize=5.5)  # for the legend
-        axis.set(xscale="log", xlim=(low, high), ylim=(len(rows) - 0.4, -0.6))
-        axis.set_yticks(range(len(rows)), tensors)
-        axis.set_title(name, loc="left", color=ink, fontweight="bold")
-        axis.set_xlabel("largest error against float64", color=grey, fontsize=9)
-        axis.tick_params(which="both", length=0, labelcolor=ink)
-        axis.grid(axis="x", color=pale, linewidth=0.8)
-        axis.spines[:].set_visible(False)
-
-    left, plain = 0.2 / width, {"va": "top", "parse_math": False}  # a file's name may hold a $
-    figure.text(left, 1 - 0.2 / height, f"pyembed: {report['summary']}", color=ink, fontsize=14, fontweight="bold", **plain)
-    facts = "\n".join(_describe(report).values())
-    figure.text(left, 1 - 0.55 / height, facts, color=grey, fontsize=9, linespacing=1.5, **plain)
-    handles, labels = (ourses[0], eagers[0], budgets[0]), ("ours, Triton", "eager, PyTorch", "budget")
-    figure.legend(handles, labels, loc="lower left", bbox_to_anchor=(left / 2, 0.05 / height), ncols=3, frameon=False)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a name in a script that the font lacks
-        figure.savefig(path, format=path.suffix[1:].lower())

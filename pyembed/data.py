@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from .distinct import DistinctIds
+
 if TYPE_CHECKING:
     import numpy as np
     import tiktoken
@@ -217,6 +219,7 @@ def create_dataloader(
     encoding: str | tiktoken.Encoding = "gpt2",
     vocab_size: int | None = None,
     generator: torch.Generator | None = None,
+    distinct: bool = False,
     **options,
 ) -> DataLoader:
     """Batches `(inputs, targets)`, (batch_size, max_length) int64 each, of `text`'s sliding windows (`TokenDataset`).
@@ -229,6 +232,8 @@ def create_dataloader(
         encoding: a name for `get_encoding`, or a `tiktoken.Encoding`; unused where `text` is ids with a `vocab_size`.
         vocab_size: number of distinct ids; default `encoding.n_vocab`.
         generator: draws the shuffle; default torch's global generator (`torch.manual_seed`).
+        distinct: each batch is `(inputs, targets, DistinctIds)`, the inputs' distinct ids found by the worker processes:
+            `EmbeddingQKV(…)(inputs, distinct=…)` then need not find them.
         options: further arguments of `torch.utils.data.DataLoader`, such as `pin_memory`.
 
     Raises:
@@ -260,7 +265,7 @@ def create_dataloader(
         shuffle=shuffle,
         drop_last=drop_last,
         num_workers=num_workers,
-        collate_fn=_as_it_is,
+        collate_fn=_with_distinct_ids if distinct else _as_it_is,
         generator=generator,
         **options,
     )
@@ -277,6 +282,11 @@ def _encode(text: str, encoding: tiktoken.Encoding) -> np.ndarray:
 
 def _as_it_is(batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     return batch
+
+
+def _with_distinct_ids(batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, DistinctIds]:
+    inputs, targets = batch
+    return inputs, targets, DistinctIds(*torch.unique(inputs, return_inverse=True))
 
 
 def _positive(argument: str, value: int) -> int:

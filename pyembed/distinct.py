@@ -256,7 +256,8 @@ def backward(
                 grad_weight += torch.outer(grad_bias, norm_bias.to(wide))
             grads["weight"] = grad_weight.to(dtype)
         grads["bias"] = grad_bias.to(dtype) if needs_bias else None
-        grads["norm_bias"] = (grad_bias @ weight.to(wide)).to(dtype) if needs_norm_bias else None
+        # Not grad_bias @ weight: a matrix-vector product adds up its rows one after the other, which loses digits.
+        grads["norm_bias"] = (weight * grad_bias[:, None]).sum(0).to(dtype) if needs_norm_bias else None
         if needs_tables or needs_norm_weight:
             grad_rows = (grad_projected @ weight.to(product)).to(wide)
             grads["norm_weight"] = (grad_rows * used).sum(0).to(dtype) if needs_norm_weight else None

@@ -247,7 +247,7 @@ class EmbeddingQKV(nn.Module):
             raise RuntimeError(f"plan: 'table' cannot run here: {refused}")
         if refused or planner.forces("one_pass", "distinct") or self._table_failed:
             return None
-        if position_ids is not None:
+        if position_ids is not None or planner.uses_triton(self._modules["token"].weight):
             self._check(ids, position_ids)
         try:
             if self._table is None or not self._table.is_current(ids, position_ids):

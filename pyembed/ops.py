@@ -222,6 +222,13 @@ def count_distinct(ids: Tensor, size: int) -> Tensor:
         return module.find(ids, size)[1]
 
 
+def look_up(ids, token, position, position_ids, projected, shift, norm, eps, heads, factor):
+    """A call by a table, as kernels/triton/distinct.py has it; without gradients, so no operator is needed."""
+    module, running = _kernels("distinct", token)
+    with running:
+        return module.look_up(ids, token, position, position_ids, projected, shift, norm, eps, heads, factor)
+
+
 @torch.library.custom_op("pyembed::distinct_qkv", mutates_args=())
 def distinct_qkv(
     ids: Tensor,

@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from . import distinct, memory
+from . import distinct, memory, ops, planner
 from .reference import HiddenQKV, split_heads
 
 CHUNK = 4096  # rows that are projected at a time
@@ -143,8 +143,12 @@ class Table:
         """The front end of ids (..., T). IndexError: an id or a place without a row."""
         if self.position is not None and position_ids is None and ids.dim() and ids.shape[-1] > self.position.shape[0]:
             raise IndexError("position")
+        if planner.uses_triton(self.token):
+            heads, factor = (num_heads, num_kv_heads, num_kv_heads), 1 / self.unit
+            tables = (self.token, self.position, position_ids, self.projected, self.shift)
+            return HiddenQKV(*ops.look_up(ids, *tables, self.norm, self.eps, heads, factor))
         flat, shape, D, N = ids.reshape(-1), ids.shape, self.token.shape[1], self.projected.shape[1]
-        if flat.numel() <= distinct.FEW:
+        if flat.numel() <= distinct.FEW or self.token.is_cuda:
             hidden, qkv = self._look_up_few(flat, shape[-1] if shape else 1, position_ids)
             return split_heads(hidden.view(*shape, D), qkv.view(*shape, N), num_heads, num_kv_heads)
         dtype, M = self.token.dtype, flat.numel()

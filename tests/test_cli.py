@@ -43,7 +43,9 @@ def test_report_holds_every_number(report_of, tmp_path):
                 assert row["eager"][size] < row["budget"][size]
         assert result["tensors"]["hidden"]["bit_equal"] is True
         assert all(seconds > 0 for times in result["seconds"].values() for seconds in times.values())
-        assert result.keys() == {"tensors", "seconds"}  # no ratio of times
+        assert result.keys() == {"tensors", "plans", "seconds"}  # no ratio of times
+        assert list(result["plans"]["distinct"]) == TENSORS and list(result["plans"]["table"]) == TENSORS[:4]
+        assert all(row["verdict"] == "ok" for tensors in result["plans"].values() for row in tensors.values())
     assert report["passed"] is True
     assert report["mode"] == MODE
     assert report["text"] == {"name": "pydoc_data.topics", "encoding": "gpt2", "tokens": report["text"]["tokens"]}
@@ -60,7 +62,7 @@ def test_table_fits_80_columns_and_is_plain_where_there_is_no_terminal(capsys, m
     assert max(map(len, lines)) <= 80 and not any("\x1b" in line for line in lines)
     assert [line.split()[-5] for line in lines if line.rstrip().endswith(" ok")] == TENSORS[1:]
     assert "bit-equal" in next(line for line in lines if "hidden" in line)
-    assert lines[-1].strip() == "none of 10 tensors over budget"
+    assert lines[-1].strip() == "none of 24 tensors over budget"
     speeds = [line for line in lines if line.startswith("fp16") and "ward" in line]
     assert len(speeds) == 2 and all(("not a speed" in line) == (MODE == "interpreter") for line in speeds)
 
@@ -225,7 +227,7 @@ def test_unwritable_after_all_is_one_line(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(cli, "_check_writable", lambda *_: None)
     assert main([*SMALL, "--dtype", "fp32", "--json", str(tmp_path)]) == 2
     out, err = capsys.readouterr()
-    assert "none of 10 tensors over budget" in out and err == f"error: cannot write {tmp_path}: Is a directory\n"
+    assert "none of 24 tensors over budget" in out and err == f"error: cannot write {tmp_path}: Is a directory\n"
 
 
 def test_interrupt_is_quiet(monkeypatch, capsys):

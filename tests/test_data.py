@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
+import pyembed
 from pyembed import data
 from pyembed.data import TokenDataset, create_dataloader, get_encoding
 
@@ -443,3 +444,17 @@ def test_id_outside_the_vocabulary(kind, value):
 def test_wrong_argument(argument, value, error, message):
     with pytest.raises(error, match=message):
         create_dataloader(**{"text": TEXT, argument: value})
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_distinct_ids_come_with_the_batch(num_workers):
+    ids = torch.randint(50, (400,))
+    plain = create_dataloader(ids, 4, 16, 16, shuffle=False, vocab_size=50)
+    loader = create_dataloader(ids, 4, 16, 16, shuffle=False, vocab_size=50, distinct=True, num_workers=num_workers)
+    front = pyembed.EmbeddingQKV(50, 8, 2, max_length=16)
+    for (inputs, targets), (same, same_targets, distinct) in zip(plain, loader, strict=True):
+        assert torch.equal(inputs, same) and torch.equal(targets, same_targets)
+        assert torch.equal(distinct.ids[distinct.inverse], inputs) and torch.equal(distinct.ids, inputs.unique())
+        with pyembed.plan("distinct"):
+            for given, found in zip(front(same, distinct=distinct), front(same), strict=True):
+                assert torch.equal(given, found)

@@ -7,7 +7,7 @@ import torch
 from numerics import Case
 
 import pyembed
-from pyembed import distinct, memory, ops
+from pyembed import distinct, memory, ops, reference
 from pyembed import functional as F
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -111,6 +111,23 @@ def test_opcheck():
     torch.library.opcheck(
         ops.distinct_qkv, arguments, test_utils=("test_schema", "test_autograd_registration", "test_faketensor")
     )
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_rows_that_cancel_lose_digits(backend):
+    """What the plan pays for its speed: where token and position nearly cancel, the sum of two projections keeps as many
+    fewer digits as the sum is smaller than its terms. The bound is stated in README, and here it holds."""
+    case = Case(torch.float32, "cpu")
+    token, position = case.parameters["token"], case.parameters["position"]
+    token[case.ids[0, 0]] = -position[0] * (1 + 1e-3 * torch.randn(40))
+    with pyembed.backend(backend):
+        ours = case.run(F.embed_qkv, backward=False)["query"][0, 0].double()
+    exact = case.run(reference.embed_qkv, torch.float64, backward=False)["query"][0, 0]
+    row = token[case.ids[0, 0]].double()
+    smaller = row.std() / (row + position[0].double()).std()
+    assert smaller > 500
+    wrong, eps = (ours - exact).abs().amax() / exact.abs().amax(), torch.finfo(torch.float32).eps
+    assert wrong <= 4 * smaller * eps
 
 
 def test_bad_ids_are_named():

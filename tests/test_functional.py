@@ -142,3 +142,35 @@ def test_outputs_may_be_changed_in_place(run):
 def test_interpreter_refuses_bf16():
     with pyembed.backend("triton"), pytest.raises(TypeError, match="token: Triton's interpreter has no bfloat16"):
         F.embedding(torch.tensor([0]), torch.randn(3, 4, dtype=torch.bfloat16))
+
+
+def test_given_distinct_ids_are_checked():
+    """What a loader hands over belongs to the batch; whatever the plan, and also where it goes unused."""
+    ids, token, weight = torch.tensor([[3, 1, 3], [0, 1, 4]]), torch.randn(5, 8), torch.randn(24, 8)
+    right = pyembed.DistinctIds(*ids.unique(return_inverse=True))
+    over = right._replace(inverse=right.inverse + 1)
+    wrong = {
+        r"distinct: expected the ids of this batch, 1 at \(0, 1\); got 0": right._replace(inverse=right.inverse.clone()),
+        r"distinct.ids: expected each id once, in ascending order": right._replace(ids=right.ids.flip(0)),
+        r"distinct.inverse: expected shape \(2, 3\)": right._replace(inverse=right.inverse[:1]),
+        r"distinct.inverse: expected values in \[0, 4\), the rows of distinct.ids; got 4": over,
+        r"distinct.ids: expected dtype torch.int32 or torch.int64, got torch.float32": right._replace(ids=right.ids.float()),
+        r"distinct: expected a DistinctIds, got tuple": tuple(right),
+    }
+    next(iter(wrong.values())).inverse[0, 1] = 0
+    for plan in ("distinct", "one_pass"):
+        with pyembed.plan(plan):
+            F.embed_qkv(ids, token, weight, num_heads=1, distinct=right)
+            for message, given in wrong.items():
+                with pytest.raises((ValueError, TypeError, IndexError), match=message):
+                    F.embed_qkv(ids, token, weight, num_heads=1, distinct=given)
+
+
+def test_debug_looks_at_values(monkeypatch):
+    from pyembed import planner
+
+    on_gpu = type("Ids", (), {"is_cuda": True, "device": torch.device("cuda")})()
+    assert not planner.looks(on_gpu) and planner.looks(torch.empty(0))
+    with pyembed.debug():
+        assert planner.looks(on_gpu)
+    assert not planner.looks(on_gpu)

@@ -64,12 +64,13 @@ def looked_up(module, case):
         return module(case.ids, case.position_ids)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype, backend", [*((d, "torch") for d in DTYPES), *((d, "triton") for d in DTYPES[:2])])
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
-def test_variants(dtype, variant):
+def test_variants(dtype, backend, variant):
     case = Case(dtype, "cpu", **variant)
     eager, oracle = (case.run(reference.embed_qkv, d, backward=False) for d in (None, torch.float64))
-    found = looked_up(module_of(case), case)._asdict()
+    with pyembed.backend(backend):
+        found = looked_up(module_of(case), case)._asdict()
     assert torch.equal(found["hidden"], eager["hidden"])
     for name in oracle:
         assert_no_worse(name, found[name], eager[name], oracle[name])
@@ -84,13 +85,15 @@ def test_half_storage(dtype, variant):
     error = module.build_table(dtype)
     assert 0 < error <= torch.finfo(dtype).eps
     assert module.table_nbytes(dtype) * 2 == module.table_nbytes() == 2 * module._table.projected.nbytes
-    with torch.no_grad():
-        expected, found = reference_of(module, case), module(case.ids)
-    assert torch.equal(found.hidden, expected.hidden)
-    for name in ("query", "key", "value"):
-        exact = getattr(expected, name)
-        wrong = (getattr(found, name) - exact).abs().amax()
-        assert 0 < wrong <= 4 * torch.finfo(dtype).eps * exact.abs().amax()
+    expected = reference_of(module, case)
+    for backend in ("torch", "triton"):
+        with torch.no_grad(), pyembed.backend(backend):
+            found = module(case.ids)
+        assert torch.equal(found.hidden, expected.hidden)
+        for name in ("query", "key", "value"):
+            exact = getattr(expected, name)
+            wrong = (getattr(found, name) - exact).abs().amax()
+            assert 0 < wrong <= 4 * torch.finfo(dtype).eps * exact.abs().amax()
 
 
 def reference_of(module, case):

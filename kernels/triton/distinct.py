@@ -309,6 +309,8 @@ def expand(ids, token, position, position_ids, projected, slots, index, offset, 
     qkv = tuple(token.new_empty(*ids.shape, h, head_dim) for h in heads)
     mean = token.new_empty(M if norm == "layer" else 0, dtype=wide)
     rstd = token.new_empty(M if norm != "none" else 0, dtype=wide)
+    if hidden.numel() == 0:
+        return hidden, *qkv, mean, rstd
     block_m, block_n, block_k = tuning.expand(D, N, token.dtype)
     blocks = triton.cdiv(M, block_m)
     runs = 1 if blocks >= 2 * tuning.device_of(token).multiprocessors else triton.cdiv(N, block_n)
@@ -332,6 +334,10 @@ def forward(ids, token, weight, bias, position, position_ids, norm_weight, norm_
     token, position, bias, norm_weight, norm_bias = tuning.dense(token, position, bias, norm_weight, norm_bias)
     ids, position_ids = tuning.dense(ids, position_ids)
     P, place_rows, gathered = places(position, position_ids, M, T)
+    if M == 0:
+        empty = [ids.new_empty(size, dtype=torch.int32) for size in (0, 0, 1)]
+        projected = token.new_empty(0, weight.shape[0])
+        return *expand(ids, token, None, None, projected, None, None, None, norm, eps, heads, 0, False), projected, *empty
     with tuning.on_device(token):
         slots = None
         if rows is None:
@@ -346,3 +352,13 @@ def forward(ids, token, weight, bias, position, position_ids, norm_weight, norm_
         offset = shift(weight, bias, norm_bias)
         outputs = expand(ids, token, position, position_ids, projected, slots, index, offset, norm, eps, heads, P, gathered)
     return *outputs, projected, rows, index, count
+
+
+def look_up(ids, token, position, position_ids, projected, offset, norm, eps, heads, factor):
+    """The `table` plan: expand over a table (L + V, N) of all positions and tokens -> hidden, query, key, value."""
+    ids, position_ids, token, position = tuning.dense(ids, position_ids, token, position)
+    P = 0 if position is None else position.shape[0]
+    with tuning.on_device(token):
+        return expand(
+            ids, token, position, position_ids, projected, None, None, offset, norm, eps, heads, P, False, factor
+        )[:4]  # fmt: skip

@@ -268,7 +268,7 @@ def backward(
         total.to(token.dtype) if needs_bias else None,
         grad_position,
         partials.sum(0).to(token.dtype) if needs_norm_weight else None,
-        (total @ weight.to(wide)).to(token.dtype) if needs_norm_bias else None,
+        (weight * total[:, None]).sum(0).to(token.dtype) if needs_norm_bias else None,
     )
 
 

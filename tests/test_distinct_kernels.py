@@ -1,0 +1,192 @@
+"""The kernels of the `distinct` plan, compiled on a GPU and interpreted without one."""
+
+import pytest
+import torch
+from conftest import DEVICE, DTYPES
+from numerics import Case
+
+import pyembed
+from pyembed import functional as F
+from pyembed import ops
+
+VARIANTS = [
+    {},
+    {"norm": "rms"},
+    {"norm": None},
+    {"position": None},
+    {"norm": "rms", "position": None, "bias": False, "heads": 4, "kv_heads": 1},
+    {"affine": False, "bias": False},
+    {"position_ids": "T"},
+    {"position_ids": "1T"},
+    {"position_ids": "BT", "B": 3},  # fewer tables' rows than tokens: all of them are projected
+    {"position_ids": "T", "B": 1},  # more rows than tokens: those of position_ids are
+    {"padding_idx": 3},
+    {"T": None},
+    {"T": 1, "B": 9},
+    {"B": 1, "T": 45},
+    {"V": 1},
+    {"D": 33, "head_dim": 5},
+    {"scale": 1e-4},
+    {"scale": 300.0},
+    {"ids_dtype": torch.int32},
+    {"B": 5, "T": 60, "V": 90},
+]
+
+
+@pytest.fixture(autouse=True)
+def forced():
+    with pyembed.backend("triton"), pyembed.plan("distinct"):
+        yield
+
+
+def kernels(name="distinct"):
+    return ops._kernels(name, torch.empty(0, device=DEVICE))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_variants(dtype, variant):
+    Case(dtype, DEVICE, **variant).check(F.embed_qkv)
+
+
+@pytest.mark.parametrize("V, M", [(31, 50), (2048, 300), (2049, 300), (50257, 5000), (5, 3)])
+def test_find(V, M):
+    ids = torch.randint(V, (M,), device=DEVICE)
+    ids[:2] = torch.tensor([V - 1, 0], device=DEVICE)
+    module, running = kernels()
+    with running:
+        rows, count, slots = module.find(ids, V)
+    expected, inverse = ids.unique(return_inverse=True)
+    assert rows.shape == (min(M, V),) and int(count) == len(expected)
+    assert torch.equal(rows[: len(expected)].long(), expected) and torch.equal(slots[ids].long(), inverse)
+
+
+def test_find_leaves_out_what_has_no_row():
+    ids = torch.tensor([4, -1, 9, 4, 10, 2], device=DEVICE)
+    places = torch.tensor([0, 0, 0, 0, 0, 7], device=DEVICE)
+    module, running = kernels()
+    with running:
+        rows, count, _ = module.find(ids, 10, places, 5)
+    assert rows[: int(count)].tolist() == [4, 9]
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the compiled kernels have no float64; the interpreter checks the formulas")
+@pytest.mark.parametrize("norm", ["layer", "rms", None])
+def test_gradcheck(norm):
+    case = Case(torch.float64, DEVICE, V=5, T=4, D=6, heads=1, head_dim=2, norm=norm)
+    leaves = {k: p.detach().requires_grad_() for k, p in case.parameters.items() if p is not None}
+
+    def function(*tensors):
+        return tuple(F.embed_qkv(case.ids, **dict(zip(leaves, tensors, strict=True)), **case.options))
+
+    assert torch.autograd.gradcheck(function, tuple(leaves.values()), fast_mode=True)
+
+
+@pytest.mark.parametrize("needed", ["token", "weight", "bias", "position", "norm_weight", "norm_bias"])
+def test_single_parameter_trained(needed):
+    """What is not trained gets no gradient, and the one that is, the same bits as when all are."""
+    case = Case(torch.float32, DEVICE)
+    everything = case.run(F.embed_qkv)
+    leaves = {k: p.detach().requires_grad_(k == needed) for k, p in case.parameters.items()}
+    torch.autograd.backward(F.embed_qkv(case.ids, **leaves, **case.options)[0 if needed == "none" else 1 :], case.grads[1:])
+    with_hidden = {k: p.detach().requires_grad_(k == needed) for k, p in case.parameters.items()}
+    torch.autograd.grad(list(F.embed_qkv(case.ids, **with_hidden, **case.options))[1:], with_hidden[needed], case.grads[1:])
+    assert all((leaf.grad is None) == (name != needed) for name, leaf in leaves.items())
+    if needed not in ("token", "position"):  # hidden's gradient reaches the tables alone
+        assert torch.equal(leaves[needed].grad, everything[f"grad of {needed}"])
+
+
+@pytest.mark.parametrize("used", ["hidden", "query", "key", "value"])
+def test_single_output_used(used):
+    case = Case(torch.float32, DEVICE)
+    grads = []
+    for name in ("distinct", "one_pass"):
+        leaves = {k: p.detach().requires_grad_() for k, p in case.parameters.items()}
+        with pyembed.plan(name):
+            out = F.embed_qkv(case.ids, **leaves, **case.options)
+        out[out._fields.index(used)].backward(case.grads[out._fields.index(used)])
+        grads.append({k: p.grad for k, p in leaves.items()})
+    for name, ours in grads[0].items():
+        assert (ours is None) == (grads[1][name] is None), name
+        if ours is not None:
+            torch.testing.assert_close(ours, grads[1][name], rtol=1e-4, atol=1e-5)
+
+
+def test_repeatable():
+    case = Case(torch.float32, DEVICE, B=4, T=60, V=5)
+    first, second = case.run(F.embed_qkv), case.run(F.embed_qkv)
+    assert all(torch.equal(first[k], second[k]) for k in first)
+
+
+def test_opcheck():
+    case = Case(torch.float32, DEVICE, heads=1)
+    p = {k: v.requires_grad_() for k, v in case.parameters.items()}
+    arguments = (case.ids, p["token"], p["weight"], p["bias"], p["position"], None, p["norm_weight"], p["norm_bias"])
+    utilities = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(ops.distinct_qkv, (*arguments, 1, 1, "layer", 1e-5, -1, None, None, True), test_utils=utilities)
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (3, 0), (0,)])
+def test_empty(shape):
+    case = Case(torch.float32, DEVICE, T=5)
+    leaves = {k: p.detach().requires_grad_() for k, p in case.parameters.items()}
+    outputs = F.embed_qkv(torch.zeros(shape, dtype=torch.long, device=DEVICE), **leaves, **case.options)
+    assert outputs.query.shape == (*shape, 3, 7) and outputs.hidden.shape == (*shape, 40)
+    sum(o.sum() for o in outputs).backward()
+    assert all(not p.grad.any() for p in leaves.values())
+
+
+def test_given_distinct_ids():
+    case = Case(torch.float32, DEVICE)
+    distinct = pyembed.DistinctIds(*case.ids.unique(return_inverse=True))
+    given = case.run(lambda *a, **k: F.embed_qkv(*a, distinct=distinct, **k))
+    for name, tensor in case.run(F.embed_qkv).items():
+        assert torch.equal(given[name], tensor), name
+
+
+@pytest.mark.gpu
+def test_unknown_ids_are_nan_rows_and_get_no_gradient():
+    case = Case(torch.float32, DEVICE)
+    clean = case.run(F.embed_qkv)
+    case.ids = case.ids.clone()
+    case.ids[0, 3], case.ids[1, 5] = 31, -1
+    case.grads = [g.clone().index_put_((torch.tensor([0, 1]), torch.tensor([3, 5])), torch.zeros(())) for g in case.grads]
+    outputs = F.embed_qkv(case.ids, **case.parameters, **case.options)
+    for output in outputs:
+        assert output[0, 3].isnan().all() and output[1, 5].isnan().all() and output.isnan().sum() == 2 * output[0, 0].numel()
+    assert clean["hidden"].isnan().sum() == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("trains", [False, True])
+def test_one_cuda_graph_serves_other_ids(trains):
+    """The whole forward and backward in a graph, replayed with ids of which more are distinct: nothing asks the host."""
+    case = Case(DTYPES[-1], DEVICE, B=8, T=128, V=999, D=64, heads=2, head_dim=32)
+    leaves = {k: p.detach().requires_grad_(trains) for k, p in case.parameters.items()}
+    ids = case.ids.clone().fill_(3)
+
+    def step():
+        outputs = F.embed_qkv(ids, **leaves, **case.options)
+        return [*outputs, *(torch.autograd.grad(list(outputs), list(leaves.values()), case.grads) if trains else ())]
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    ids.copy_(case.ids)
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(captured, step(), strict=True))
+
+
+@pytest.mark.gpu
+def test_no_synchronisation():
+    case = Case(torch.float32, DEVICE)
+    case.run(F.embed_qkv)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        case.run(F.embed_qkv)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
