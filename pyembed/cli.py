@@ -1,7 +1,8 @@
 """The command line. `pyembed demo` runs the front end on a text, forward and backward, and checks all of it.
 
-Runs from the same rounded weights: the Triton kernels (ours) by every plan, the PyTorch composition in the same dtype (eager)
-and in float64 (exact). Errors are distances to exact, and eager's say how large ours may be.
+Runs from the same rounded weights: the one-pass kernel (ours), the other plans as they run here (by kernels on a GPU, by
+PyTorch's operators on a CPU), the PyTorch composition in the same dtype (eager) and in float64 (exact). Errors are distances
+to exact, and eager's say how large ours may be.
 """
 
 import functools
@@ -80,7 +81,7 @@ def demo(
     text: Annotated[Path | None, typer.Option(metavar="FILE", help="UTF-8 text; default: Python's own manual.")] = None,
     encoding: Annotated[str, typer.Option(metavar="NAME", help="A tiktoken encoding: gpt2, cl100k_base, o200k_base.")] = "gpt2",
     batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 2,
-    length: Annotated[int, typer.Option(min=1, help="Tokens per sequence.")] = 32,
+    length: Annotated[int, typer.Option(min=1, help="Tokens per sequence.")] = 64,
     width: Annotated[int, typer.Option(min=1, max=16_384, help="Model width D.")] = 768,
     kv_heads: Annotated[int | None, typer.Option(min=1, help="Key and value heads; default: as many as of query.")] = None,
     norm: Annotated[Literal["layer", "rms", "none"], typer.Option(help="LayerNorm, RMSNorm or none.")] = "layer",
@@ -252,7 +253,7 @@ def _check(name, ids, parameters, incoming, shape, calls, step) -> dict:
         ours, ours_seconds = _run(functional.embed_qkv, ids, parameters, incoming, options, calls)
     step(description=f"{name}: the other plans")
     others = {}
-    with planner.backend("triton"), planner.plan("distinct"):
+    with planner.plan("distinct"):
         others["distinct"], _ = _run(functional.embed_qkv, ids, parameters, incoming, options, 1)
     others["table"] = _look_up(ids, parameters, shape, norm)
     step(description=f"{name}: comparing")
@@ -271,7 +272,7 @@ def _look_up(ids, parameters, shape, norm):
     options = {"num_kv_heads": shape["kv_heads"], "max_length": shape["positions"], "norm": norm}
     front = EmbeddingQKV(*sizes, **options, device="meta", dtype=parameters["token"].dtype)
     front.load_state_dict({PARAMETERS[key]: value for key, value in parameters.items()}, assign=True)
-    with planner.backend("triton"), planner.plan("table"):
+    with planner.plan("table"):
         return front(ids)._asdict()
 
 
