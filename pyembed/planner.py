@@ -151,8 +151,10 @@ def choose(ids, token, weight, position, position_ids, trains, known=None):
         return Plan("one_pass", f"{ids.numel()} tokens are too few for another plan to save time", {})
     if not runs or kernels and not token.is_cuda or token.is_cuda and (not kernels or torch.compiler.is_compiling()):
         return Plan("one_pass", "the other plans do not run here", {})
-    if known is None:
-        known = _seen_distinct(ids, token) if token.is_cuda else ids.unique().numel()
+    if token.is_cuda and (known is None or torch.cuda.is_current_stream_capturing()):
+        known = _seen_distinct(ids, token)
+    elif known is None:
+        known = ids.unique().numel()
     if known is None:
         return Plan("one_pass", "how many ids are distinct is not known yet", {})
     return weigh(ids, token, weight, position, position_ids, trains, known)
@@ -234,5 +236,5 @@ def _seen_distinct(ids, token):
 
 def saw(token, count, tokens):
     """A call by `distinct` counted its ids: count (1,) on the device, out of so many tokens."""
-    if count.is_cuda:
+    if count.is_cuda and not torch.compiler.is_compiling():
         _seen.setdefault(token, _Seen()).look(count, tokens)
