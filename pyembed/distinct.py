@@ -137,7 +137,7 @@ def shift(weight: Tensor, bias: Tensor | None, norm_bias: Tensor | None) -> Tens
 
 def inverse_deviation(hidden: Tensor, norm: str, eps: float) -> Tensor:
     """rstd (m, 1) of rows (m, D), in at least fp32."""
-    rows = hidden.to(wide_dtype(hidden.dtype))
+    rows = hidden.to(wide_dtype(hidden.dtype)) if hidden.dtype.itemsize == 2 else hidden
     if norm == "layer":  # one operator, though it writes more than is wanted
         return torch.native_layer_norm(rows, rows.shape[1:], None, None, eps)[2]
     return torch.linalg.vecdot(rows, rows).div_(rows.shape[1]).add_(eps).rsqrt_()[:, None]

@@ -247,12 +247,15 @@ class EmbeddingQKV(nn.Module):
             raise RuntimeError(f"plan: 'table' cannot run here: {refused}")
         if refused or planner.forces("one_pass", "distinct") or self._table_failed:
             return None
-        if position_ids is not None or planner.uses_triton(self._modules["token"].weight):
+        if position_ids is not None:
             self._check(ids, position_ids)
         try:
             if self._table is None or not self._table.is_current(ids, position_ids):
                 self.build_table(self._table_dtype)
-            return self._table.look_up(ids, position_ids, self.num_heads, self.num_kv_heads)
+            kernels = planner.uses_triton(self._table.token)
+            if kernels:  # they do not look at ids
+                self._check(ids, position_ids)
+            return self._table.look_up(ids, position_ids, self.num_heads, self.num_kv_heads, kernels)
         except table.DoesNotFit:
             if forced:
                 raise

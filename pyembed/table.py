@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from . import distinct, memory, ops, planner
+from . import distinct, memory, ops
 from .reference import HiddenQKV, split_heads
 
 CHUNK = 4096  # rows that are projected at a time
@@ -139,11 +139,11 @@ class Table:
         rows = slice(ids.shape[-1] if ids.dim() else 1) if position_ids is None else position_ids.reshape(-1)
         return all(torch.equal(view[rows], copy[rows]) for view, copy in positions)
 
-    def look_up(self, ids, position_ids, num_heads, num_kv_heads) -> HiddenQKV:
-        """The front end of ids (..., T). IndexError: an id or a place without a row."""
+    def look_up(self, ids, position_ids, num_heads, num_kv_heads, kernels) -> HiddenQKV:
+        """The front end of ids (..., T). IndexError: an id or place without a row. kernels: by Triton, ids checked before."""
         if self.position is not None and position_ids is None and ids.dim() and ids.shape[-1] > self.position.shape[0]:
             raise IndexError("position")
-        if planner.uses_triton(self.token):
+        if kernels:
             heads, factor = (num_heads, num_kv_heads, num_kv_heads), 1 / self.unit
             tables = (self.token, self.position, position_ids, self.projected, self.shift)
             return HiddenQKV(*ops.look_up(ids, *tables, self.norm, self.eps, heads, factor))
@@ -169,7 +169,8 @@ class Table:
         hidden, x = self.token.index_select(0, flat), self._tokens.index_select(0, flat)
         if self.position is None or not len(flat):
             return hidden, x.to(hidden.dtype)
-        x = x.to(self.shift.dtype)
+        if x.dtype != self.shift.dtype:
+            x = x.to(self.shift.dtype)
         rows = slice(T) if position_ids is None else position_ids.reshape(-1)
         for out, positions in ((hidden, self.position), (x, self._positions)):
             added = positions[rows]
@@ -179,7 +180,7 @@ class Table:
         else:
             scale = distinct.inverse_deviation(hidden, self.norm, self.eps)
             x = torch.addcmul(self.shift, x, scale, value=1 / self.unit)
-        return hidden, x.to(hidden.dtype)
+        return hidden, x if x.dtype == hidden.dtype else x.to(hidden.dtype)
 
 
 def _spread(tensor):

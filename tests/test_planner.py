@@ -121,8 +121,8 @@ def test_plan_refuses():
         pass
     with (
         pyembed.plan("distinct"),
-        pyembed.backend("triton"),
-        pytest.raises(RuntimeError, match="plan: 'distinct' runs eagerly on CPU"),
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(RuntimeError, match="plan: 'distinct' runs by the kernels or eagerly on CPU tensors, not on cpu here"),
     ):
         F.embed_qkv(torch.tensor([0]), torch.randn(3, 2), torch.randn(6, 2), num_heads=1)
     assert planner._plan == "auto"
