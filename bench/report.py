@@ -87,7 +87,7 @@ def scaling_table(scaling: dict) -> str:
             cells = [f"{milliseconds(median[name])} ({ratio[name]:.2f}×)" if name in median else "–" for name in names]
             lines.append([f"{row['tokens']:,}", f"{row['distinct']:,}{'*' if row['repeated'] else ''}", *cells])
         head = ["tokens", "distinct", *(f"{name}, ms" for name in names)]
-        parts.append(f"{direction}\n\n{markdown(head, lines, 'r ' * len(head))}")
+        parts.append(f"## {direction}\n\n{markdown(head, lines, 'r ' * len(head))}")
     notes = ["In brackets: how many times as fast as eager. `table` is built before, and not for training.\n"]
     if any(row["repeated"] for row in rows):
         notes.append("\\* The text is shorter than this; it is repeated.\n")
@@ -123,7 +123,7 @@ def markdown(head: list[str], rows: list[list[str]], alignments: str) -> str:
 def draw(scaling: dict, path: Path):
     """Time against tokens, both logarithmic: a panel for each direction, a line for each variant."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, NullLocator
+    from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
     panels = _by_direction(extra_infos(scaling, SCALING))
     figure = Figure((2.4 + 4.2 * len(panels), 4.8), dpi=160, layout="constrained")
@@ -138,6 +138,7 @@ def draw(scaling: dict, path: Path):
         axis.set_ylabel("ms")
         axis.set_xticks(sorted({row["tokens"] for row in rows}))
         axis.xaxis.set_minor_locator(NullLocator())
+        axis.yaxis.set_minor_formatter(NullFormatter())
         for ticks in (axis.xaxis, axis.yaxis):
             ticks.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}" if value < 1e6 else f"{value:.0e}"))
         axis.tick_params(axis="x", labelrotation=30)
