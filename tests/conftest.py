@@ -1,9 +1,13 @@
 import os
 
+import hypothesis
 import pytest
 import torch
 
 import pyembed
+
+hypothesis.settings.register_profile("ci", derandomize=True)  # the same cases on every run: a red test is a change's doing
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers share the cores

@@ -60,8 +60,9 @@ def test_scalar_and_three_dimensional_ids():
     case.check(F.embed_qkv)
 
 
-def test_non_contiguous_tensors():
-    case = Case(torch.float32, DEVICE, B=4, T=9, D=24)
+@pytest.mark.parametrize("head_dim", [7, 8])
+def test_non_contiguous_tensors(head_dim):
+    case = Case(torch.float32, DEVICE, B=4, T=9, D=24, head_dim=head_dim)  # a head of 7 starts at no multiple of 16 bytes
     case.ids = case.ids.t()[:4, :].contiguous().t()  # (4, 4), strides swapped
     case.grads = [g[:, :4].transpose(0, 1).contiguous().transpose(0, 1) for g in case.grads]
     case.parameters["weight"] = case.parameters["weight"].t().contiguous().t()  # as Conv1D holds it

@@ -235,7 +235,7 @@ def embed_qkv(
                 ids, position_ids, token, position, operand, shift, residual, *outputs, shape, eps, D, **options
             )
         else:
-            operand, transposed = tuning.weight_descriptor(weight, tiles)
+            operand, transposed = tuning.weight_descriptor(weight, tiles, query, query + key)
             embed_qkv_kernel[grid](
                 ids, position_ids, token, position, norm_weight, norm_bias, operand, bias, *outputs, shape, eps, D,
                 TRANSPOSED=transposed, **options,

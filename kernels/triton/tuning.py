@@ -67,14 +67,17 @@ def precision(dtype):
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
-def weight_descriptor(weight, tiles):
-    """A TMA descriptor of a projection weight (N, D) and whether it is read as (D, N), as in Conv1D's transposed view."""
-    transposed = weight.stride(1) != 1 and weight.stride(0) == 1
+def weight_descriptor(weight, tiles, *starts):
+    """A TMA descriptor of a projection weight (N, D) and whether it is read as (D, N), as in Conv1D's transposed view.
+
+    starts: the rows besides multiples of BLOCK_N at which a kernel's tiles begin.
+    """
+    unit = 16 // weight.element_size()  # rows of a descriptor, and tiles along them, start at multiples of 16 bytes
+    transposed = weight.stride(1) != 1 and weight.stride(0) == 1 and not any(start % unit for start in starts)
     matrix = weight.t() if transposed else weight
-    unit = 16 // weight.element_size()  # rows of a descriptor start at multiples of 16 bytes
     if matrix.stride(1) != 1 or matrix.stride(0) % unit or matrix.data_ptr() % 16:
         width = matrix.shape[1]
-        matrix = F.pad(matrix, (0, -width % unit))[:, :width]
+        matrix = F.pad(matrix.contiguous(), (0, -width % unit))[:, :width]
     block = [tiles.BLOCK_K, tiles.BLOCK_N] if transposed else [tiles.BLOCK_N, tiles.BLOCK_K]
     return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), block), transposed
 
