@@ -17,15 +17,15 @@ def _check_ids(name: str, ids: Tensor):
         raise TypeError(f"{name}: expected dtype torch.int32 or torch.int64, got {ids.dtype}")
 
 
-def _check_shape(name: str, tensor: Tensor | None, shape: tuple, meaning: str):
+def _check_shape(name: str, tensor: Tensor | None, shape: tuple, meaning: str, optional=True):
     """shape holds None where any size will do."""
-    if tensor is None:
+    if tensor is None and optional:
         return
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
     if tensor.dim() != len(shape) or any(want not in (None, got) for want, got in zip(shape, tensor.shape, strict=True)):
-        wanted = ", ".join("any" if size is None else str(size) for size in shape)
-        raise ValueError(f"{name}: expected shape ({wanted}), {meaning}; got {tuple(tensor.shape)}")
+        wanted = str(tuple("any" if size is None else size for size in shape)).replace("'", "")
+        raise ValueError(f"{name}: expected shape {wanted}, {meaning}; got {tuple(tensor.shape)}")
 
 
 def _check_alike(token: Tensor, ids: Tensor, **others: Tensor | None):
@@ -67,7 +67,7 @@ def _check_range(name: str, ids: Tensor | None, table: str, size: int):
         raise IndexError(f"{name}: expected values in [0, {size}), the rows of {table}; got {ids[place].item()} at {place}")
 
 
-def _check_distinct(distinct: DistinctIds | None, ids: Tensor, token: Tensor):
+def check_distinct(distinct: DistinctIds | None, ids: Tensor):
     """What a loader counted belongs to these ids: shapes always, values where looking costs no synchronisation."""
     if distinct is None:
         return
@@ -91,12 +91,24 @@ def _check_distinct(distinct: DistinctIds | None, ids: Tensor, token: Tensor):
         raise ValueError(f"distinct: expected the ids of this batch, {ids[place].item()} at {place}; got {found}")
 
 
-def _padding_row(padding_idx: int | None, rows: int) -> int | None:
+def padding_row(padding_idx: int | None, rows: int) -> int | None:
+    """padding_idx, counted from the table's beginning."""
     if padding_idx is None:
         return None
     if not -rows <= padding_idx < rows:
         raise ValueError(f"padding_idx: expected a row in [{-rows}, {rows}), got {padding_idx}")
     return padding_idx % rows
+
+
+def check_heads(num_heads: int, num_kv_heads: int | None) -> int:
+    """num_kv_heads, num_heads where it is None."""
+    num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+    for name, heads in (("num_heads", num_heads), ("num_kv_heads", num_kv_heads)):
+        if not isinstance(heads, int) or heads < 1:
+            raise ValueError(f"{name}: expected a positive int, got {heads!r}")
+    if num_heads % num_kv_heads:
+        raise ValueError(f"num_heads: expected a multiple of num_kv_heads ({num_kv_heads}), got {num_heads}")
+    return num_kv_heads
 
 
 def check_ids(ids: Tensor, token: Tensor, position: Tensor | None, position_ids: Tensor | None):
@@ -150,13 +162,13 @@ def embed(
     None means 0 … T−1. Differentiable in token and position. Errors as in embedding.
     """
     _check_ids("ids", ids)
-    _check_shape("token", token, (None, None), "(num_embeddings, embedding_dim)")
+    _check_shape("token", token, (None, None), "(num_embeddings, embedding_dim)", optional=False)
     _check_shape("position", position, (None, token.shape[1]), "(max_length, embedding_dim of token)")
     if position_ids is not None:
         _check_ids("position_ids", position_ids)
     _check_alike(token, ids, position=position, position_ids=position_ids)
     _check_positions(ids, position, position_ids)
-    padding_idx = _padding_row(padding_idx, token.shape[0])
+    padding_idx = padding_row(padding_idx, token.shape[0])
     return _run(
         lambda: ops.embed(ids, token, position, position_ids, -1 if padding_idx is None else padding_idx),
         lambda: reference.embed(ids, token, position, position_ids, padding_idx=padding_idx),
@@ -195,10 +207,10 @@ def embed_qkv(
     Errors as in embedding.
     """
     _check_ids("ids", ids)
-    _check_shape("token", token, (None, None), "(num_embeddings, embedding_dim)")
+    _check_shape("token", token, (None, None), "(num_embeddings, embedding_dim)", optional=False)
     D = token.shape[1]
     _check_shape("position", position, (None, D), "(max_length, embedding_dim of token)")
-    _check_shape("weight", weight, (None, D), "(query, key and value rows, embedding_dim of token)")
+    _check_shape("weight", weight, (None, D), "(query, key and value rows, embedding_dim of token)", optional=False)
     N = weight.shape[0]
     _check_shape("bias", bias, (N,), "the rows of weight")
     _check_shape("norm_weight", norm_weight, (D,), "embedding_dim of token")
@@ -220,15 +232,15 @@ def embed_qkv(
         norm_bias=norm_bias,
     )
     _check_positions(ids, position, position_ids)
-    num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-    if num_heads < 1 or num_kv_heads < 1 or num_heads % num_kv_heads:
-        raise ValueError(f"num_heads: expected a positive multiple of num_kv_heads ({num_kv_heads}), got {num_heads}")
+    num_kv_heads = check_heads(num_heads, num_kv_heads)
+    if not eps >= 0:
+        raise ValueError(f"eps: expected a number of at least 0, got {eps}")
     if N % (num_heads + 2 * num_kv_heads):
         raise ValueError(
             f"weight: expected a multiple of num_heads + 2·num_kv_heads = {num_heads + 2 * num_kv_heads} rows, got {N}"
         )
-    padding_idx = _padding_row(padding_idx, token.shape[0])
-    _check_distinct(distinct, ids, token)
+    padding_idx = padding_row(padding_idx, token.shape[0])
+    check_distinct(distinct, ids)
 
     row = -1 if padding_idx is None else padding_idx
     arguments = (ids, token, weight, bias, position, position_ids, norm_weight, norm_bias)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from . import functional as F
-from . import planner, positions, table
+from . import parts, planner, positions, table
 from .distinct import DistinctIds
-from .reference import HiddenQKV, embed_qkv, normalise, split_heads
+from .reference import HiddenQKV, embed_qkv, split_heads
 
 logger = logging.getLogger(__name__)
 
@@ -95,9 +95,13 @@ class EmbeddingQKV(nn.Module):
     ):
         super().__init__()
         factory = {"device": device, "dtype": dtype}
-        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        if num_heads < 1 or num_kv_heads < 1 or num_heads % num_kv_heads:
-            raise ValueError(f"num_heads: expected a positive multiple of num_kv_heads ({num_kv_heads}), got {num_heads}")
+        num_kv_heads = F.check_heads(num_heads, num_kv_heads)
+        for name, size in {"num_embeddings": num_embeddings, "embedding_dim": embedding_dim, "max_length": max_length}.items():
+            if size < 1:
+                raise ValueError(f"{name}: expected a positive number, got {size}")
+        if head_dim is not None and head_dim < 1:
+            raise ValueError(f"head_dim: expected a positive number, got {head_dim}")
+        F.padding_row(padding_idx, num_embeddings)
         if head_dim is None and embedding_dim % num_heads:
             raise ValueError(f"embedding_dim: expected a multiple of num_heads ({num_heads}), got {embedding_dim}")
         head_dim = embedding_dim // num_heads if head_dim is None else head_dim
@@ -119,26 +123,32 @@ class EmbeddingQKV(nn.Module):
     def from_modules(cls, token, position=None, norm=None, *, qkv, num_heads, num_kv_heads=None, dropout=0.0):
         """A front end over modules that a model already has: it holds them, copies nothing, and trains what they hold.
 
-        token, position: nn.Embedding. norm: nn.LayerNorm, nn.RMSNorm, a module like one of them (a `weight`, and a
-        `variance_epsilon` as in Hugging Face's Llama), or None. qkv: one nn.Linear or Hugging Face Conv1D whose output is
-        query, key, value in that order, or a (query, key, value) tuple of nn.Linear. num_kv_heads: num_heads where None.
-        TypeError: a module of another kind; ValueError: widths that do not fit.
+        token, position: nn.Embedding. norm: nn.LayerNorm, nn.RMSNorm, Hugging Face's RMSNorm of Llama and its like, or None.
+        qkv: one nn.Linear or Hugging Face Conv1D whose output is query, key, value in that order, or a (query, key, value)
+        tuple of nn.Linear. num_kv_heads: num_heads where None. A module that does more than its class in PyTorch (a forward
+        of its own, hooks, max_norm, scale_grad_by_freq, sparse), and any other norm, is called as it is, by no kernel;
+        explain() says so. TypeError: a module of another kind; ValueError: widths that do not fit.
         """
         if not isinstance(token, nn.Embedding):
             raise TypeError(f"token: expected an nn.Embedding, got {type(token).__name__}")
         if position is not None and not isinstance(position, nn.Embedding | positions.Sinusoidal):
             raise TypeError(f"position: expected an nn.Embedding or None, got {type(position).__name__}")
-        _norm_arguments(norm)
+        if norm is not None and not isinstance(norm, nn.Module):
+            raise TypeError(f"norm: expected a module or None, got {type(norm).__name__}")
         if isinstance(qkv, tuple | list):
-            if len(qkv) != 3:
-                raise ValueError(f"qkv: expected one module or three (query, key, value), got {len(qkv)}")
+            if len(qkv) != 3 or not all(isinstance(linear, nn.Linear) for linear in qkv):
+                got = ", ".join(type(linear).__name__ for linear in qkv)
+                raise TypeError(f"qkv: expected one module or three nn.Linear (query, key, value), got ({got})")
+            widths = [linear.in_features for linear in qkv]
+            if len(set(widths)) > 1:
+                raise ValueError(f"qkv: expected three of as many inputs, got {widths}")
             qkv = nn.ModuleList(qkv)
         self = cls.__new__(cls)
         nn.Module.__init__(self)
-        self.num_heads, self.num_kv_heads = num_heads, num_heads if num_kv_heads is None else num_kv_heads
-        parts = {"token": token, "position": position, "norm": norm, "qkv": qkv, "dropout": nn.Dropout(dropout)}
-        for name, module in parts.items():
+        self.num_heads, self.num_kv_heads = num_heads, F.check_heads(num_heads, num_kv_heads)
+        for name, module in {"token": token, "position": position, "norm": norm, "qkv": qkv}.items():
             self.register_module(name, module)
+        self.dropout = nn.Dropout(dropout)
         D, (weight, _) = token.embedding_dim, self._projection()
         if weight.shape[1] != D:
             raise ValueError(f"qkv: expected {D} inputs, the width of token; got {weight.shape[1]}")
@@ -161,6 +171,8 @@ class EmbeddingQKV(nn.Module):
     def forward(self, ids: Tensor, position_ids: Tensor | None = None, distinct: DistinctIds | None = None) -> HiddenQKV:
         """ids (..., T), position_ids (T,), (1, T) or like ids, None: 0 … T−1 -> HiddenQKV(hidden (..., T, D), query
         (..., T, num_heads, head_dim), key and value (..., T, num_kv_heads, head_dim)). distinct: as a data loader gives it."""
+        if not isinstance(ids, Tensor):
+            raise TypeError(f"ids: expected a Tensor, got {type(ids).__name__}")
         if self._keeps_table or planner.forces("table"):
             found = self._look_up(ids, position_ids)
             if found is not None:
@@ -168,26 +180,36 @@ class EmbeddingQKV(nn.Module):
             if planner.forces("table"):  # there was no memory for it
                 with planner.plan("auto"):
                     return self.forward(ids, position_ids, distinct)
+        if self._drops() or parts.foreign(self._modules):
+            return self._compose(ids, position_ids)
         module = self._modules["token"]  # a module's attributes are slow, and a decode step asks for them all
         token, padding_idx = module.weight, module.padding_idx
         position = self._position()
         weight, bias = self._projection()
         norm = self._norm()
         heads = {"num_heads": self.num_heads, "num_kv_heads": self.num_kv_heads}
-        if self._drops():
-            hidden = self.dropout(F.embed(ids, token, position, position_ids, padding_idx=padding_idx))
-            normed = normalise(hidden, norm["norm"], norm["norm_weight"], norm["norm_bias"], norm["eps"])
-            qkv = nn.functional.linear(normed, weight, bias)
-            return split_heads(hidden, qkv, self.num_heads, self.num_kv_heads)
         if position_ids is None and distinct is None and planner.is_trivial(ids, token, weight):
-            with contextlib.suppress(
-                IndexError, RuntimeError, TypeError
-            ):  # PyTorch checks too; the call below says what is wrong
+            # PyTorch checks too; the call below says what is wrong.
+            with contextlib.suppress(IndexError, RuntimeError, TypeError):
                 return embed_qkv(ids, token, weight, bias, position=position, padding_idx=padding_idx, **heads, **norm)
         return F.embed_qkv(
             ids, token, weight, bias, position=position, position_ids=position_ids, padding_idx=padding_idx, distinct=distinct,
             **heads, **norm,
         )  # fmt: skip
+
+    def _compose(self, ids, position_ids):
+        """The call by the modules themselves, one after the other."""
+        self._check(ids, position_ids)
+        token, position, norm, qkv, dropout = (self._modules[name] for name in ("token", "position", "norm", "qkv", "dropout"))
+        hidden = token(ids)
+        if position is not None:
+            if position_ids is None:
+                position_ids = torch.arange(ids.shape[-1] if ids.dim() else 1, device=ids.device).view(ids.shape[-1:])
+            hidden = hidden + position(position_ids)
+        hidden = dropout(hidden)
+        normed = hidden if norm is None else norm(hidden)
+        projected = torch.cat([linear(normed) for linear in qkv], -1) if isinstance(qkv, nn.ModuleList) else qkv(normed)
+        return split_heads(hidden, projected, self.num_heads, self.num_kv_heads)
 
     def explain(self, ids: Tensor, position_ids: Tensor | None = None, distinct: DistinctIds | None = None) -> planner.Plan:
         """Which plan a call with these arguments would run now, why, and the seconds predicted for each that could run it.
@@ -196,11 +218,18 @@ class EmbeddingQKV(nn.Module):
         """
         token, position, weight = self._modules["token"].weight, self._position(), self._projection()[0]
         self._check(ids, position_ids)
+        F.check_distinct(distinct, ids)
         if self._drops():
             return planner.Plan("one_pass", "dropout between sum and norm runs by PyTorch's operators", {})
+        foreign = parts.foreign(self._modules)
+        if foreign:
+            return planner.Plan("one_pass", f"by the modules themselves, since {foreign}", {})
+        refused = self._refuses_table()
+        if refused and planner.forces("table"):
+            raise RuntimeError(f"plan: 'table' cannot run here: {refused}")
         trains = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
         known = ids.unique().numel() if distinct is None else distinct.ids.numel()
-        looks_up = (self._keeps_table or planner.forces("table")) and self._refuses_table() is None
+        looks_up = (self._keeps_table or planner.forces("table")) and refused is None
         weighed = planner.weigh(ids, token, weight, position, position_ids, trains, known, looks_up)
         if looks_up and not planner.forces("one_pass", "distinct"):
             size = table.nbytes(token, weight, position, self._table_dtype) / 2**20
@@ -211,7 +240,8 @@ class EmbeddingQKV(nn.Module):
         return planner.choose(ids, token, weight, position, position_ids, trains, known)._replace(seconds=weighed.seconds)
 
     def table_nbytes(self, dtype: torch.dtype | None = None) -> int:
-        """Bytes that build_table(dtype) takes: (V + L)·N elements."""
+        """Bytes that build_table(dtype) takes: (V + L)·N elements. TypeError as there."""
+        self._check_table_dtype(dtype)
         return table.nbytes(self._modules["token"].weight, self._projection()[0], self._position(), dtype)
 
     @torch.no_grad()
@@ -226,8 +256,10 @@ class EmbeddingQKV(nn.Module):
         (parametrizations) or of inference mode. TypeError: another dtype. ValueError: entries beyond the dtype's range.
         """
         token = self._modules["token"].weight
-        if dtype not in (None, token.dtype, torch.float16, torch.bfloat16) or dtype and dtype.itemsize > token.element_size():
-            raise TypeError(f"dtype: expected torch.float16, torch.bfloat16 or None for {token.dtype}, got {dtype}")
+        self._check_table_dtype(dtype)
+        foreign = parts.foreign(self._modules)
+        if foreign:
+            raise RuntimeError(f"table: expected modules that are no more than their weights, but {foreign}")
         self._table, self._table_dtype, self._keeps_table, self._table_failed = None, dtype, False, False
         logger.info("building a table of %s bytes on %s", f"{self.table_nbytes(dtype):,}", token.device)
         weight, bias = self._projection()
@@ -269,6 +301,11 @@ class EmbeddingQKV(nn.Module):
     def _check(self, ids, position_ids):
         F.check_ids(ids, self._modules["token"].weight, self._position(), position_ids)
 
+    def _check_table_dtype(self, dtype):
+        own = self._modules["token"].weight.dtype
+        if dtype not in (None, own, torch.float16, torch.bfloat16) or dtype and dtype.itemsize > own.itemsize:
+            raise TypeError(f"dtype: expected torch.float16, torch.bfloat16 or None for {own}, got {dtype}")
+
     def _fail(self, what):
         self._keeps_table = self._table_failed = True
         warnings.warn(
@@ -282,25 +319,15 @@ class EmbeddingQKV(nn.Module):
             return "gradients are wanted and a table has none; call it within torch.no_grad()"
         if self._drops():
             return "dropout comes between sum and norm; call eval()"
+        foreign = parts.foreign(self._modules)
+        if foreign:
+            return foreign
         if not planner.is_plain_eager():
             return "a compiler, autocast, torch.func or forward-mode AD is at work"
         return None
 
     def _links(self):
-        """(dict, key, value) of all that a table depends on. RuntimeError: a weight that is computed at every access."""
-        names, qkv = ("token", "position", "norm", "qkv"), self._modules["qkv"]
-        links = [(self._modules, name, self._modules[name]) for name in names]
-        if isinstance(qkv, nn.ModuleList):
-            links += [(qkv._modules, name, module) for name, module in qkv._modules.items()]
-        for module in [module for _, _, module in links if module is not None]:
-            for name in ("weight", "bias", "eps", "variance_epsilon"):
-                homes = (module._parameters, module._buffers, module.__dict__)
-                home = next((home for home in homes if name in home), None)
-                if home is module.__dict__ and "eps" not in name or home is None and hasattr(type(module), name):
-                    raise RuntimeError(f"table: expected plain parameters, got a computed {name} of {type(module).__name__}")
-                if home is not None:
-                    links.append((home, name, home[name]))
-        return links
+        return parts.links(self._modules)
 
     def _apply(self, fn, recurse=True):
         self._table = None  # its memory need not wait for the next call
@@ -314,37 +341,10 @@ class EmbeddingQKV(nn.Module):
         return None if module is None else module.weight
 
     def _norm(self):
-        return _norm_arguments(self._modules["norm"])
+        return parts.norm_arguments(self._modules["norm"], self._modules["token"].weight.dtype)
 
     def _drops(self):
         return self.training and self._modules["dropout"].p > 0
 
     def _projection(self):
-        """Weight (N, D) and bias (N,) or None of qkv, whatever holds them."""
-        qkv = self._modules["qkv"]
-        if isinstance(qkv, nn.Linear):
-            return qkv.weight, qkv.bias
-        if isinstance(qkv, nn.ModuleList):
-            weights, biases = zip(*((linear.weight, linear.bias) for linear in qkv), strict=True)
-            if all(bias is None for bias in biases):
-                return torch.cat(weights), None
-            zeros = (w.new_zeros(w.shape[0]) if b is None else b for w, b in zip(weights, biases, strict=True))
-            return torch.cat(weights), torch.cat(tuple(zeros))
-        if type(qkv).__name__ == "Conv1D":  # Hugging Face's: weight (D, N)
-            return qkv.weight.t(), qkv.bias
-        raise TypeError(f"qkv: expected an nn.Linear, a Conv1D or three nn.Linear, got {type(qkv).__name__}")
-
-
-def _norm_arguments(module):
-    """norm, norm_weight, norm_bias and eps of functional.embed_qkv for a norm module. TypeError: an unknown kind."""
-    if module is None:
-        return {"norm": None, "norm_weight": None, "norm_bias": None, "eps": 0.0}
-    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
-    if isinstance(module, nn.LayerNorm):
-        return {"norm": "layer", "norm_weight": weight, "norm_bias": bias, "eps": module.eps}
-    if isinstance(module, nn.RMSNorm):
-        eps = torch.finfo(weight.dtype).eps if module.eps is None else module.eps
-        return {"norm": "rms", "norm_weight": weight, "norm_bias": None, "eps": eps}
-    if hasattr(module, "variance_epsilon") and "RMSNorm" in type(module).__name__:
-        return {"norm": "rms", "norm_weight": weight, "norm_bias": None, "eps": module.variance_epsilon}
-    raise TypeError(f"norm: expected nn.LayerNorm, nn.RMSNorm or a Llama-like RMSNorm, got {type(module).__name__}")
+        return parts.projection(self._modules["qkv"])

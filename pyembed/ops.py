@@ -56,6 +56,13 @@ def _(grad, ids, position_ids, rows, places, padding_idx):
     return grad.new_empty(rows, grad.shape[-1]), grad.new_empty(places, grad.shape[-1])
 
 
+def _no_double_backward(ctx, *grads):
+    raise RuntimeError(
+        "pyembed has no gradients of gradients by this plan: run the forward within pyembed.backend('torch') and "
+        "pyembed.plan('one_pass')"
+    )
+
+
 def _embed_setup(ctx, inputs, output):
     ids, token, position, position_ids, ctx.padding_idx = inputs
     ctx.rows, ctx.places = token.shape[0], 0 if position is None else position.shape[0]
@@ -354,3 +361,6 @@ def _distinct_backward(ctx, grad_hidden, *grads):
 
 
 distinct_qkv.register_autograd(_distinct_backward, setup_context=_distinct_setup)
+
+for _operator in (embed_backward, embed_qkv_backward, distinct_qkv_backward):
+    _operator.register_autograd(_no_double_backward)

@@ -5,8 +5,9 @@ W·β + b. Where no position is added rstd depends on the token alone, and an en
 
 A table belongs to the modules and tensors that it was made from. Before each call it is held against them: the same objects,
 at the same address, with the same version (PyTorch counts in-place changes). What PyTorch does not count, changes through
-`.data` or NumPy, is looked for in samples, on the CPU: 64 elements of every weight and vector, and of every row of the token
-and the position table that the call uses, one.
+`.data` or NumPy, is looked for on the CPU, in whole norm weights and biases, in 64 elements of a larger weight and in one of
+every row of the token and the position table that the call uses: a change of a whole tensor or of a table's row is seen, one
+of a single row or element of the projection mostly is not.
 """
 
 import math
@@ -19,7 +20,8 @@ from .reference import HiddenQKV, split_heads
 
 CHUNK = 4096  # rows that are projected at a time
 COLUMN = 1 / math.pi  # of a table that is compared
-SAMPLES = 64  # elements of a weight that are compared: each costs a cache line, and few rows of a head lie between two
+WHOLE = 4096  # elements of a vector up to which all of them are compared
+SAMPLES = 64  # elements of a larger weight that are compared: each costs a cache line, and few rows of a head lie between two
 
 
 def nbytes(token: Tensor, weight: Tensor, position: Tensor | None, dtype: torch.dtype | None = None) -> int:
@@ -184,7 +186,9 @@ class Table:
 
 
 def _spread(tensor):
-    """Some SAMPLES elements of a vector or matrix, each of another row and column, from one end to the other."""
+    """A short vector whole; of others SAMPLES elements, each of another row and column, from one end to the other."""
+    if tensor.dim() == 1 and len(tensor) <= WHOLE:
+        return tensor.detach()
     count = min(SAMPLES, *tensor.shape)
     step = sum(size // count * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return tensor.detach().as_strided((count,), (step,), tensor.storage_offset())

@@ -170,8 +170,11 @@ def test_from_modules(kind, backend):
     [
         ({"token": nn.Linear(2, 2)}, TypeError, "token: expected an nn.Embedding, got Linear"),
         ({"position": nn.Linear(2, 2)}, TypeError, "position: expected an nn.Embedding or None, got Linear"),
-        ({"norm": nn.BatchNorm1d(8)}, TypeError, "norm: expected nn.LayerNorm, .* got BatchNorm1d"),
-        ({"qkv": nn.Conv1d(8, 24, 1)}, TypeError, "qkv: expected an nn.Linear, a Conv1D or three nn.Linear, got Conv1d"),
+        ({"norm": "layer"}, TypeError, "norm: expected a module or None, got str"),
+        ({"qkv": nn.Conv1d(8, 24, 1)}, TypeError, "qkv: .* a Hugging Face Conv1D or three nn.Linear, got Conv1d"),
+        ({"num_heads": 0}, ValueError, "num_heads: expected a positive int, got 0"),
+        ({"num_kv_heads": 3}, ValueError, r"num_heads: expected a multiple of num_kv_heads \(3\), got 2"),
+        ({"qkv": [nn.Linear(n, 8) for n in (8, 7, 8)]}, ValueError, r"qkv: expected three of as many inputs, got \[8, 7, 8\]"),
         ({"qkv": nn.Linear(9, 24)}, ValueError, "qkv: expected 8 inputs, the width of token; got 9"),
         ({"position": nn.Embedding(4, 9)}, ValueError, "position: expected 8 columns, the width of token; got 9"),
         ({"norm": nn.LayerNorm((2, 8))}, ValueError, r"norm: expected normalized_shape \(8,\).* got \(2, 8\)"),
@@ -181,7 +184,7 @@ def test_from_modules(kind, backend):
             ValueError,
             r"qkv: expected outputs .* ratio \(2, 2, 2\), got \[4, 16, 4\]",
         ),
-        ({"qkv": [nn.Linear(8, 8)] * 2}, ValueError, "qkv: expected one module or three"),
+        ({"qkv": [nn.Linear(8, 8)] * 2}, TypeError, r"qkv: expected one module or three .* got \(Linear, Linear\)"),
     ],
     ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
 )
@@ -194,12 +197,86 @@ def test_from_modules_refuses(arguments, error, message):
 def test_constructor_refuses():
     for options, message in [
         ({"num_heads": 3}, r"embedding_dim: expected a multiple of num_heads \(3\), got 8"),
-        ({"num_heads": 4, "num_kv_heads": 3}, r"num_heads: expected a positive multiple of num_kv_heads \(3\), got 4"),
+        ({"num_heads": 4, "num_kv_heads": 3}, r"num_heads: expected a multiple of num_kv_heads \(3\), got 4"),
+        ({"num_heads": 2.0}, r"num_heads: expected a positive int, got 2.0"),
+        ({"num_heads": 2, "head_dim": 0}, "head_dim: expected a positive number, got 0"),
+        ({"num_heads": 2, "max_length": 0}, "max_length: expected a positive number, got 0"),
+        ({"num_heads": 2, "padding_idx": 5}, r"padding_idx: expected a row in \[-5, 5\), got 5"),
         ({"num_heads": 2, "norm": "group"}, r"norm: expected one of .* got 'group'"),
         ({"num_heads": 2, "position": "relative"}, r"position: expected 'learned', 'sinusoidal' or None, got 'relative'"),
     ]:
         with pytest.raises(ValueError, match=message):
             EmbeddingQKV(5, 8, **options)
+
+
+class Scaled(nn.Embedding):
+    def forward(self, ids):
+        return 3 * super().forward(ids)
+
+
+class Shifted(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+def hooked(module):
+    module.register_forward_hook(lambda module, inputs, output: 2 * output)
+    return module
+
+
+@pytest.mark.parametrize(
+    "parts, why",
+    [
+        ({"token": nn.Embedding(11, 16, max_norm=1.0)}, "max_norm"),
+        ({"token": nn.Embedding(11, 16, scale_grad_by_freq=True)}, "scale_grad_by_freq"),
+        ({"token": nn.Embedding(11, 16, sparse=True)}, "sparse"),
+        ({"token": Scaled(11, 16)}, "token, a Scaled, has a forward of its own"),
+        ({"position": Scaled(9, 16)}, "position, a Scaled, has a forward of its own"),
+        ({"norm": nn.Identity()}, "norm, a Identity, has a forward of its own"),
+        ({"qkv": Shifted(16, 48)}, "qkv, a Shifted, has a forward of its own"),
+        ({"qkv": hooked(nn.Linear(16, 48))}, "qkv has hooks"),
+        ({"qkv": [nn.Linear(16, 16), hooked(nn.Linear(16, 16)), Shifted(16, 16)]}, "qkv has hooks"),
+    ],
+    ids=lambda v: v.split()[-1] if isinstance(v, str) else "",
+)
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_modules_that_do_more_are_called(parts, why, backend):
+    """What a module does besides its class in PyTorch is not lost, and explain says that no kernel ran."""
+    given = {"token": nn.Embedding(11, 16), "position": nn.Embedding(9, 16), "norm": nn.LayerNorm(16), "qkv": nn.Linear(16, 48)}
+    given = {name: copy.deepcopy(part) for name, part in (given | parts).items()}
+    module = EmbeddingQKV.from_modules(**given, num_heads=4).to(DEVICE)
+    twin = copy.deepcopy(module)
+    ids = torch.tensor([[1, 2, 2, 3]], device=DEVICE)
+    hidden = twin.token(ids) + twin.position(torch.arange(4, device=DEVICE))
+    normed = twin.norm(hidden)
+    qkv = torch.cat([p(normed) for p in twin.qkv], -1) if isinstance(twin.qkv, nn.ModuleList) else twin.qkv(normed)
+    with pyembed.backend(backend):
+        assert why in module.explain(ids).reason
+        out = module(ids)
+    for ours, theirs in zip(out, (hidden, *qkv.unflatten(-1, (12, 4)).split(4, -2)), strict=True):
+        assert torch.equal(ours, theirs)
+    out.query.square().sum().backward()
+    qkv.unflatten(-1, (12, 4))[..., :4, :].square().sum().backward()
+    for (name, ours), theirs in zip(module.named_parameters(), twin.parameters(), strict=True):
+        assert (ours.grad is None) == (theirs.grad is None), name
+        if ours.grad is not None:
+            torch.testing.assert_close(ours.grad, theirs.grad, msg=name)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="plan: 'table' cannot run here"), pyembed.plan("table"):
+        module(ids)
+
+
+def test_rms_norm_without_affine_part():
+    module = EmbeddingQKV.from_modules(
+        nn.Embedding(11, 16), norm=nn.RMSNorm(16, elementwise_affine=False), qkv=nn.Linear(16, 48), num_heads=4
+    )
+    ids = torch.tensor([[1, 2, 3]])
+    torch.testing.assert_close(tuple(module(ids)), stock(module, ids))
+
+
+@pytest.mark.parametrize("ids", [[1, 2], None])
+def test_ids_that_are_no_tensor(ids):
+    with pytest.raises(TypeError, match=f"ids: expected a Tensor, got {type(ids).__name__}"):
+        EmbeddingQKV(11, 16, 4)(ids)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])

@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from conftest import DEVICE
+from numerics import Case
 from torch.library import opcheck
 
 import pyembed
@@ -159,3 +160,15 @@ def test_interpreter_leaves_the_compiler_alone(monkeypatch):
     )  # fmt: skip
     monkeypatch.setattr(triton.knobs.compilation, "always_compile", True)
     assert launch.compile(90).asm["cubin"]
+
+
+@pytest.mark.parametrize("plan", ["one_pass", "distinct"])
+def test_double_backward_is_refused(plan):
+    """By name, with the way out."""
+    case = Case(torch.float32, "cpu", heads=1)
+    token = case.parameters["token"].requires_grad_()
+    with pyembed.plan(plan), pyembed.backend("triton"):
+        out = F.embed_qkv(case.ids, **case.parameters, **case.options)
+        (grad,) = torch.autograd.grad(out.query.square().sum(), token, create_graph=True)
+    with pytest.raises(RuntimeError, match="no gradients of gradients by this plan: run the forward within"):
+        grad.square().sum().backward()

@@ -121,6 +121,8 @@ EDITS = {
     ".data, a token's row": lambda m: m.token.weight.data[3].mul_(2),
     ".data, a position's row": lambda m: m.position.weight.data[2].add_(1),
     ".data, a bias element": lambda m: m.qkv.bias.data[5].fill_(9.0),
+    ".data, another bias element": lambda m: m.qkv.bias.data[-2].fill_(9.0),
+    ".data, a norm weight's element": lambda m: m.norm.weight.data[3].fill_(9.0),
     "NumPy": lambda m: m.token.weight.detach().numpy().__imul__(2),
     "inference mode": lambda m: in_inference_mode(m),
 }
@@ -334,4 +336,6 @@ def test_explain():
         plan = module.explain(case.ids)
     assert plan.name == "table" and "is there" in plan.reason and plan.seconds.keys() == {"one_pass", "distinct", "table"}
     assert module.explain(case.ids).name == "one_pass"  # gradients are wanted
+    with pyembed.plan("table"), pytest.raises(RuntimeError, match="gradients are wanted and a table has none"):
+        module.explain(case.ids)
     assert modules.planner.Plan("a", "b", {"c": 2e-3}).__str__() == "a: b (predicted: c 2 ms)"

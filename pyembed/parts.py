@@ -1,0 +1,87 @@
+"""What a front end reads from the modules that it holds, so that it need not call them."""
+
+import functools
+
+import torch
+from torch import nn
+
+from . import positions
+
+NAMES = ("token", "position", "norm", "qkv")
+_OWN_FORWARDS = (nn.Embedding, nn.LayerNorm, nn.RMSNorm, nn.Linear, positions.Sinusoidal)
+
+
+def is_conv1d(qkv):
+    """Hugging Face's Conv1D, a linear map of weight (D, N)."""
+    return type(qkv).__name__ == "Conv1D" and getattr(qkv.weight, "ndim", 0) == 2
+
+
+def is_llama_norm(norm):
+    """Hugging Face's RMSNorm of Llama and of the models that copied it: weight, and variance_epsilon."""
+    return hasattr(norm, "variance_epsilon") and "RMSNorm" in type(norm).__name__
+
+
+@functools.cache
+def _has_stock_forward(kind):
+    return any(kind.forward is stock.forward for stock in _OWN_FORWARDS if issubclass(kind, stock))
+
+
+def foreign(modules):
+    """Why the parts must be called, since their weights are not all that they do; None: they are."""
+    token = modules["token"]
+    if token.max_norm is not None or token.scale_grad_by_freq or token.sparse:
+        return "token has max_norm, scale_grad_by_freq or sparse"
+    for name in NAMES:
+        module = modules[name]
+        if module is None:
+            continue
+        for part in module if isinstance(module, nn.ModuleList) else (module,):
+            if part._forward_pre_hooks or part._forward_hooks or part._backward_pre_hooks or part._backward_hooks:
+                return f"{name} has hooks"
+            kind = type(part)
+            stock = _has_stock_forward(kind) or name == "norm" and is_llama_norm(part) or name == "qkv" and is_conv1d(part)
+            if not stock or "forward" in part.__dict__:
+                return f"{name}, a {kind.__name__}, has a forward of its own"
+    return None
+
+
+def norm_arguments(norm, dtype):
+    """norm, norm_weight, norm_bias and eps of functional.embed_qkv for a norm that is not foreign, over rows of dtype."""
+    if norm is None:
+        return {"norm": None, "norm_weight": None, "norm_bias": None, "eps": 0.0}
+    kind, weight = "layer" if isinstance(norm, nn.LayerNorm) else "rms", norm.weight
+    eps = norm.variance_epsilon if is_llama_norm(norm) else norm.eps
+    eps = torch.finfo(dtype).eps if eps is None else eps  # as torch.nn.functional.rms_norm has it
+    return {"norm": kind, "norm_weight": weight, "norm_bias": getattr(norm, "bias", None), "eps": eps}
+
+
+def projection(qkv):
+    """Weight (N, D) and bias (N,) or None of qkv, whatever holds them. TypeError: another kind of module."""
+    if isinstance(qkv, nn.Linear):
+        return qkv.weight, qkv.bias
+    if isinstance(qkv, nn.ModuleList):
+        weights, biases = zip(*((linear.weight, linear.bias) for linear in qkv), strict=True)
+        if all(bias is None for bias in biases):
+            return torch.cat(weights), None
+        zeros = (w.new_zeros(w.shape[0]) if b is None else b for w, b in zip(weights, biases, strict=True))
+        return torch.cat(weights), torch.cat(tuple(zeros))
+    if is_conv1d(qkv):
+        return qkv.weight.t(), qkv.bias
+    raise TypeError(f"qkv: expected an nn.Linear, a Hugging Face Conv1D or three nn.Linear, got {type(qkv).__name__}")
+
+
+def links(modules):
+    """(dict, key, value) of all that a table depends on. RuntimeError: a weight that is computed at every access."""
+    qkv = modules["qkv"]
+    found = [(modules, name, modules[name]) for name in NAMES]
+    if isinstance(qkv, nn.ModuleList):
+        found += [(qkv._modules, name, module) for name, module in qkv._modules.items()]
+    for module in [module for _, _, module in found if module is not None]:
+        for name in ("weight", "bias", "eps", "variance_epsilon"):
+            homes = (module._parameters, module._buffers, module.__dict__)
+            home = next((home for home in homes if name in home), None)
+            if home is module.__dict__ and "eps" not in name or home is None and hasattr(type(module), name):
+                raise RuntimeError(f"table: expected plain parameters, got a computed {name} of {type(module).__name__}")
+            if home is not None:
+                found.append((home, name, home[name]))
+    return found
