@@ -53,7 +53,7 @@ class Batch:
             self.rows, self.index = torch.unique(self.ids, return_inverse=True)
         self.place_rows = self.place_index = None
         if position is not None and position_ids is None:
-            self.place_rows = torch.arange(self.T)
+            self.place_rows = torch.arange(self.T, device=ids.device)
         elif position is not None and position_ids.numel() == self.T:
             self.place_rows = position_ids.reshape(-1)
         elif position is not None:
@@ -104,6 +104,8 @@ class Batch:
     def sum_tokens(self, x: Tensor, weights: Tensor | None = None) -> Tensor:
         """(U, n): the rows of x (M, n), weighted, summed by distinct token in the batch's order."""
         order, offsets = self.order
+        if x.dtype == torch.float16:  # sums over many tokens leave its range
+            x = x.float()
         weights = None if weights is None else weights[order].to(x.dtype)
         return torch.nn.functional.embedding_bag(order, x, offsets, mode="sum", per_sample_weights=weights)
 
@@ -157,7 +159,7 @@ def expand(batch, token, places, parts, hidden, rstd, norm, eps, unit=1.0):
         for tokens, positions, offset, out in parts:
             out = out[block.tokens]
             in_place = out.dtype == wide == tokens.dtype
-            x = batch.sum(block, tokens, batch.index, positions, out if in_place else torch.empty(out.shape, dtype=wide))
+            x = batch.sum(block, tokens, batch.index, positions, out if in_place else out.new_empty(out.shape, dtype=wide))
             if scale is not None:
                 x = torch.addcmul(offset, x, scale, value=1 / unit, out=x)
             elif offset is not None:
@@ -235,7 +237,7 @@ def backward(
     pull = None  # per token: how strongly rstd's own gradient pulls its row
     if any(grad is not None for grad in grads_qkv):
         pull = torch.zeros(batch.M, dtype=wide) if normed and needs_tables else None
-        product = rates.product_dtype(weight.device, dtype)
+        product = wide if dtype == torch.float16 else rates.product_dtype(weight.device, dtype)
         grad_projected = torch.empty(P + batch.rows.numel(), N, dtype=product)
         grad_bias = torch.zeros(N, dtype=wide)
         widths = [N // sum(heads) * h for h in heads]

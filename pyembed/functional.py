@@ -260,8 +260,8 @@ def embed_qkv(
         heads = {"num_heads": num_heads, "num_kv_heads": num_kv_heads}
         return reference.embed_qkv(ids, token, weight, bias, position=position, position_ids=position_ids, **heads, **options)
 
-    trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments[1:])
+    products = planner.products_of(token, weight, position, norm_weight, norm_bias, bias)
     known = None if distinct is None else distinct.ids.numel()
-    if planner.choose(ids, token, weight, position, position_ids, trains, known).name == "distinct":
+    if planner.choose(ids, token, weight, position, position_ids, norm is not None, products, known).name == "distinct":
         kernel = eager = once_each
     return _run(kernel, eager, token, ids, position, position_ids)

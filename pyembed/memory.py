@@ -7,6 +7,7 @@ buffer says so), a later call takes the buffer. What is kept unused is bounded b
 
 import math
 import mmap
+import os
 import sys
 import threading
 
@@ -30,18 +31,30 @@ def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     count = math.prod(shape)
     size = count * dtype.itemsize
     if size < SMALL_BYTES or not _counts_references:
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")
     with _lock:
         fitting = [buffer for buffer in _idle() if size <= len(buffer) <= size * 5 // 4]
         buffer = min(fitting, key=len, default=None)
         if buffer is None:
-            buffer = mmap.mmap(-1, size)
+            buffer = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # a forked process has its own
             _buffers.append(buffer)
         flat = torch.frombuffer(buffer, dtype=dtype, count=count)
-        tensor = torch.empty(0, dtype=dtype).set_(flat.untyped_storage(), 0, shape)  # no view: its user may change it in place
+        # No view of it, which its user could not change in place.
+        tensor = torch.empty(0, dtype=dtype, device="cpu").set_(flat.untyped_storage(), 0, shape)
         del buffer, fitting, flat
         _keep(KEEP_BYTES)
         return tensor
+
+
+def _after_fork():
+    """The child leaves its parent's buffers alone: another thread may have held the lock, or been about to take one."""
+    global _lock
+    _lock = threading.Lock()
+    _buffers.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def empty_cache():

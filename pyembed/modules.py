@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import threading
 import warnings
 
 import torch
@@ -13,6 +14,7 @@ from .distinct import DistinctIds
 from .reference import HiddenQKV, embed_qkv, split_heads
 
 logger = logging.getLogger(__name__)
+_building = threading.RLock()  # one table at a time: two would take twice the memory
 
 
 class Embedding(nn.Embedding):
@@ -174,7 +176,7 @@ class EmbeddingQKV(nn.Module):
         if not isinstance(ids, Tensor):
             raise TypeError(f"ids: expected a Tensor, got {type(ids).__name__}")
         if self._keeps_table or planner.forces("table"):
-            found = self._look_up(ids, position_ids)
+            found = self._look_up(ids, position_ids, distinct)
             if found is not None:
                 return found
             if planner.forces("table"):  # there was no memory for it
@@ -216,7 +218,6 @@ class EmbeddingQKV(nn.Module):
 
         Nothing runs and no table is built; its str() is a line to read. On a GPU it waits for the ids to be counted.
         """
-        token, position, weight = self._modules["token"].weight, self._position(), self._projection()[0]
         self._check(ids, position_ids)
         F.check_distinct(distinct, ids)
         if self._drops():
@@ -227,17 +228,20 @@ class EmbeddingQKV(nn.Module):
         refused = self._refuses_table()
         if refused and planner.forces("table"):
             raise RuntimeError(f"plan: 'table' cannot run here: {refused}")
-        trains = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
+        token, position, norm = self._modules["token"].weight, self._position(), self._norm()
+        weight, bias = self._projection()
+        looks_up = (self._keeps_table or planner.forces("table")) and not refused and not self._table_failed
         known = ids.unique().numel() if distinct is None else distinct.ids.numel()
-        looks_up = (self._keeps_table or planner.forces("table")) and refused is None
-        weighed = planner.weigh(ids, token, weight, position, position_ids, trains, known, looks_up)
+        products = planner.products_of(token, weight, position, norm["norm_weight"], norm["norm_bias"], bias)
+        call = (ids, token, weight, position, position_ids, norm["norm"] is not None, products, known)
+        weighed = planner.weigh(*call, looks_up)
         if looks_up and not planner.forces("one_pass", "distinct"):
             size = table.nbytes(token, weight, position, self._table_dtype) / 2**20
             there = self._table is not None and self._table.is_current(ids, position_ids)
-            return weighed._replace(
-                name="table", reason=f"a table of {size:,.0f} MiB {'is there' if there else 'would be built first'}"
-            )
-        return planner.choose(ids, token, weight, position, position_ids, trains, known)._replace(seconds=weighed.seconds)
+            reason = f"a table of {size:,.0f} MiB {'is there' if there else 'would be built first'}"
+            return weighed._replace(name="table", reason=reason)
+        with planner.plan("auto") if planner.forces("table") else contextlib.nullcontext():  # there was no memory for it
+            return planner.choose(*call)._replace(seconds=weighed.seconds)
 
     def table_nbytes(self, dtype: torch.dtype | None = None) -> int:
         """Bytes that build_table(dtype) takes: (V + L)·N elements. TypeError as there."""
@@ -255,23 +259,30 @@ class EmbeddingQKV(nn.Module):
         torch.OutOfMemoryError: it would not fit, before anything is allocated. RuntimeError: weights that are computed
         (parametrizations) or of inference mode. TypeError: another dtype. ValueError: entries beyond the dtype's range.
         """
-        token = self._modules["token"].weight
         self._check_table_dtype(dtype)
+        with _building:
+            self._table_dtype, self._table_failed = dtype, False
+            made = self._make_table()
+            self._keeps_table = True
+            return made.error
+
+    @torch.no_grad()
+    def _make_table(self):
         foreign = parts.foreign(self._modules)
         if foreign:
             raise RuntimeError(f"table: expected modules that are no more than their weights, but {foreign}")
-        self._table, self._table_dtype, self._keeps_table, self._table_failed = None, dtype, False, False
+        self._table = None  # its memory comes first
+        token, dtype = self._modules["token"].weight, self._table_dtype
         logger.info("building a table of %s bytes on %s", f"{self.table_nbytes(dtype):,}", token.device)
         weight, bias = self._projection()
-        self._table = table.Table(self._links(), token, weight, bias, self._position(), **self._norm(), dtype=dtype)
-        self._keeps_table = True
-        return self._table.error
+        self._table = made = table.Table(self._links(), token, weight, bias, self._position(), **self._norm(), dtype=dtype)
+        return made
 
     def drop_table(self):
         """Gives the table's memory back, and makes it no more."""
         self._table, self._keeps_table, self._table_failed = None, False, False
 
-    def _look_up(self, ids, position_ids):
+    def _look_up(self, ids, position_ids, distinct):
         """The call by the table, made or made anew if need be; None: another plan must run it."""
         forced = planner.forces("table")
         refused = self._refuses_table()
@@ -279,24 +290,44 @@ class EmbeddingQKV(nn.Module):
             raise RuntimeError(f"plan: 'table' cannot run here: {refused}")
         if refused or planner.forces("one_pass", "distinct") or self._table_failed:
             return None
-        if position_ids is not None:
+        if position_ids is not None or distinct is not None:
             self._check(ids, position_ids)
+            F.check_distinct(distinct, ids)
         try:
-            if self._table is None or not self._table.is_current(ids, position_ids):
-                self.build_table(self._table_dtype)
-            kernels = planner.uses_triton(self._table.token)
+            found = self._current_table(ids, position_ids)
+            if found is None:
+                return None
+            kernels = planner.uses_triton(found.token)
             if kernels:  # they do not look at ids
                 self._check(ids, position_ids)
-            return self._table.look_up(ids, position_ids, self.num_heads, self.num_kv_heads, kernels)
-        except table.DoesNotFit:
-            if forced:
-                raise
-            return self._fail("does not fit any more")
-        except torch.OutOfMemoryError:
-            return self._fail("ran out of memory")
+            return found.look_up(ids, position_ids, self.num_heads, self.num_kv_heads, kernels)
         except (AttributeError, IndexError, RuntimeError, TypeError):
             self._check(ids, position_ids)  # says what is wrong, if it is an argument
             raise
+
+    def _current_table(self, ids, position_ids):
+        """The table, made if need be; None: it could not be, which is said once."""
+        found = self._table
+        if found is not None and found.is_current(ids, position_ids):
+            return found
+        with _building:
+            found = self._table  # another thread may have made it meanwhile
+            if found is not None and found.is_current(ids, position_ids) or self._table_failed:
+                return found
+            try:
+                made = self._make_table()
+                self._keeps_table = True
+                return made
+            except (RuntimeError, ValueError) as error:
+                out_of_memory = isinstance(error, torch.OutOfMemoryError) and not isinstance(error, table.DoesNotFit)
+                if planner.forces("table") and not out_of_memory:
+                    raise
+                self._keeps_table = self._table_failed = True
+                warnings.warn(
+                    f"pyembed: a table of {self.table_nbytes(self._table_dtype):,} bytes could not be made ({error}): other "
+                    "plans serve until the next build_table()", stacklevel=5,
+                )  # fmt: skip
+                return None
 
     def _check(self, ids, position_ids):
         F.check_ids(ids, self._modules["token"].weight, self._position(), position_ids)
@@ -305,13 +336,6 @@ class EmbeddingQKV(nn.Module):
         own = self._modules["token"].weight.dtype
         if dtype not in (None, own, torch.float16, torch.bfloat16) or dtype and dtype.itemsize > own.itemsize:
             raise TypeError(f"dtype: expected torch.float16, torch.bfloat16 or None for {own}, got {dtype}")
-
-    def _fail(self, what):
-        self._keeps_table = self._table_failed = True
-        warnings.warn(
-            f"pyembed: a table of {self.table_nbytes(self._table_dtype):,} bytes {what}: other plans serve until the next "
-            "build_table()", stacklevel=4,
-        )  # fmt: skip
 
     def _refuses_table(self):
         """Why no table can serve a call now; None: one can."""

@@ -45,9 +45,9 @@ def plan(name):
     """Within it, embed_qkv and EmbeddingQKV run by this plan: "one_pass", "distinct", "table", or "auto", the cheapest by
     prediction.
 
-    All plans agree to rounding. "table" is for an EmbeddingQKV without gradients, and builds its table at the first call;
-    "auto" uses a table that is there and builds none. RuntimeError, at the call: the plan cannot run it. ValueError:
-    another name. The setting is the process's.
+    All plans agree to rounding. "table" is for an EmbeddingQKV without gradients, and builds its table at the first call, which
+    stays until drop_table(); "auto" uses a table that is there and builds none. RuntimeError, at the call: the plan cannot run
+    it. ValueError: another name. The setting is the process's.
     """
     global _plan
     if name not in PLANS:
@@ -111,6 +111,7 @@ LEAST_FLOPS = 1e9  # of the product over all tokens, forward: below it no plan c
 LEAST_TOKENS = 1024  # of a call on a GPU, for the same reason
 LAUNCH_SECONDS = 1e-5  # of a kernel of ours on a GPU, the host's part included
 FIXED_SECONDS = 1e-3  # of `distinct` on a CPU: finding the distinct rows, its smaller operators, its operator's own cost
+MARGIN = 1.25  # by which `distinct` must be predicted to win: a prediction is no better than that
 LAUNCHES = {"one_pass": (2, 12), "distinct": (8, 26), "table": (1, 1)}  # of a forward, of a forward and backward
 
 
@@ -127,16 +128,20 @@ def is_trivial(ids, token, weight):
 
 
 def is_plain_eager():
-    """No compiler, autocast, torch.func transform or forward-mode AD is at work: an operator of our own would miss them."""
+    """No compiler, tracer, autocast, torch.func transform or forward-mode AD is at work, which our operators would miss."""
     if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+        return False
+    modes = torch._C._TorchDispatchModeKey
+    if any(torch._C._get_dispatch_mode(key) is not None for key in (modes.FAKE, modes.PROXY, modes.FUNCTIONAL)):
         return False
     transformed = torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
     return not transformed
 
 
-def choose(ids, token, weight, position, position_ids, trains, known=None):
-    """The Plan of an embed_qkv call. trains: whether a backward pass may follow. known: how many ids are distinct, where
-    that is given. RuntimeError: a forced plan cannot run."""
+def choose(ids, token, weight, position, position_ids, normed, products, known=None):
+    """The Plan of an embed_qkv call. normed: whether it has a norm. products: matrix products of its forward, 1, and of the
+    backward that may follow, 0 to 2; None: none follows. known: how many ids are distinct, where that is given. RuntimeError: a
+    forced plan cannot run."""
     if _plan == "one_pass":
         return Plan("one_pass", "forced", {})
     if _plan == "table":
@@ -151,44 +156,56 @@ def choose(ids, token, weight, position, position_ids, trains, known=None):
         return Plan("one_pass", f"{ids.numel()} tokens are too few for another plan to save time", {})
     if not runs or kernels and not token.is_cuda or token.is_cuda and (not kernels or torch.compiler.is_compiling()):
         return Plan("one_pass", "the other plans do not run here", {})
-    if token.is_cuda and (known is None or torch.cuda.is_current_stream_capturing()):
+    if token.is_cuda and known is None and not torch.are_deterministic_algorithms_enabled():
         known = _seen_distinct(ids, token)
-    elif known is None:
+    elif known is None and not token.is_cuda:
         known = ids.unique().numel()
     if known is None:
         return Plan("one_pass", "how many ids are distinct is not known yet", {})
-    return weigh(ids, token, weight, position, position_ids, trains, known)
+    return weigh(ids, token, weight, position, position_ids, normed, products, known)
 
 
-def weigh(ids, token, weight, position, position_ids, trains, distinct, has_table=False):
-    """The cheapest plan, by the seconds that each is predicted to take.
+def products_of(token, weight, position, norm_weight, norm_bias, bias=None):
+    """Matrix products of the backward that may follow a call, one for the weight and one for what lies before it; None: no
+    gradient is wanted."""
+    if not torch.is_grad_enabled():
+        return None
+    before = any(t is not None and t.requires_grad for t in (token, position, norm_weight, norm_bias))
+    wanted = before or weight.requires_grad or bias is not None and bias.requires_grad
+    return before + weight.requires_grad if wanted else None
+
+
+def weigh(ids, token, weight, position, position_ids, normed, products, distinct, has_table=False):
+    """The cheapest plan, by the seconds that each is predicted to take; `distinct` must promise a MARGIN.
 
     A product counts its FLOPs at the device's rate, everything else the bytes that it moves: one_pass reads rows and writes
-    hidden, normed rows and the projection (into fresh memory, on a CPU), distinct and table gather their projections too.
+    hidden, normed rows and the projection (into fresh memory, on a CPU), distinct and table gather their projections too, and
+    a backward of distinct reads every gradient, whatever it is for.
     """
     M, (N, D), size = ids.numel(), weight.shape, token.element_size()
     T = ids.shape[-1] if ids.dim() else 1
     places = 0 if position is None else T if position_ids is None else min(position_ids.numel(), position.shape[0])
     rate = rates.measure(token.device, token.dtype)
     product = rates.measure(token.device, rates.product_dtype(token.device, token.dtype))
-    passes = 3 if trains else 1
+    trains = products is not None
+    passes, least = 1 + (products or 0), 1 + max(products, 1) if trains else 1
     work = passes * 2.0 * N * D
-    gather, fresh = passes * size / rate.gather, passes * size / rate.fresh
+    gather, fresh = size / rate.gather, size / rate.fresh
     grad = token.numel() * size if trains and token.requires_grad else 0  # the dense gradient of the table
+    rows, width = distinct + places, (1 + normed) * D + N
     if token.is_cuda:  # the caching allocator has no fresh memory, and the fused kernel keeps its normed rows to itself
         launches = {name: counts[trains] * LAUNCH_SECONDS for name, counts in LAUNCHES.items()}
-        seconds = {"one_pass": M * work / rate.flops + M * (2 * D + N) * gather + grad / rate.gather}
-        shared = grad / rate.gather
+        seconds = {"one_pass": M * work / rate.flops + passes * M * width * gather + grad / rate.gather}
     else:
         launches = {"one_pass": 0.0, "distinct": FIXED_SECONDS, "table": 0.0}
-        seconds = {"one_pass": M * work / rate.flops + M * D * gather + M * (2 * D + N) * fresh + grad / rate.fresh}
-        shared = grad / rate.gather
-    rows = distinct + places
-    seconds["distinct"] = rows * work / product.flops + (rows * (3 * D + N) + M * (2 * D + 2 * N) + N * D) * gather + shared
+        seconds = {"one_pass": M * work / rate.flops + passes * M * (D * gather + width * fresh) + grad / rate.fresh}
+    moved = rows * (3 * D + N) + M * (2 * D + 2 * N) + N * D
+    seconds["distinct"] = rows * work / product.flops + least * moved * gather + grad / rate.gather
     if has_table:
         seconds["table"] = M * (2 * D + 2 * N) * gather
     seconds = {name: value + launches[name] for name, value in seconds.items()}
-    name = min(seconds, key=seconds.get)
+    handicapped = {name: value * MARGIN if name == "distinct" else value for name, value in seconds.items()}
+    name = min(handicapped, key=handicapped.get)
     return Plan(name, f"{M} tokens have {distinct} distinct ids and {places} positions", seconds)
 
 
@@ -201,12 +218,13 @@ class _Seen:
 
     def look(self, count, tokens):
         """count (1,) on the device, of a batch of that many tokens."""
-        if self.pending is not None or torch.cuda.is_current_stream_capturing():
+        if not tokens or self.pending is not None or torch.cuda.is_current_stream_capturing():
             return
-        host = torch.empty(1, dtype=count.dtype, pin_memory=True)
-        host.copy_(count, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
+        with torch.cuda.device(count.device):
+            host = torch.empty(1, dtype=count.dtype, device="cpu", pin_memory=True)
+            host.copy_(count, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
         self.pending = host, event, tokens
 
     def expect(self, tokens):

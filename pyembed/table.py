@@ -86,7 +86,8 @@ class Table:
             # No entry exceeds the product of two norms (Cauchy, Schwarz): a power of two that brings all of them into range.
             longest = [distinct.centred(t, self.norm).norm(dim=1).amax().item() for t in (*tables, weight)]
             scale = 1.0 if norm_weight is None else norm_weight.abs().amax().item()
-            self.unit = 2.0 ** math.floor(15 - math.log2(max(max(longest[:-1]) * longest[-1] * scale, 1e-30)))
+            bound = max(max(longest[:-1]) * longest[-1] * scale, 1e-30)
+            self.unit = 2.0 ** math.floor(15 - math.log2(bound)) if math.isfinite(bound) else 1.0
         for table in tables:
             for rows in table.split(CHUNK):
                 used = distinct.centred(rows, self.norm)
@@ -161,7 +162,7 @@ class Table:
         elif position_ids is not None:
             batch.place_index = position_ids.reshape(-1)
         hidden, qkv = memory.empty(*shape, D, dtype=dtype), memory.empty(*shape, N, dtype=dtype)
-        rstd = None if self.norm == "none" else torch.empty(M, dtype=self.shift.dtype)
+        rstd = None if self.norm == "none" else self.shift.new_empty(M)
         parts = [(self._tokens, positions, self.shift, qkv.view(M, N))]
         distinct.expand(batch, self.token, places, parts, hidden.view(M, D), rstd, self.norm, self.eps, self.unit)
         return split_heads(hidden, qkv, num_heads, num_kv_heads)

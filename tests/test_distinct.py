@@ -1,6 +1,7 @@
 """The `distinct` plan: the same answer, whatever repeats."""
 
 import gc
+import os
 
 import pytest
 import torch
@@ -188,3 +189,57 @@ def test_memory_is_given_back(monkeypatch):
     assert len(memory._buffers) == 3
     pyembed.empty_cache()
     assert len(memory._buffers) == 1 and (kept == 0.0).all()
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("given", ["strided", "more rows"])
+def test_given_distinct_ids(backend, given):
+    """Of any strides, and with rows that this batch does not name: a part of a larger one that was counted."""
+    case = Case(torch.float32, "cpu")
+    rows, inverse = case.ids.unique(return_inverse=True)
+    if given == "strided":
+        rows = torch.stack([rows, torch.full_like(rows, 7)], 1)[:, 0]
+        inverse = torch.stack([inverse, torch.zeros_like(inverse)], -1)[..., 0]
+    else:
+        rows, inverse = torch.arange(31), case.ids
+    with pyembed.backend(backend):
+        expected = case.run(F.embed_qkv)
+        case.options["distinct"] = pyembed.DistinctIds(rows, inverse)
+        found = case.run(F.embed_qkv)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-5, msg=name)
+
+
+def test_half_precision_sums_keep_their_range():
+    """Σ rstd·grad over many tokens of one id, at rows as small as a fresh GPT-2's, is beyond fp16; what comes of it is not."""
+    g = torch.Generator().manual_seed(0)
+    front = pyembed.EmbeddingQKV(3, 64, 4, position=None, norm="rms", bias=False, dtype=torch.float16)
+    torch.nn.init.normal_(front.token.weight, std=0.02, generator=g)
+    ids = torch.randint(3, (8, 512), generator=g)
+    grads = [torch.randn(8, 512, 4, 16, generator=g).half() + 2 for _ in range(3)]
+    found = []
+    for name in ("one_pass", "distinct"):
+        front.zero_grad()
+        front.token.weight.requires_grad_(False)
+        with pyembed.plan(name):
+            torch.autograd.backward(front(ids)[1:], grads)
+        found.append([front.norm.weight.grad, front.qkv.weight.grad])
+    for eager, ours in zip(*found, strict=True):
+        assert eager.isfinite().all()
+        torch.testing.assert_close(ours, eager, rtol=2e-2, atol=2e-2 * eager.abs().max().item())
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_process_has_its_own_results():
+    result = memory.empty(2048, 1024, dtype=torch.float32).fill_(1.0)
+    child = os.fork()
+    if child == 0:
+        result.zero_()
+        os._exit(0 if not memory._buffers else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert (result == 1).all()
+
+
+def test_width_one():
+    with pyembed.backend("triton"):
+        Case(torch.float32, "cpu", D=1, heads=1, head_dim=8, norm=None).check(F.embed_qkv)

@@ -1,8 +1,11 @@
 """Which implementation runs."""
 
+import contextlib
+
 import pytest
 import torch
 from conftest import CUDA
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import pyembed
 from pyembed import functional as F
@@ -51,7 +54,7 @@ def test_kernels_refuse_float64():
 
 def chosen(ids, V=50257, D=768, N=2304, trains=False, position=None, dtype=torch.float32):
     token, weight = torch.empty(1, dtype=dtype).expand(V, D), torch.empty(1, dtype=dtype).expand(N, D)
-    return planner.choose(ids, token, weight, position, None, trains)
+    return planner.choose(ids, token, weight, position, None, True, 2 if trains else None)
 
 
 @pytest.fixture
@@ -76,7 +79,7 @@ def test_plan_follows_what_repeats(steady):
 
 
 def test_rates_are_measured_once():
-    rates.measure.cache_clear()
+    rates._measure.cache_clear()
     before = torch.get_rng_state()
     found = rates.measure(torch.device("cpu"), torch.float32)
     assert 1e9 < found.flops < 1e14 and 1e8 < found.gather < 1e13 and 1e8 < found.fresh < 1e13
@@ -91,10 +94,49 @@ def test_small_calls_that_fill_a_large_gradient(steady):
     slow_to_get = rates.Rates(150e9, 20e9, 3e9)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rates, "measure", lambda device, dtype: slow_to_get)
-        plan = planner.choose(torch.tensor([[5]]), token, weight, None, None, True)
+        plan = planner.choose(torch.tensor([[5]]), token, weight, None, None, True, 2)
         assert plan.name == "distinct" and plan.seconds["one_pass"] > 0.04
         with torch.no_grad():
-            assert planner.choose(torch.tensor([[5]]), token, weight, None, None, False).name == "one_pass"
+            assert planner.choose(torch.tensor([[5]]), token, weight, None, None, True, None).name == "one_pass"
+
+
+def test_frozen_parameters_are_weighed():
+    """What a backward need not compute does not count for `distinct`."""
+    token, weight = (torch.zeros(4, 3) for _ in range(2))
+    assert planner.products_of(token, weight, None, None, None) is None
+    weight.requires_grad_()
+    assert planner.products_of(token, weight, None, None, None) == 1
+    token.requires_grad_()
+    assert planner.products_of(token, weight, None, None, None) == 2
+    assert planner.products_of(token.detach(), weight.detach(), None, None, None, torch.zeros(3).requires_grad_()) == 0
+    with torch.no_grad():
+        assert planner.products_of(token, weight, None, None, None) is None
+
+
+def test_a_small_promise_is_not_enough(steady):
+    ids = torch.arange(4096)[None]
+    few = planner.weigh(ids, torch.empty(1).expand(50257, 768), torch.empty(1).expand(2304, 768), None, None, True, None, 2000)
+    for rows in range(2000, 4096, 64):
+        plan = planner.weigh(
+            ids, torch.empty(1).expand(50257, 768), torch.empty(1).expand(2304, 768), None, None, True, None, rows
+        )
+        assert (plan.name == "distinct") == (plan.seconds["distinct"] * planner.MARGIN < plan.seconds["one_pass"])
+    assert few.name == "distinct" and plan.name == "one_pass"
+
+
+def test_deterministic_plans_go_by_fixed_rates(monkeypatch):
+    monkeypatch.setattr(rates, "_measure", None)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert rates.measure(torch.device("cpu"), torch.float32) == rates.NOMINAL["cpu"]
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_fake_tensors_take_pytorchs_composition():
+    with FakeTensorMode():
+        front = pyembed.EmbeddingQKV(5000, 768, 12)
+        assert front(torch.zeros(2, 512, dtype=torch.long)).query.shape == (2, 512, 12, 64)
 
 
 def test_what_repeats_on_a_gpu_is_learned_without_waiting(monkeypatch):
@@ -103,7 +145,9 @@ def test_what_repeats_on_a_gpu_is_learned_without_waiting(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     event = type("Event", (), {"record": lambda self: None, "query": lambda self: bool(ready)})
     monkeypatch.setattr(torch.cuda, "Event", event)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     seen = planner._Seen()
+    seen.look(torch.tensor([0]), 0)  # an empty batch says nothing
     assert seen.expect(1000) is None
     seen.look(torch.tensor([3251]), 16384)
     assert seen.expect(16384) is None  # on its way

@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import threading
+import time
 import warnings
 
 import pytest
@@ -235,7 +237,7 @@ def test_out_of_memory_falls_back_and_says_so_once(monkeypatch, message):
         raise (torch.OutOfMemoryError if "CUDA" in message else RuntimeError)(message)
 
     monkeypatch.setattr(table.Table, "_build", fail)
-    with pytest.warns(UserWarning, match="table of .* bytes ran out of memory") as said:
+    with pytest.warns(UserWarning, match="table of .* bytes could not be made") as said:
         first = looked_up(module, case)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -253,7 +255,7 @@ def test_auto_does_not_raise_when_a_new_table_does_not_fit(monkeypatch):
     monkeypatch.setattr(table, "available", lambda device: 100)
     with torch.no_grad():
         module.qkv.weight.mul_(2)
-        with pytest.warns(UserWarning, match="does not fit"):
+        with pytest.warns(UserWarning, match="could not be made .*expected at most the 100 bytes"):
             found = module(case.ids)
     assert torch.equal(found.query, reference_of(module, case).query)
 
@@ -339,3 +341,72 @@ def test_explain():
     with pyembed.plan("table"), pytest.raises(RuntimeError, match="gradients are wanted and a table has none"):
         module.explain(case.ids)
     assert modules.planner.Plan("a", "b", {"c": 2e-3}).__str__() == "a: b (predicted: c 2 ms)"
+
+
+def test_threads_share_one_table(monkeypatch):
+    """While a weight changes, no call fails or reads a table that is half made, and no two threads make one at a time."""
+    module = module_of(case := Case(torch.float32, "cpu", B=1))
+    module.build_table()
+    failures, making = [], []
+
+    class Slow(table.Table):
+        def _build(self, *arguments):
+            making.append(self)
+            assert len(making) == 1
+            time.sleep(0.002)
+            super()._build(*arguments)
+            making.clear()
+
+    monkeypatch.setattr(table, "Table", Slow)
+
+    def call():
+        try:
+            with torch.no_grad():
+                for _ in range(40):
+                    module(case.ids)
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=call) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for _ in range(20):
+        with torch.no_grad():
+            module.qkv.weight.add_(0.0)
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+@pytest.mark.parametrize("break_it", ["out of range", "computed"])
+def test_auto_serves_where_no_table_can_be_made_anew(break_it):
+    module = module_of(case := Case(torch.float32, "cpu", position=None))
+    with torch.no_grad():
+        module.build_table(torch.float16)
+        if break_it == "computed":
+            torch.nn.utils.parametrize.register_parametrization(module.qkv, "weight", torch.nn.Identity())
+        else:
+            module.qkv.weight.mul_(1e6)
+        with pytest.warns(UserWarning, match="a table of .* bytes could not be made"):
+            first = module(case.ids)
+        again = module(case.ids)  # and says so once
+        assert module.explain(case.ids).name == "one_pass"
+        for a, b in zip(first, again, strict=True):
+            torch.testing.assert_close(a, b, equal_nan=True)
+
+
+def test_distinct_ids_are_checked():
+    module = module_of(case := Case(torch.float32, "cpu"))
+    module.build_table()
+    rows, inverse = case.ids.unique(return_inverse=True)
+    with torch.no_grad():
+        module(case.ids, distinct=pyembed.DistinctIds(rows, inverse))
+        with pytest.raises(ValueError, match="distinct: expected the ids of this batch"):
+            module(case.ids, distinct=pyembed.DistinctIds(rows, inverse.flip(1)))
+
+
+def test_another_default_device():
+    module = module_of(case := Case(torch.float32, "cpu", B=4, T=40))
+    module.build_table()
+    with torch.no_grad(), torch.device("meta"):
+        assert module(case.ids).query.device.type == "cpu"

@@ -332,10 +332,10 @@ def forward(ids, token, weight, bias, position, position_ids, norm_weight, norm_
     """
     M, T = ids.numel(), ids.shape[-1] if ids.dim() else 1
     token, position, bias, norm_weight, norm_bias = tuning.dense(token, position, bias, norm_weight, norm_bias)
-    ids, position_ids = tuning.dense(ids, position_ids)
+    ids, position_ids, rows, index = tuning.dense(ids, position_ids, rows, index)
     P, place_rows, gathered = places(position, position_ids, M, T)
     if M == 0:
-        empty = [ids.new_empty(size, dtype=torch.int32) for size in (0, 0, 1)]
+        empty = [ids.new_zeros(size, dtype=torch.int32) for size in (0, 0, 1)]
         projected = token.new_empty(0, weight.shape[0])
         return *expand(ids, token, None, None, projected, None, None, None, norm, eps, heads, 0, False), projected, *empty
     with tuning.on_device(token):

@@ -227,12 +227,12 @@ def backward(
     grads = [ids.new_zeros(M, n, dtype=token.dtype) if g is None else g for g, n in zip(grads_qkv, widths, strict=True)]
     grad_hidden, *grads = tuning.dense(grad_hidden, *grads)
     token, position, norm_weight, norm_bias = tuning.dense(token, position, norm_weight, norm_bias)
-    ids, position_ids = tuning.dense(ids, position_ids)
+    ids, position_ids, rows, index = tuning.dense(ids, position_ids, rows, index)
     P, place_rows, gathered = distinct.places(position, position_ids, M, T)
     scales, means = rstd if norm != "none" else None, mean if norm == "layer" else None
     with tuning.on_device(token):
         order = torch.sort(index, stable=True)
-        G = tuning.padded(token, P + rows.numel(), N)
+        G = tuning.padded(token, P + rows.numel(), N).zero_()  # given rows may be more than the batch names
         total, dots = _stream(grads, projected, index, position_ids, scales, needs_tables, G, P, T, gathered, position)
         start = 0
         for grad in grads:
@@ -249,7 +249,7 @@ def backward(
         if needs_token:
             grad_token = token.new_zeros(V, D)
             by_token = grad_sum if grad_sum is None else table_grad(
-                grad_sum, index, rows.numel(), order=order, out=token.new_empty(rows.numel(), D, dtype=wide)
+                grad_sum, index, rows.numel(), order=order, out=token.new_zeros(rows.numel(), D, dtype=wide)
             )  # fmt: skip
         grad_place = token.new_empty(P, D, dtype=wide) if needs_position else None
         partials = None

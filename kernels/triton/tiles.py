@@ -18,7 +18,7 @@ def load_rows(ids, index, mask, size):
 @triton.jit
 def load_places(position_ids, m, mask, T, size):
     """Rows of the position table: each token's place in its sequence, or what position_ids say."""
-    place = m.to(tl.int32) % T
+    place = m % T
     known = place < size
     if position_ids is not None:
         place, known = load_rows(position_ids, place, mask, size)

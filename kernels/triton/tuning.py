@@ -8,7 +8,6 @@ import functools
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from triton import cdiv
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -76,8 +75,7 @@ def weight_descriptor(weight, tiles, *starts):
     transposed = weight.stride(1) != 1 and weight.stride(0) == 1 and not any(start % unit for start in starts)
     matrix = weight.t() if transposed else weight
     if matrix.stride(1) != 1 or matrix.stride(0) % unit or matrix.data_ptr() % 16:
-        width = matrix.shape[1]
-        matrix = F.pad(matrix.contiguous(), (0, -width % unit))[:, :width]
+        matrix = padded(matrix, *matrix.shape).copy_(matrix)
     block = [tiles.BLOCK_K, tiles.BLOCK_N] if transposed else [tiles.BLOCK_N, tiles.BLOCK_K]
     return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), block), transposed
 
