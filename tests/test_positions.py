@@ -1,35 +1,289 @@
-"""Position tables, against the formulas of their papers."""
+"""Position tables, against the formulas of their papers and frameworks; position ids, against loops."""
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
-from pyembed import positions
+import pyembed
+from pyembed import functional, positions
+
+WIDTHS = [1, 2, 3, 7, 64]
+LENGTHS = [3, 0, 0, 1, 5, 0]
+CU_SEQLENS = [0, 3, 3, 3, 4, 9, 9]
+PACKED = [0, 1, 2, 0, 0, 1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("D", [1, 2, 7, 64])
-def test_sinusoidal_is_the_papers(D):
+def interleaved(t, j, D):
     """PE(t, 2i) = sin(t / 10000^(2i/D)), PE(t, 2i+1) = cos(t / 10000^(2i/D)): Vaswani et al. 2017, section 3.5."""
-    table = positions.sinusoidal_table(50, D)
-    for t in (0, 1, 17, 49):
-        for j in range(D):
-            angle = t / 10000 ** (2 * (j // 2) / D)
-            assert table[t, j].item() == pytest.approx(math.sin(angle) if j % 2 == 0 else math.cos(angle), abs=1e-7)
-    assert table.shape == (50, D) and table.abs().max() <= 1
+    return (math.cos if j % 2 else math.sin)(t / 10000 ** (2 * (j // 2) / D))
 
 
-def test_far_positions_keep_their_digits():
-    """In float32 the angle of position 100,000 would be off by 4e-3."""
-    table = positions.sinusoidal_table(100_001, 4)
-    assert table[100_000, 0].item() == pytest.approx(math.sin(100_000), abs=1e-6)
+def fairseq(t, j, D):
+    """sin, then cos, of t·exp(−i·log(10000) / (half − 1)), then a zero: fairseq/modules/sinusoidal_positional_embedding.py."""
+    half = D // 2
+    if j == 2 * half:
+        return 0.0
+    step = math.log(10000) / (half - 1) if half > 1 else 0.0
+    return math.sin(t * math.exp(-j * step)) if j < half else math.cos(t * math.exp(-(j - half) * step))
 
 
-def test_kinds():
+def marian(t, j, D):
+    """XLM's columns, the even ones first: MarianSinusoidalPositionalEmbedding."""
+    return interleaved(t, [*range(0, D, 2), *range(1, D, 2)][j], D)
+
+
+@pytest.mark.parametrize("D", WIDTHS)
+@pytest.mark.parametrize("formula", [interleaved, fairseq, marian])
+def test_tables_are_their_formulas(formula, D):
+    """Far positions too: in float32 the angle of position 100,000 would be off by 4e-3."""
+    table = positions.sinusoidal_table(100_001, D, convention=formula.__name__)
+    assert table.shape == (100_001, D) and table.dtype == torch.float32 and table.is_contiguous()
+    assert table.min() >= -1 and table.max() <= 1
+    for t in (0, 1, 17, 4999, 100_000):
+        assert table[t].tolist() == pytest.approx([formula(t, j, D) for j in range(D)], abs=1e-7)
+
+
+def test_base():
+    assert positions.sinusoidal_table(6, 4, base=100.0)[5].tolist() == pytest.approx(
+        [math.sin(5), math.cos(5), math.sin(0.5), math.cos(0.5)]
+    )
+    last = math.sin(5 / 100)
+    assert positions.sinusoidal_table(6, 4, 100.0, "fairseq")[5, 1].item() == pytest.approx(last)
+    assert positions.Sinusoidal(6, 4, "fairseq", 100.0).weight[5, 1].item() == pytest.approx(last)
+
+
+@pytest.mark.parametrize("padding_idx", [0, 1, -1])
+@pytest.mark.parametrize("convention", positions.CONVENTIONS)
+def test_the_padding_row_alone_is_zero(convention, padding_idx):
+    full = positions.sinusoidal_table(5, 7, convention=convention)
+    table = positions.sinusoidal_table(5, 7, convention=convention, padding_idx=padding_idx)
+    full[padding_idx] = 0
+    assert torch.equal(table, full)
+
+
+@pytest.mark.parametrize("D", WIDTHS)
+def test_tables_are_those_of_transformers(D):
+    """Its float32 angles (M2M100) differ by some of their last digits."""
+    pytest.importorskip("transformers")
+    from transformers.models.distilbert.modeling_distilbert import create_sinusoidal_embeddings
+    from transformers.models.m2m_100.modeling_m2m_100 import M2M100SinusoidalPositionalEmbedding
+    from transformers.models.marian.modeling_marian import MarianSinusoidalPositionalEmbedding
+
+    distilbert = create_sinusoidal_embeddings(40, D, torch.empty(40, D))
+    torch.testing.assert_close(positions.sinusoidal_table(40, D), distilbert, atol=1e-7, rtol=0)
+    torch.testing.assert_close(
+        positions.sinusoidal_table(40, D, convention="marian"),
+        MarianSinusoidalPositionalEmbedding(40, D).create_weight(), atol=1e-7, rtol=0,
+    )  # fmt: skip
+    if D in (2, 3):
+        with pytest.raises(ZeroDivisionError):
+            M2M100SinusoidalPositionalEmbedding.get_embedding(40, D)
+        return
+    for padding_idx in (None, 1):
+        ours = positions.sinusoidal_table(40, D, convention="fairseq", padding_idx=padding_idx)
+        theirs = M2M100SinusoidalPositionalEmbedding.get_embedding(40, D, padding_idx)
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["sinusoidal", *(f"sinusoidal:{c}" for c in positions.CONVENTIONS)])
+def test_sinusoidal_kinds(kind):
+    fixed = positions.make(kind, 5, 7, dtype=torch.float16)
+    convention = kind.partition(":")[2] or "interleaved"
+    assert torch.equal(fixed.weight, positions.sinusoidal_table(5, 7, convention=convention).half())
+    assert not fixed.state_dict() and not list(fixed.parameters()) and "weight" in dict(fixed.named_buffers())
+    assert torch.equal(fixed(torch.tensor([[3]])), fixed.weight[None, 3:4])
+    assert repr(fixed) == f"Sinusoidal(5, 7, convention={convention!r})"
+
+
+def test_other_kinds():
     assert positions.make(None, 4, 2) is None
-    assert isinstance(positions.make("learned", 4, 2), torch.nn.Embedding)
-    fixed = positions.make("sinusoidal", 4, 2)
-    assert not fixed.state_dict() and not list(fixed.parameters())
-    assert torch.equal(fixed(torch.tensor([3])), fixed.weight[3:])
-    with pytest.raises(ValueError, match="position: expected 'learned', 'sinusoidal' or None, got 'fourier'"):
-        positions.make("fourier", 4, 2)
+    learned = positions.make("learned", 4, 2, dtype=torch.float64)
+    assert type(learned) is torch.nn.Embedding and learned.weight.shape == (4, 2) and learned.weight.dtype == torch.float64
+
+
+def test_sums_are_right():
+    token, position = torch.tensor([[9.0, 9.0, 9.0], [0.5, -0.2, 0.1]]), torch.tensor([[0.1, 0.3, -0.1]])
+    torch.testing.assert_close(functional.embed(torch.tensor([1]), token, position), torch.tensor([[0.6, 0.1, 0.0]]))
+
+
+@pytest.mark.parametrize("convention", positions.CONVENTIONS)
+def test_a_position_has_one_row_whatever_the_length(convention):
+    front = pyembed.TokenPositionEmbedding(3, 8, 64, position=f"sinusoidal:{convention}")
+    short, long = (front(torch.zeros(2, T, dtype=torch.int64)) for T in (5, 64))
+    assert torch.equal(short, long[:, :5])
+    shorter, longer = (positions.sinusoidal_table(L, 8, convention=convention) for L in (5, 64))
+    assert torch.equal(shorter, longer[:5])
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.int32, torch.uint8])
+def test_attention_mask_counts_tokens(dtype):
+    rows = [[0, 0, 1, 1, 1], [1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [0, 0, 0, 0, 0], [0, 1, 0, 1, 1]]
+    mask = torch.tensor(rows, dtype=dtype)
+    found = positions.from_attention_mask(mask)
+    assert found.dtype == torch.int64
+    assert found.tolist() == [[0, 0, 0, 1, 2], [0, 1, 2, 3, 4], [0, 1, 2, 0, 0], [0, 0, 0, 0, 0], [0, 0, 0, 1, 2]]
+    # transformers/generation/utils.py
+    assert torch.equal(found, (mask.long().cumsum(-1) - 1).masked_fill(mask == 0, 0))
+    assert torch.equal(positions.from_attention_mask(mask.t().contiguous().t()), found)
+    assert positions.from_attention_mask(mask[:, :0]).shape == (5, 0)
+
+
+def test_left_padding_gives_what_the_sequence_alone_gives():
+    front = pyembed.TokenPositionEmbedding(11, 8, 16)
+    ids, mask = torch.tensor([[0, 0, 0, 5, 6]]), torch.tensor([[0, 0, 0, 1, 1]])
+    assert torch.equal(front(ids, positions.from_attention_mask(mask))[:, 3:], front(ids[:, 3:]))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_packed_positions_are_those_of_the_sequences(dtype):
+    cu_seqlens = torch.tensor(CU_SEQLENS, dtype=dtype)
+    found = positions.from_cu_seqlens(cu_seqlens, 9)
+    assert found.dtype == torch.int64 and found.tolist() == [t for length in LENGTHS for t in range(length)] == PACKED
+    spread = cu_seqlens.repeat_interleave(2)[::2]
+    assert not spread.is_contiguous() and torch.equal(positions.from_cu_seqlens(spread, np.int64(9)), found)
+    assert positions.from_cu_seqlens(torch.tensor([0, 0, 4]), 4).tolist() == [0, 1, 2, 3]
+    for none in ([0], [0, 0, 0]):
+        assert positions.from_cu_seqlens(torch.tensor(none, dtype=dtype), 0).shape == (0,)
+    front, ids = pyembed.TokenPositionEmbedding(11, 8, 16), torch.randint(11, (9,))
+    assert torch.equal(front(ids, found), torch.cat([front(part) for part in ids.split(LENGTHS)]))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_offsets(dtype):
+    for offset in (7, torch.tensor(7, dtype=dtype)):
+        found = positions.from_offset(offset, 3)
+        assert found.dtype == torch.int64 and found.tolist() == [7, 8, 9]
+    found = positions.from_offset(torch.tensor([0, 41, 7], dtype=dtype), 2)
+    assert found.dtype == torch.int64 and found.tolist() == [[0, 1], [41, 42], [7, 8]]
+    assert positions.from_offset(0, 0).shape == (0,) and positions.from_offset(torch.tensor([3]), 0).shape == (1, 0)
+    front, ids = pyembed.TokenPositionEmbedding(11, 8, 16), torch.randint(11, (2, 6))
+    step = front(ids[:, 4:], positions.from_offset(torch.tensor([4, 4], dtype=dtype), 2))
+    assert torch.equal(step, front(ids)[:, 4:])
+
+
+CALLS = [
+    (positions.from_attention_mask, torch.tensor([[0, 1, 1], [1, 1, 1]]), (), (2, 3)),
+    (positions.from_cu_seqlens, torch.tensor(CU_SEQLENS, dtype=torch.int32), (9,), (9,)),
+    (positions.from_offset, torch.tensor(4), (3,), (3,)),
+    (positions.from_offset, torch.tensor([4, 0], dtype=torch.int32), (3,), (2, 3)),
+]
+
+
+@pytest.mark.parametrize("function, tensor, rest, shape", CALLS)
+def test_values_are_not_looked_at(function, tensor, rest, shape):
+    """A meta tensor has none: item(), nonzero(), a branch on a value or a copy to the CPU would raise."""
+    found = function(tensor.to("meta"), *rest)
+    assert found.is_meta and found.shape == shape and found.dtype == torch.int64
+
+
+@pytest.mark.parametrize("function, tensor, rest, shape", CALLS)
+def test_one_graph_serves_other_values(function, tensor, rest, shape):
+    compiled = torch.compile(function, fullgraph=True, backend="eager", dynamic=True)
+    assert torch.equal(compiled(tensor, *rest), function(tensor, *rest))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("function, tensor, rest, shape", CALLS)
+def test_in_a_cuda_graph(function, tensor, rest, shape):
+    given = torch.zeros_like(tensor, device="cuda")
+    function(given, *rest)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = function(given, *rest)
+    given.copy_(tensor)
+    graph.replay()
+    assert torch.equal(found.cpu(), function(tensor, *rest))
+
+
+def test_where_nothing_looks_wrong_cu_seqlens_stay_within_memory(monkeypatch):
+    """On a GPU an index outside of a tensor is a device-side assertion, which ends the process's CUDA; here an IndexError."""
+    monkeypatch.setattr(positions.planner, "looks", lambda tensor: False)
+    for wrong in ([3, 5, 9], [0, 4, 2, 5], [5, 1, 0], [-4, -2], [40, 90]):
+        assert positions.from_cu_seqlens(torch.tensor(wrong), 9).shape == (9,)
+
+
+@pytest.mark.parametrize(
+    "call, error, message",
+    [
+        (lambda: positions.sinusoidal_table(0, 4), ValueError, "max_length: expected an int of at least 1, got 0"),
+        (lambda: positions.sinusoidal_table(4, -1), ValueError, "embedding_dim: expected an int of at least 1, got -1"),
+        (lambda: positions.sinusoidal_table(4, 2.0), TypeError, "embedding_dim: expected an int, got float"),
+        (lambda: positions.sinusoidal_table(4, 2, base=0), ValueError, "base: expected a number above 0, got 0"),
+        (lambda: positions.sinusoidal_table(4, 2, base=float("nan")), ValueError, "base: expected a number above 0, got nan"),
+        (
+            lambda: positions.sinusoidal_table(4, 2, padding_idx=4),
+            ValueError,
+            r"padding_idx: expected a row in \[-4, 4\), got 4",
+        ),
+        (
+            lambda: positions.sinusoidal_table(4, 2, convention="halves"),
+            ValueError,
+            r"convention: expected one of \('interleaved', 'fairseq', 'marian'\), got 'halves'",
+        ),
+        (lambda: positions.make("sinusoidal:bert", 4, 2), ValueError, "convention: expected one of .* got 'bert'"),
+        (
+            lambda: positions.make("fourier", 4, 2),
+            ValueError,
+            "position: expected 'learned', 'sinusoidal' or None, got 'fourier'; conventions are 'sinusoidal:interleaved', ",
+        ),
+        (lambda: positions.make("learned:marian", 4, 2), ValueError, "position: expected .* got 'learned:marian'"),
+        (lambda: positions.make(7, 4, 2), ValueError, "position: expected .* got 7"),
+        (lambda: positions.from_attention_mask([[1]]), TypeError, "mask: expected a Tensor, got list"),
+        (lambda: positions.from_attention_mask(torch.ones(2, 3)), TypeError, "mask: expected dtype .* got torch.float32"),
+        (
+            lambda: positions.from_attention_mask(torch.ones(2, 1, 3, 3, dtype=torch.bool)),
+            ValueError,
+            r"mask: expected shape \(batch, length\), got \(2, 1, 3, 3\)",
+        ),
+        (lambda: positions.from_cu_seqlens([0, 1], 1), TypeError, "cu_seqlens: expected a Tensor, got list"),
+        (lambda: positions.from_cu_seqlens(torch.zeros(2), 0), TypeError, "cu_seqlens: expected dtype .* got torch.float32"),
+        (
+            lambda: positions.from_cu_seqlens(torch.tensor([[0, 1]]), 1),
+            ValueError,
+            r"cu_seqlens: expected shape \(sequences \+ 1,\), got \(1, 2\)",
+        ),
+        (
+            lambda: positions.from_cu_seqlens(torch.zeros(0, dtype=torch.int32), 0),
+            ValueError,
+            r"cu_seqlens: expected shape \(sequences \+ 1,\), got \(0,\)",
+        ),
+        (lambda: positions.from_cu_seqlens(torch.tensor([1, 3]), 3), ValueError, "cu_seqlens: expected 0 at its .* got 1"),
+        (
+            lambda: positions.from_cu_seqlens(torch.tensor([0, 3]), 4),
+            ValueError,
+            r"cu_seqlens: expected tokens \(4\) at its end, got 3",
+        ),
+        (
+            lambda: positions.from_cu_seqlens(torch.tensor([0, 5, 3, 6]), 6),
+            ValueError,
+            "cu_seqlens: expected values that never decrease, got 3 after 5 at 2",
+        ),
+        (lambda: positions.from_cu_seqlens(torch.tensor([0]), -1), ValueError, "tokens: expected an int of at least 0, got -1"),
+        (
+            lambda: positions.from_cu_seqlens(torch.tensor([0]), torch.tensor(0)),
+            TypeError,
+            "tokens: expected an int, got Tensor",
+        ),
+        (lambda: positions.from_offset(-1, 2), ValueError, "offset: expected an int of at least 0, got -1"),
+        (lambda: positions.from_offset(1.5, 2), TypeError, "offset: expected an int, got float"),
+        (lambda: positions.from_offset(torch.tensor(1.5), 2), TypeError, "offset: expected dtype .* got torch.float32"),
+        (
+            lambda: positions.from_offset(torch.zeros(2, 1, dtype=torch.int64), 2),
+            ValueError,
+            r"offset: expected shape \(\) or \(batch,\), got \(2, 1\)",
+        ),
+        (lambda: positions.from_offset(0, -2), ValueError, "length: expected an int of at least 0, got -2"),
+        (
+            lambda: positions.from_offset(torch.tensor(1), 2, device="meta"),
+            ValueError,
+            "device: expected cpu, that of offset, or None; got meta",
+        ),
+    ],
+)
+def test_bad_input_is_named(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
