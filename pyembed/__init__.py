@@ -6,6 +6,7 @@ from .memory import empty_cache
 from .modules import Embedding, EmbeddingQKV, TokenPositionEmbedding
 from .planner import backend, debug, plan
 from .reference import HiddenQKV
+from .rotary import Rotary
 
 __version__ = "0.1.0"
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "Embedding",
     "EmbeddingQKV",
     "HiddenQKV",
+    "Rotary",
     "TokenPositionEmbedding",
     "backend",
     "data",

@@ -6,11 +6,14 @@ from torch import Tensor
 from . import ops, planner, reference
 from .distinct import DistinctIds
 from .reference import HiddenQKV
+from .rotary import Rotary, as_rotation
 
 NORMS = ("layer", "rms", None)
+NO_ROTATION = (None, None, None, False)
 
 
-def _check_ids(name: str, ids: Tensor):
+def check_integers(name: str, ids: Tensor):
+    """ids of one of the dtypes that PyTorch takes."""
     if not isinstance(ids, Tensor):
         raise TypeError(f"{name}: expected a Tensor, got {type(ids).__name__}")
     if ids.dtype not in (torch.int32, torch.int64):
@@ -41,20 +44,46 @@ def _check_alike(token: Tensor, ids: Tensor, **others: Tensor | None):
             raise TypeError(f"{name}: expected dtype {token.dtype}, that of token; got {tensor.dtype}")
 
 
-def _check_positions(ids: Tensor, position: Tensor | None, position_ids: Tensor | None):
-    if position is None:
+def _check_positions(ids: Tensor, position: Tensor | None, position_ids: Tensor | None, rotary=None):
+    tables = [("position", position), ("rotary", rotary.cos if isinstance(rotary, Rotary) else None)]
+    tables = [(name, table.shape[0]) for name, table in tables if table is not None]
+    if not tables:
         if position_ids is not None:
-            raise ValueError("position_ids: expected None where there is no position table, got a Tensor")
+            raise ValueError("position_ids: expected None where there is no table of positions, got a Tensor")
         return
     T = ids.shape[-1] if ids.dim() else 1
     if position_ids is None:
-        if position.shape[0] < T:
-            raise IndexError(f"ids: sequence length {T} needs positions up to {T - 1}, position has {position.shape[0]} rows")
+        for name, rows in tables:
+            if rows < T:
+                raise IndexError(f"ids: sequence length {T} needs positions up to {T - 1}, {name} has {rows} rows")
         return
     shapes = {tuple(ids.shape), tuple(ids.shape[-1:]), (1,) * (ids.dim() - 1) + tuple(ids.shape[-1:])}
     if tuple(position_ids.shape) not in shapes:
         wanted = " or ".join(map(str, sorted(shapes, key=len)))
         raise ValueError(f"position_ids: expected shape {wanted} for ids {tuple(ids.shape)}, got {tuple(position_ids.shape)}")
+
+
+def check_rotary(rotary, ids: Tensor, head_dim: int):
+    """A Rotary, or cosines and sines of each token, that fits the heads."""
+    if rotary is None:
+        return
+    if isinstance(rotary, Rotary):
+        width, cos = rotary.rotary_dim, rotary.cos
+    elif isinstance(rotary, tuple | list) and len(rotary) == 2 and all(isinstance(t, Tensor) for t in rotary):
+        (cos, sin), T = rotary, ids.shape[-1] if ids.dim() else 1
+        width = cos.shape[-1] if cos.dim() else 0
+        shapes = {(*ids.shape, width), (T, width), (*(1,) * (ids.dim() - 1), T, width)}
+        if cos.shape != sin.shape or tuple(cos.shape) not in shapes:
+            wanted = " or ".join(map(str, sorted(shapes, key=len)))
+            raise ValueError(f"rotary: expected cos and sin of shape {wanted}, got {tuple(cos.shape)} and {tuple(sin.shape)}")
+        if not cos.is_floating_point() or cos.requires_grad or sin.requires_grad:
+            raise ValueError("rotary: expected floating cos and sin that want no gradient: none is computed")
+    else:
+        raise TypeError(f"rotary: expected a pyembed.Rotary or a (cos, sin) pair of Tensors, got {type(rotary).__name__}")
+    if width % 2 or width == 0 or width > head_dim or head_dim % 2:
+        raise ValueError(f"rotary: expected an even width up to an even head_dim ({head_dim}), got {width}")
+    if cos.device != ids.device:
+        raise ValueError(f"rotary: expected device {ids.device}, that of ids; got {cos.device}")
 
 
 def _check_range(name: str, ids: Tensor | None, table: str, size: int):
@@ -74,7 +103,7 @@ def check_distinct(distinct: DistinctIds | None, ids: Tensor):
     if not isinstance(distinct, DistinctIds):
         raise TypeError(f"distinct: expected a DistinctIds, got {type(distinct).__name__}")
     for name, tensor, shape in (("distinct.ids", distinct.ids, (None,)), ("distinct.inverse", distinct.inverse, ids.shape)):
-        _check_ids(name, tensor)
+        check_integers(name, tensor)
         _check_shape(name, tensor, tuple(shape), "sorted ids, and the place of each of the batch's ids among them")
         if tensor.device != ids.device:
             raise ValueError(f"{name}: expected device {ids.device}, that of ids; got {tensor.device}")
@@ -111,31 +140,34 @@ def check_heads(num_heads: int, num_kv_heads: int | None) -> int:
     return num_kv_heads
 
 
-def check_ids(ids: Tensor, token: Tensor, position: Tensor | None, position_ids: Tensor | None):
+def check_ids(ids: Tensor, token: Tensor, position: Tensor | None, position_ids: Tensor | None, rotary=None):
     """A front end's ids: types, devices and shapes, and values where looking costs no synchronisation."""
-    _check_ids("ids", ids)
+    check_integers("ids", ids)
     if position_ids is not None:
-        _check_ids("position_ids", position_ids)
+        check_integers("position_ids", position_ids)
     _check_alike(token, ids, position_ids=position_ids)
-    _check_positions(ids, position, position_ids)
-    _check_ranges(ids, token, position, position_ids)
+    _check_positions(ids, position, position_ids, rotary)
+    _check_ranges(ids, token, position, position_ids, rotary)
 
 
-def _check_ranges(ids, token, position, position_ids):
+def _check_ranges(ids, token, position, position_ids, rotary=None):
     if planner.looks(ids):
         _check_range("ids", ids, "token", token.shape[0])
-        _check_range("position_ids", position_ids, "position", 0 if position is None else position.shape[0])
+        if position is not None:
+            _check_range("position_ids", position_ids, "position", position.shape[0])
+        if isinstance(rotary, Rotary):
+            _check_range("position_ids", position_ids, "rotary", rotary.cos.shape[0])
 
 
-def _run(kernel, eager, token, ids, position, position_ids):
+def _run(kernel, eager, token, ids, position, position_ids, rotary=None):
     """The call by kernel or by eager. Kernels do not look at ids: here that is done where it costs no synchronisation."""
     if planner.uses_triton(token):
-        _check_ranges(ids, token, position, position_ids)
+        _check_ranges(ids, token, position, position_ids, rotary)
         return kernel()
     try:
         return eager()
     except IndexError:  # PyTorch looks at every id on the CPU anyway: only its message lacks what is wrong where
-        _check_ranges(ids, token, position, position_ids)
+        _check_ranges(ids, token, position, position_ids, rotary)
         raise
 
 
@@ -161,11 +193,11 @@ def embed(
     ids (..., T) int32 or int64, token (V, D), position (L, D) -> (..., T, D). position_ids: (T,), (1, T) or like ids;
     None means 0 … T−1. Differentiable in token and position. Errors as in embedding.
     """
-    _check_ids("ids", ids)
+    check_integers("ids", ids)
     _check_shape("token", token, (None, None), "(num_embeddings, embedding_dim)", optional=False)
     _check_shape("position", position, (None, token.shape[1]), "(max_length, embedding_dim of token)")
     if position_ids is not None:
-        _check_ids("position_ids", position_ids)
+        check_integers("position_ids", position_ids)
     _check_alike(token, ids, position=position, position_ids=position_ids)
     _check_positions(ids, position, position_ids)
     padding_idx = padding_row(padding_idx, token.shape[0])
@@ -192,6 +224,7 @@ def embed_qkv(
     eps: float = 1e-5,
     padding_idx: int | None = None,
     distinct: DistinctIds | None = None,
+    rotary: Rotary | tuple[Tensor, Tensor] | None = None,
 ) -> HiddenQKV:
     """The front end of a transformer: gather, positional add, norm and QKV projection.
 
@@ -202,11 +235,13 @@ def embed_qkv(
     and value (..., T, num_kv_heads, head_dim). fp32 statistics and accumulation. distinct: the batch's distinct ids, where a
     data loader found them; the plan of that name then need not. ValueError: they are not those of ids (values are compared on
     the CPU, on a GPU within pyembed.debug()).
+    rotary: turns query and key, in fp32 by the kernels: a Rotary, by position_ids, or cosines and sines (T, R), (1, T, R) or
+    (..., T, R) of each token, half behind half, as transformers passes them; they get no gradient.
     Differentiable once in every floating argument. All tensors share one dtype (float32, float16, bfloat16; float64 on the
     CPU) and one device. fp32 products on a GPU use tf32 where torch.backends.cuda.matmul says so.
     Errors as in embedding.
     """
-    _check_ids("ids", ids)
+    check_integers("ids", ids)
     _check_shape("token", token, (None, None), "(num_embeddings, embedding_dim)", optional=False)
     D = token.shape[1]
     _check_shape("position", position, (None, D), "(max_length, embedding_dim of token)")
@@ -220,7 +255,7 @@ def embed_qkv(
     if norm is None and norm_weight is not None or norm != "layer" and norm_bias is not None:
         raise ValueError(f"norm_weight, norm_bias: norm {norm!r} takes no such parameter, got one")
     if position_ids is not None:
-        _check_ids("position_ids", position_ids)
+        check_integers("position_ids", position_ids)
     _check_alike(
         token,
         ids,
@@ -231,7 +266,7 @@ def embed_qkv(
         norm_weight=norm_weight,
         norm_bias=norm_bias,
     )
-    _check_positions(ids, position, position_ids)
+    _check_positions(ids, position, position_ids, rotary)
     num_kv_heads = check_heads(num_heads, num_kv_heads)
     if not eps >= 0:
         raise ValueError(f"eps: expected a number of at least 0, got {eps}")
@@ -239,29 +274,36 @@ def embed_qkv(
         raise ValueError(
             f"weight: expected a multiple of num_heads + 2·num_kv_heads = {num_heads + 2 * num_kv_heads} rows, got {N}"
         )
+    check_rotary(rotary, ids, N // (num_heads + 2 * num_kv_heads))
     padding_idx = padding_row(padding_idx, token.shape[0])
     check_distinct(distinct, ids)
 
     row = -1 if padding_idx is None else padding_idx
-    arguments = (ids, token, weight, bias, position, position_ids, norm_weight, norm_bias)
+    places = None if position is None else position_ids
+    arguments = (ids, token, weight, bias, position, places, norm_weight, norm_bias)
     options = (num_heads, num_kv_heads, norm or "none", eps, row)
+    rotation = NO_ROTATION if rotary is None else as_rotation(rotary, ids, position_ids)
 
     def kernel():
-        return HiddenQKV(*ops.embed_qkv(*arguments, *options)[:4])
+        return HiddenQKV(*ops.embed_qkv(*arguments, *options, *rotation)[:4])
 
     def once_each():
         known = (None, None) if distinct is None else (distinct.ids, distinct.inverse.reshape(-1))
-        *outputs, count = ops.distinct_qkv(*arguments, *options, *known, planner.uses_triton(token))
+        kernels = planner.uses_triton(token)
+        *outputs, count = ops.distinct_qkv(*arguments, *options, *known, kernels, *(rotation if kernels else NO_ROTATION))
         planner.saw(token, count, ids.numel())
-        return HiddenQKV(*outputs[:4])
+        found = HiddenQKV(*outputs[:4])
+        return found if kernels or rotary is None else reference.turned(found, rotation)
 
     def eager():
-        options = {"norm": norm, "norm_weight": norm_weight, "norm_bias": norm_bias, "eps": eps, "padding_idx": padding_idx}
-        heads = {"num_heads": num_heads, "num_kv_heads": num_kv_heads}
-        return reference.embed_qkv(ids, token, weight, bias, position=position, position_ids=position_ids, **heads, **options)
+        return reference.embed_qkv(
+            ids, token, weight, bias, num_heads=num_heads, num_kv_heads=num_kv_heads, position=position,
+            position_ids=position_ids, norm=norm, norm_weight=norm_weight, norm_bias=norm_bias, eps=eps,
+            padding_idx=padding_idx, rotary=rotary,
+        )  # fmt: skip
 
     products = planner.products_of(token, weight, position, norm_weight, norm_bias, bias)
     known = None if distinct is None else distinct.ids.numel()
-    if planner.choose(ids, token, weight, position, position_ids, norm is not None, products, known).name == "distinct":
+    if planner.choose(ids, token, weight, position, places, norm is not None, products, known).name == "distinct":
         kernel = eager = once_each
-    return _run(kernel, eager, token, ids, position, position_ids)
+    return _run(kernel, eager, token, ids, position, position_ids, rotary)

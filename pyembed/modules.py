@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from . import functional as F
 from . import parts, planner, positions, table
 from .distinct import DistinctIds
-from .reference import HiddenQKV, embed_qkv, split_heads
+from .reference import HiddenQKV, embed_qkv, split_heads, turned
+from .rotary import Rotary, as_rotation
 
 logger = logging.getLogger(__name__)
 _building = threading.RLock()  # one table at a time: two would take twice the memory
@@ -71,8 +72,10 @@ class EmbeddingQKV(nn.Module):
     Submodules token (nn.Embedding), position (nn.Embedding, or a table of sines, or None), norm (nn.LayerNorm, nn.RMSNorm
     or None) and qkv (nn.Linear, rows of query, key, value): state_dict keys token.weight, position.weight, norm.weight,
     norm.bias, qkv.weight, qkv.bias. norm: "layer", "rms" or None; bias: of norm and qkv; head_dim: embedding_dim //
-    num_heads where None. With dropout > 0 in training the call runs by PyTorch's operators, since the kernel has no
-    dropout between its sum and its norm. ValueError: a head count or width that does not divide.
+    num_heads where None. position="rotary": query and key are turned by a Rotary(head_dim, max_length), or by the one given as
+    rotary, which may also go with another kind of position. With dropout > 0 in training the call runs by PyTorch's
+    operators, since the kernel has no dropout between its sum and its norm. ValueError: a head count or width that does not
+    divide.
     """
 
     _table, _table_dtype, _keeps_table, _table_failed = None, None, False, False
@@ -92,6 +95,7 @@ class EmbeddingQKV(nn.Module):
         eps=1e-5,
         dropout=0.0,
         padding_idx=None,
+        rotary=None,
         device=None,
         dtype=None,
     ):
@@ -109,7 +113,10 @@ class EmbeddingQKV(nn.Module):
         head_dim = embedding_dim // num_heads if head_dim is None else head_dim
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
         self.token = nn.Embedding(num_embeddings, embedding_dim, padding_idx, **factory)
+        if position == "rotary":
+            position, rotary = None, Rotary(head_dim, max_length, device=device) if rotary is None else rotary
         self.register_module("position", positions.make(position, max_length, embedding_dim, **factory))
+        self.register_module("rotary", parts.fitting(rotary, head_dim))
         if norm == "layer":
             self.norm = nn.LayerNorm(embedding_dim, eps, bias=bias, **factory)
         elif norm == "rms":
@@ -122,7 +129,7 @@ class EmbeddingQKV(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     @classmethod
-    def from_modules(cls, token, position=None, norm=None, *, qkv, num_heads, num_kv_heads=None, dropout=0.0):
+    def from_modules(cls, token, position=None, norm=None, *, qkv, num_heads, num_kv_heads=None, dropout=0.0, rotary=None):
         """A front end over modules that a model already has: it holds them, copies nothing, and trains what they hold.
 
         token, position: nn.Embedding. norm: nn.LayerNorm, nn.RMSNorm, Hugging Face's RMSNorm of Llama and its like, or None.
@@ -151,45 +158,38 @@ class EmbeddingQKV(nn.Module):
         for name, module in {"token": token, "position": position, "norm": norm, "qkv": qkv}.items():
             self.register_module(name, module)
         self.dropout = nn.Dropout(dropout)
-        D, (weight, _) = token.embedding_dim, self._projection()
-        if weight.shape[1] != D:
-            raise ValueError(f"qkv: expected {D} inputs, the width of token; got {weight.shape[1]}")
-        if position is not None and position.weight.shape[1] != D:
-            raise ValueError(f"position: expected {D} columns, the width of token; got {position.weight.shape[1]}")
-        width = getattr(norm, "normalized_shape", (D,))
-        if tuple(width) != (D,):
-            raise ValueError(f"norm: expected normalized_shape {(D,)}, the width of token; got {tuple(width)}")
-        heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
-        if weight.shape[0] % sum(heads):
-            raise ValueError(
-                f"qkv: expected a multiple of num_heads + 2·num_kv_heads = {sum(heads)} outputs, got {weight.shape[0]}"
-            )
-        if isinstance(qkv, nn.ModuleList):
-            rows, head_dim = [linear.weight.shape[0] for linear in qkv], weight.shape[0] // sum(heads)
-            if rows != [h * head_dim for h in heads]:
-                raise ValueError(f"qkv: expected outputs of query, key and value in the ratio {heads}, got {rows}")
+        head_dim = parts.check_widths(self._modules, self.num_heads, self.num_kv_heads)
+        self.register_module("rotary", parts.fitting(rotary, head_dim))
         return self.train(token.training)
 
-    def forward(self, ids: Tensor, position_ids: Tensor | None = None, distinct: DistinctIds | None = None) -> HiddenQKV:
+    def forward(
+        self,
+        ids: Tensor,
+        position_ids: Tensor | None = None,
+        distinct: DistinctIds | None = None,
+        rotary: tuple[Tensor, Tensor] | None = None,
+    ) -> HiddenQKV:
         """ids (..., T), position_ids (T,), (1, T) or like ids, None: 0 … T−1 -> HiddenQKV(hidden (..., T, D), query
-        (..., T, num_heads, head_dim), key and value (..., T, num_kv_heads, head_dim)). distinct: as a data loader gives it."""
+        (..., T, num_heads, head_dim), key and value (..., T, num_kv_heads, head_dim)). distinct: as a data loader gives it.
+        rotary: (cos, sin) of this call's tokens, as transformers passes them, in place of the module's own."""
         if not isinstance(ids, Tensor):
             raise TypeError(f"ids: expected a Tensor, got {type(ids).__name__}")
         if self._keeps_table or planner.forces("table"):
-            found = self._look_up(ids, position_ids, distinct)
+            found = self._look_up(ids, position_ids, distinct, rotary)
             if found is not None:
                 return found
             if planner.forces("table"):  # there was no memory for it
                 with planner.plan("auto"):
-                    return self.forward(ids, position_ids, distinct)
+                    return self.forward(ids, position_ids, distinct, rotary)
         if self._drops() or parts.foreign(self._modules):
-            return self._compose(ids, position_ids)
+            return self._compose(ids, position_ids, rotary)
         module = self._modules["token"]  # a module's attributes are slow, and a decode step asks for them all
         token, padding_idx = module.weight, module.padding_idx
         position = self._position()
         weight, bias = self._projection()
         norm = self._norm()
-        heads = {"num_heads": self.num_heads, "num_kv_heads": self.num_kv_heads}
+        rotary = self._modules["rotary"] if rotary is None else rotary
+        heads = {"num_heads": self.num_heads, "num_kv_heads": self.num_kv_heads, "rotary": rotary}
         if position_ids is None and distinct is None and planner.is_trivial(ids, token, weight):
             # PyTorch checks too; the call below says what is wrong.
             with contextlib.suppress(IndexError, RuntimeError, TypeError):
@@ -199,9 +199,9 @@ class EmbeddingQKV(nn.Module):
             **heads, **norm,
         )  # fmt: skip
 
-    def _compose(self, ids, position_ids):
+    def _compose(self, ids, position_ids, rotary):
         """The call by the modules themselves, one after the other."""
-        self._check(ids, position_ids)
+        rotation = self._rotation(ids, position_ids, rotary)
         token, position, norm, qkv, dropout = (self._modules[name] for name in ("token", "position", "norm", "qkv", "dropout"))
         hidden = token(ids)
         if position is not None:
@@ -211,7 +211,15 @@ class EmbeddingQKV(nn.Module):
         hidden = dropout(hidden)
         normed = hidden if norm is None else norm(hidden)
         projected = torch.cat([linear(normed) for linear in qkv], -1) if isinstance(qkv, nn.ModuleList) else qkv(normed)
-        return split_heads(hidden, projected, self.num_heads, self.num_kv_heads)
+        found = split_heads(hidden, projected, self.num_heads, self.num_kv_heads)
+        return found if rotation is None else turned(found, rotation)
+
+    def _rotation(self, ids, position_ids, rotary):
+        """What turns the heads of a call, its arguments checked."""
+        rotary = self._modules["rotary"] if rotary is None else rotary
+        self._check(ids, position_ids)
+        F.check_rotary(rotary, ids, self._projection()[0].shape[0] // (self.num_heads + 2 * self.num_kv_heads))
+        return None if rotary is None else as_rotation(rotary, ids, position_ids)
 
     def explain(self, ids: Tensor, position_ids: Tensor | None = None, distinct: DistinctIds | None = None) -> planner.Plan:
         """Which plan a call with these arguments would run now, why, and the seconds predicted for each that could run it.
@@ -282,7 +290,7 @@ class EmbeddingQKV(nn.Module):
         """Gives the table's memory back, and makes it no more."""
         self._table, self._keeps_table, self._table_failed = None, False, False
 
-    def _look_up(self, ids, position_ids, distinct):
+    def _look_up(self, ids, position_ids, distinct, rotary):
         """The call by the table, made or made anew if need be; None: another plan must run it."""
         forced = planner.forces("table")
         refused = self._refuses_table()
@@ -293,6 +301,8 @@ class EmbeddingQKV(nn.Module):
         if position_ids is not None or distinct is not None:
             self._check(ids, position_ids)
             F.check_distinct(distinct, ids)
+        turns = rotary is not None or self._modules["rotary"] is not None
+        rotation = self._rotation(ids, position_ids, rotary) if turns else None
         try:
             found = self._current_table(ids, position_ids)
             if found is None:
@@ -300,7 +310,7 @@ class EmbeddingQKV(nn.Module):
             kernels = planner.uses_triton(found.token)
             if kernels:  # they do not look at ids
                 self._check(ids, position_ids)
-            return found.look_up(ids, position_ids, self.num_heads, self.num_kv_heads, kernels)
+            return found.look_up(ids, position_ids, self.num_heads, self.num_kv_heads, kernels, rotation)
         except (AttributeError, IndexError, RuntimeError, TypeError):
             self._check(ids, position_ids)  # says what is wrong, if it is an argument
             raise
@@ -330,7 +340,7 @@ class EmbeddingQKV(nn.Module):
                 return None
 
     def _check(self, ids, position_ids):
-        F.check_ids(ids, self._modules["token"].weight, self._position(), position_ids)
+        F.check_ids(ids, self._modules["token"].weight, self._position(), position_ids, self._modules["rotary"])
 
     def _check_table_dtype(self, dtype):
         own = self._modules["token"].weight.dtype

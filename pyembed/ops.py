@@ -102,18 +102,27 @@ def embed_qkv(
     norm: str,
     eps: float,
     padding_idx: int,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    turn_ids: Tensor | None,
+    interleaved: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> hidden (..., D), query (..., H, d_h), key and value (..., H_kv, d_h), mean (M,) or (0,), rstd (M,) or (0,)."""
+    """cos, sin (rows, R/2), turn_ids (T,) or (M,) and interleaved are those of rotary.Rotation.
+    -> hidden (..., D), query (..., H, d_h), key and value (..., H_kv, d_h), mean (M,) or (0,), rstd (M,) or (0,)."""
     module, running = _kernels("embed_qkv", token)
     heads = (num_heads, num_kv_heads, num_kv_heads)
     with running:
-        return module.embed_qkv(ids, token, weight, bias, position, position_ids, norm, norm_weight, norm_bias, eps, heads)
+        return module.embed_qkv(
+            ids, token, weight, bias, position, position_ids, norm, norm_weight, norm_bias, eps, heads,
+            rotary=_rotation(cos, sin, turn_ids, interleaved),
+        )  # fmt: skip
 
 
 @embed_qkv.register_fake
 def _(
-    ids, token, weight, bias, position, position_ids, norm_weight, norm_bias, num_heads, num_kv_heads, norm, eps, padding_idx
-):
+    ids, token, weight, bias, position, position_ids, norm_weight, norm_bias, num_heads, num_kv_heads, norm, eps, padding_idx,
+    cos, sin, turn_ids, interleaved,
+):  # fmt: skip
     statistics = _statistics(token)
     return (
         token.new_empty(*ids.shape, token.shape[1]),
@@ -155,14 +164,6 @@ def embed_qkv_backward(
     return _packed(found, needs, _grad_shapes(token, weight, position, norm_weight, norm_bias), token)
 
 
-@embed_qkv_backward.register_fake
-def _(
-    grad_hidden, grad_query, grad_key, grad_value, ids, token, weight, position, position_ids, norm_weight, norm_bias, mean,
-    rstd, num_heads, num_kv_heads, padding_idx, needs,
-):  # fmt: skip
-    return _fake_grads(token, weight, position, norm_weight, norm_bias, needs)
-
-
 def _rows(ids, *grads):
     """Gradients as matrices, a row per token; None stays None."""
     M = ids.numel()
@@ -174,7 +175,9 @@ def _grad_shapes(token, weight, position, norm_weight, norm_bias):
     return [token.shape, weight.shape, (weight.shape[0],), *optional]
 
 
-def _fake_grads(token, weight, position, norm_weight, norm_bias, needs):
+@embed_qkv_backward.register_fake
+def _fake_grads(grad_hidden, grad_query, grad_key, grad_value, ids, token, weight, position, position_ids, *others):
+    norm_weight, norm_bias, *_, needs = others
     shapes = _grad_shapes(token, weight, position, norm_weight, norm_bias)
     return [token.new_empty(shape if need else (0,)) for need, shape in zip(needs, shapes, strict=True)]
 
@@ -203,19 +206,48 @@ def _unpacked(ctx, grads, needs):
     return *first, *(None,) * (len(ctx.needs_input_grad) - len(first))
 
 
+def _rotation(cos, sin, turn_ids, interleaved):
+    return None if cos is None else (cos, sin, turn_ids, interleaved)
+
+
+@torch.library.custom_op("pyembed::turn_back", mutates_args=())
+def turn_back(grad: Tensor, cos: Tensor, sin: Tensor, turn_ids: Tensor | None, interleaved: bool) -> Tensor:
+    """The gradient (..., h, d_h) of turned heads -> of the heads before."""
+    module, running = _kernels("rotary", grad)
+    with running:
+        return module.turn_back(grad, (cos, sin, turn_ids, interleaved))
+
+
+@turn_back.register_fake
+def _(grad, cos, sin, turn_ids, interleaved):
+    return grad.new_empty(grad.shape)
+
+
+def _turned_back(ctx, grads):
+    """The gradients of query, key and value as projected, and what else the forward saved."""
+    cos, sin, turn_ids, *saved = ctx.saved_tensors
+    if cos is not None:
+        query, key, value = grads
+        turned = (None if g is None else turn_back(g, cos, sin, turn_ids, ctx.interleaved) for g in (query, key))
+        grads = *turned, value
+    return grads, saved
+
+
 def _embed_qkv_setup(ctx, inputs, output):
-    ids, token, weight, _, position, position_ids, norm_weight, norm_bias, *ctx.heads, _, _, ctx.padding_idx = inputs
+    ids, token, weight, _, position, position_ids, norm_weight, norm_bias, *ctx.heads, _, _, ctx.padding_idx = inputs[:13]
+    *turns, ctx.interleaved = inputs[13:]
     *_, mean, rstd = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(mean, rstd)
-    ctx.save_for_backward(ids, token, weight, position, position_ids, norm_weight, norm_bias, mean, rstd)
+    ctx.save_for_backward(*turns, ids, token, weight, position, position_ids, norm_weight, norm_bias, mean, rstd)
 
 
 def _embed_qkv_backward(ctx, grad_hidden, *grads):
     needs = _needs(ctx, grads[:3])
     if grad_hidden is None and all(grad is None for grad in grads[:3]):
         return _unpacked(ctx, [None] * 6, needs)
-    found = embed_qkv_backward(grad_hidden, *grads[:3], *ctx.saved_tensors, *ctx.heads, ctx.padding_idx, needs)
+    grads, saved = _turned_back(ctx, grads[:3])
+    found = embed_qkv_backward(grad_hidden, *grads, *saved, *ctx.heads, ctx.padding_idx, needs)
     return _unpacked(ctx, found, needs)
 
 
@@ -229,11 +261,11 @@ def count_distinct(ids: Tensor, size: int) -> Tensor:
         return module.find(ids, size)[1]
 
 
-def look_up(ids, token, position, position_ids, projected, shift, norm, eps, heads, factor):
-    """A call by a table, as kernels/triton/distinct.py has it; without gradients, so no operator is needed."""
-    module, running = _kernels("distinct", token)
+def look_up(ids, token, position, position_ids, projected, shift, norm, eps, heads, factor, rotation):
+    """A call by a table, as kernels/triton/expand.py has it; without gradients, so no operator is needed."""
+    module, running = _kernels("expand", token)
     with running:
-        return module.look_up(ids, token, position, position_ids, projected, shift, norm, eps, heads, factor)
+        return module.look_up(ids, token, position, position_ids, projected, shift, norm, eps, heads, factor, rotation)
 
 
 @torch.library.custom_op("pyembed::distinct_qkv", mutates_args=())
@@ -254,16 +286,22 @@ def distinct_qkv(
     rows: Tensor | None,
     index: Tensor | None,
     kernels: bool,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    turn_ids: Tensor | None,
+    interleaved: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> hidden, query, key, value, mean and rstd as embed_qkv; projected (·, N), of distinct positions and then of tokens;
     rows of the token table and each token's index (M,) among them, empty where they were given; count (1,) of the rows in use,
-    where that is known to the device alone. kernels: by Triton, else by PyTorch's operators (which need no mean)."""
+    where that is known to the device alone. kernels: by Triton, else by PyTorch's operators (without mean or
+    rotary turns)."""
     heads = (num_heads, num_kv_heads, num_kv_heads)
     arguments = (ids, token, weight, bias, position, position_ids, norm_weight, norm_bias, heads, norm, eps, rows, index)
     if kernels:
         module, running = _kernels("distinct", token)
         with running:
-            *results, found_rows, found_index, count = module.forward(*arguments)
+            rotary = _rotation(cos, sin, turn_ids, interleaved)
+            *results, found_rows, found_index, count = module.forward(*arguments, rotary)
     else:
         hidden, qkv, rstd, projected, found_rows, found_index = distinct.forward(*arguments)
         results = hidden, *qkv, rstd.new_empty(0), rstd, projected
@@ -275,7 +313,7 @@ def distinct_qkv(
 @distinct_qkv.register_fake
 def _(
     ids, token, weight, bias, position, position_ids, norm_weight, norm_bias, num_heads, num_kv_heads, norm, eps, padding_idx,
-    rows, index, kernels,
+    rows, index, kernels, cos, sin, turn_ids, interleaved,
 ):  # fmt: skip
     M, N, dtype, wide = ids.numel(), weight.shape[0], torch.int32 if kernels else torch.int64, _statistics(token)
     size = torch.library.get_ctx().new_dynamic_size
@@ -333,34 +371,31 @@ def distinct_qkv_backward(
     return _packed(found, needs, _grad_shapes(token, weight, position, norm_weight, norm_bias), token)
 
 
-@distinct_qkv_backward.register_fake
-def _(
-    grad_hidden, grad_query, grad_key, grad_value, ids, token, weight, position, position_ids, norm_weight, norm_bias, mean,
-    rstd, projected, rows, index, count, num_heads, num_kv_heads, norm, padding_idx, kernels, needs,
-):  # fmt: skip
-    return _fake_grads(token, weight, position, norm_weight, norm_bias, needs)
+distinct_qkv_backward.register_fake(_fake_grads)
 
 
 def _distinct_setup(ctx, inputs, output):
     ids, token, weight, _, position, position_ids, norm_weight, norm_bias, *ctx.heads = inputs[:10]
-    ctx.norm, _, ctx.padding_idx, *given, ctx.kernels = inputs[10:]
+    ctx.norm, _, ctx.padding_idx, *given, ctx.kernels = inputs[10:16]
+    *turns, ctx.interleaved = inputs[16:]
     *_, mean, rstd, projected, rows, index, count = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(mean, rstd, projected, rows, index, count)
     found = (rows, index) if given[0] is None else given
     tensors = (ids, token, weight, position, position_ids, norm_weight, norm_bias, mean, rstd, projected, *found, count)
-    ctx.save_for_backward(*tensors)
+    ctx.save_for_backward(*turns, *tensors)
 
 
 def _distinct_backward(ctx, grad_hidden, *grads):
     needs = _needs(ctx, grads[:3])
     if grad_hidden is None and all(grad is None for grad in grads[:3]):
         return _unpacked(ctx, [None] * 6, needs)
+    grads, saved = _turned_back(ctx, grads[:3])
     options = (*ctx.heads, ctx.norm, ctx.padding_idx, ctx.kernels, needs)
-    return _unpacked(ctx, distinct_qkv_backward(grad_hidden, *grads[:3], *ctx.saved_tensors, *options), needs)
+    return _unpacked(ctx, distinct_qkv_backward(grad_hidden, *grads, *saved, *options), needs)
 
 
 distinct_qkv.register_autograd(_distinct_backward, setup_context=_distinct_setup)
 
-for _operator in (embed_backward, embed_qkv_backward, distinct_qkv_backward):
+for _operator in (embed_backward, embed_qkv_backward, distinct_qkv_backward, turn_back):
     _operator.register_autograd(_no_double_backward)

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from . import positions
+from .rotary import Rotary
 
 NAMES = ("token", "position", "norm", "qkv")
 _OWN_FORWARDS = (nn.Embedding, nn.LayerNorm, nn.RMSNorm, nn.Linear, positions.Sinusoidal)
@@ -68,6 +69,36 @@ def projection(qkv):
     if is_conv1d(qkv):
         return qkv.weight.t(), qkv.bias
     raise TypeError(f"qkv: expected an nn.Linear, a Hugging Face Conv1D or three nn.Linear, got {type(qkv).__name__}")
+
+
+def check_widths(modules, num_heads, num_kv_heads):
+    """The width of a head. ValueError: parts that do not fit each other."""
+    token, position, norm, qkv = (modules[name] for name in NAMES)
+    D, (weight, _) = token.embedding_dim, projection(qkv)
+    if weight.shape[1] != D:
+        raise ValueError(f"qkv: expected {D} inputs, the width of token; got {weight.shape[1]}")
+    if position is not None and position.weight.shape[1] != D:
+        raise ValueError(f"position: expected {D} columns, the width of token; got {position.weight.shape[1]}")
+    width = getattr(norm, "normalized_shape", (D,))
+    if tuple(width) != (D,):
+        raise ValueError(f"norm: expected normalized_shape {(D,)}, the width of token; got {tuple(width)}")
+    heads = (num_heads, num_kv_heads, num_kv_heads)
+    head_dim, rest = divmod(weight.shape[0], sum(heads))
+    if rest:
+        raise ValueError(f"qkv: expected a multiple of num_heads + 2·num_kv_heads = {sum(heads)} outputs, got {len(weight)}")
+    rows = [linear.weight.shape[0] for linear in qkv] if isinstance(qkv, nn.ModuleList) else None
+    if rows and rows != [h * head_dim for h in heads]:
+        raise ValueError(f"qkv: expected outputs of query, key and value in the ratio {heads}, got {rows}")
+    return head_dim
+
+
+def fitting(rotary, head_dim):
+    """rotary, if it may turn heads of this width."""
+    if rotary is not None and not isinstance(rotary, Rotary):
+        raise TypeError(f"rotary: expected a pyembed.Rotary or None, got {type(rotary).__name__}")
+    if rotary is not None and (rotary.rotary_dim > head_dim or head_dim % 2):
+        raise ValueError(f"rotary: expected a rotary_dim up to an even head_dim ({head_dim}), got {rotary.rotary_dim}")
+    return rotary
 
 
 def links(modules):

@@ -111,6 +111,8 @@ LEAST_FLOPS = 1e9  # of the product over all tokens, forward: below it no plan c
 LEAST_TOKENS = 1024  # of a call on a GPU, for the same reason
 LAUNCH_SECONDS = 1e-5  # of a kernel of ours on a GPU, the host's part included
 FIXED_SECONDS = 1e-3  # of `distinct` on a CPU: finding the distinct rows, its smaller operators, its operator's own cost
+KEPT_BYTES = 32 << 20  # of a tensor: up to here the C library keeps memory itself, and it is not fresh
+SCATTERED = 1.5  # times a gather's: what a backward's sums by id take
 MARGIN = 1.25  # by which `distinct` must be predicted to win: a prediction is no better than that
 LAUNCHES = {"one_pass": (2, 12), "distinct": (8, 26), "table": (1, 1)}  # of a forward, of a forward and backward
 
@@ -198,9 +200,11 @@ def weigh(ids, token, weight, position, position_ids, normed, products, distinct
         seconds = {"one_pass": M * work / rate.flops + passes * M * width * gather + grad / rate.gather}
     else:
         launches = {"one_pass": 0.0, "distinct": FIXED_SECONDS, "table": 0.0}
-        seconds = {"one_pass": M * work / rate.flops + passes * M * (D * gather + width * fresh) + grad / rate.fresh}
+        new = fresh if M * N * size > KEPT_BYTES else gather
+        seconds = {"one_pass": M * work / rate.flops + passes * M * (D * gather + width * new) + grad / rate.fresh}
     moved = rows * (3 * D + N) + M * (2 * D + 2 * N) + N * D
-    seconds["distinct"] = rows * work / product.flops + least * moved * gather + grad / rate.gather
+    moved *= least * SCATTERED if trains else 1
+    seconds["distinct"] = rows * work / product.flops + moved * gather + 2 * grad / rate.gather
     if has_table:
         seconds["table"] = M * (2 * D + 2 * N) * gather
     seconds = {name: value + launches[name] for name, value in seconds.items()}

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from . import planner
-from .functional import _check_ids, padding_row
+from .functional import check_integers, padding_row
 
 KINDS = ("learned", "sinusoidal")
 CONVENTIONS = ("interleaved", "fairseq", "marian")
@@ -66,9 +66,15 @@ class Sinusoidal(nn.Module):
 
     def __init__(self, max_length: int, embedding_dim: int, convention="interleaved", base=10_000.0, device=None, dtype=None):
         super().__init__()
-        self.convention = convention
+        self.convention, self.base = convention, base
         table = sinusoidal_table(max_length, embedding_dim, base, convention)
         self.register_buffer("weight", table.to(device, dtype or torch.get_default_dtype()), persistent=False)
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        if not self.weight.is_meta:  # to_empty() leaves a buffer without values, and a cast would round twice
+            self.weight.copy_(sinusoidal_table(*self.weight.shape, self.base, self.convention))
+        return self
 
     def forward(self, position_ids):
         return nn.functional.embedding(position_ids, self.weight)
@@ -113,7 +119,7 @@ def from_cu_seqlens(cu_seqlens: Tensor, tokens: int) -> Tensor:
     may be empty. ValueError: on CPU tensors, values that do not begin at 0, end at tokens and never decrease; on others
     nothing looks, and such values give wrong positions. TypeError, ValueError: another type or shape.
     """
-    _check_ids("cu_seqlens", cu_seqlens)
+    check_integers("cu_seqlens", cu_seqlens)
     _check_size("tokens", tokens, 0)
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
         raise ValueError(f"cu_seqlens: expected shape (sequences + 1,), got {tuple(cu_seqlens.shape)}")
@@ -146,7 +152,7 @@ def from_offset(offset: int | Tensor, length: int, device=None) -> Tensor:
     if not isinstance(offset, Tensor):
         _check_size("offset", offset, 0)
         return torch.arange(offset, offset + length, device=device)
-    _check_ids("offset", offset)
+    check_integers("offset", offset)
     if offset.dim() > 1:
         raise ValueError(f"offset: expected shape () or (batch,), got {tuple(offset.shape)}")
     step = torch.arange(length, device=offset.device if device is None else device)

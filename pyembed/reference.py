@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .rotary import as_rotation, rotate
+
 
 class HiddenQKV(NamedTuple):
     """What a front end hands to its transformer: the residual stream and the first layer's projections."""
@@ -46,6 +48,10 @@ def split_heads(hidden, qkv, num_heads, num_kv_heads):
     return HiddenQKV(hidden, *torch.split_with_sizes(heads, (num_heads, num_kv_heads, num_kv_heads), -2))
 
 
+def turned(found, rotation):
+    return found._replace(query=rotate(found.query, rotation), key=rotate(found.key, rotation))
+
+
 def embed_qkv(
     ids,
     token,
@@ -61,7 +67,9 @@ def embed_qkv(
     norm_bias=None,
     eps=1e-5,
     padding_idx=None,
+    rotary=None,
 ):
     hidden = embed(ids, token, position, position_ids, padding_idx=padding_idx)
     qkv = F.linear(normalise(hidden, norm, norm_weight, norm_bias, eps), weight, bias)
-    return split_heads(hidden, qkv, num_heads, num_heads if num_kv_heads is None else num_kv_heads)
+    found = split_heads(hidden, qkv, num_heads, num_heads if num_kv_heads is None else num_kv_heads)
+    return found if rotary is None else turned(found, as_rotation(rotary, ids, position_ids))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import distinct, memory, ops
-from .reference import HiddenQKV, split_heads
+from .reference import HiddenQKV, split_heads, turned
 
 CHUNK = 4096  # rows that are projected at a time
 COLUMN = 1 / math.pi  # of a table that is compared
@@ -142,14 +142,19 @@ class Table:
         rows = slice(ids.shape[-1] if ids.dim() else 1) if position_ids is None else position_ids.reshape(-1)
         return all(torch.equal(view[rows], copy[rows]) for view, copy in positions)
 
-    def look_up(self, ids, position_ids, num_heads, num_kv_heads, kernels) -> HiddenQKV:
+    def look_up(self, ids, position_ids, num_heads, num_kv_heads, kernels, rotation=None) -> HiddenQKV:
         """The front end of ids (..., T). IndexError: an id or place without a row. kernels: by Triton, ids checked before."""
+        position_ids = None if self.position is None else position_ids
+        found = self._look_up(ids, position_ids, num_heads, num_kv_heads, kernels, rotation)
+        return found if kernels or rotation is None else turned(found, rotation)
+
+    def _look_up(self, ids, position_ids, num_heads, num_kv_heads, kernels, rotation):
         if self.position is not None and position_ids is None and ids.dim() and ids.shape[-1] > self.position.shape[0]:
             raise IndexError("position")
         if kernels:
             heads, factor = (num_heads, num_kv_heads, num_kv_heads), 1 / self.unit
             tables = (self.token, self.position, position_ids, self.projected, self.shift)
-            return HiddenQKV(*ops.look_up(ids, *tables, self.norm, self.eps, heads, factor))
+            return HiddenQKV(*ops.look_up(ids, *tables, self.norm, self.eps, heads, factor, rotation))
         flat, shape, D, N = ids.reshape(-1), ids.shape, self.token.shape[1], self.projected.shape[1]
         if flat.numel() <= distinct.FEW or self.token.is_cuda:
             hidden, qkv = self._look_up_few(flat, shape[-1] if shape else 1, position_ids)

@@ -123,7 +123,9 @@ def test_opcheck():
     p = {k: v.requires_grad_() for k, v in case.parameters.items()}
     arguments = (case.ids, p["token"], p["weight"], p["bias"], p["position"], None, p["norm_weight"], p["norm_bias"])
     utilities = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(ops.distinct_qkv, (*arguments, 1, 1, "layer", 1e-5, -1, None, None, True), test_utils=utilities)
+    torch.library.opcheck(
+        ops.distinct_qkv, (*arguments, 1, 1, "layer", 1e-5, -1, None, None, True, *F.NO_ROTATION), test_utils=utilities
+    )
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (3, 0), (0,)])

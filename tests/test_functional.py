@@ -46,7 +46,7 @@ WRONG = [
     (
         {"position": None, "position_ids": torch.arange(3)},
         ValueError,
-        r"position_ids: expected None where there is no position",
+        r"position_ids: expected None where there is no table of positions",
     ),
     ({"position": torch.randn(4, 7)}, ValueError, r"position: expected shape \(any, 8\).* got \(4, 7\)"),
     ({"token": torch.randn(8)}, ValueError, r"token: expected shape \(any, any\).* got \(8,\)"),

@@ -20,7 +20,7 @@ def inputs(dtype=torch.float32, norm="layer", requires_grad=True):
 
     ids = torch.randint(7, (2, 5), device=DEVICE)
     norm_weight, norm_bias = draw(6) if norm != "none" else None, draw(6) if norm == "layer" else None
-    return (ids, draw(7, 6), draw(9, 6), draw(9), draw(5, 6), None, norm_weight, norm_bias, 1, 1, norm, 1e-5, 2)
+    return (ids, draw(7, 6), draw(9, 6), draw(9), draw(5, 6), None, norm_weight, norm_bias, 1, 1, norm, 1e-5, 2, *F.NO_ROTATION)
 
 
 @pytest.mark.parametrize("norm", ["layer", "rms", "none"])
@@ -50,7 +50,7 @@ def test_gradcheck(norm):
     leaves = [t for t in (token, weight, bias, position, norm_weight, norm_bias) if t is not None]
 
     def function(*_):
-        arguments = (ids, token, weight, bias, position, None, norm_weight, norm_bias, 1, 1, norm, 1e-5, -1)
+        arguments = (ids, token, weight, bias, position, None, norm_weight, norm_bias, 1, 1, norm, 1e-5, -1, *F.NO_ROTATION)
         return ops.embed_qkv(*arguments)[:4]
 
     assert torch.autograd.gradcheck(function, leaves, fast_mode=True)

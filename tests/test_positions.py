@@ -287,3 +287,10 @@ def test_where_nothing_looks_wrong_cu_seqlens_stay_within_memory(monkeypatch):
 def test_bad_input_is_named(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_a_fixed_table_keeps_its_values():
+    """to_empty() after a start on the meta device leaves a buffer that no state_dict fills; there and back costs no digits."""
+    table = positions.sinusoidal_table(9, 6, convention="marian")
+    assert torch.equal(positions.Sinusoidal(9, 6, "marian", device="meta").to_empty(device="cpu").weight, table)
+    assert torch.equal(positions.Sinusoidal(9, 6, "marian").half().float().weight, table)

@@ -7,7 +7,7 @@ import torch
 from aot import record, report
 
 pytest.importorskip("triton")
-from pyembed.kernels import distinct, distinct_grad, embed, embed_grad, embed_qkv, tuning
+from pyembed.kernels import distinct, distinct_grad, embed, embed_grad, embed_qkv, expand, rotary, tuning
 
 HALF, FULL = (torch.bfloat16, torch.float16), (torch.float32,)
 
@@ -68,7 +68,22 @@ def look_up(dtype, M, D, N, norm, position, entries):
     projected = meta(50257 + P, N, dtype=entries)
     offset = meta(N, dtype=torch.float32) if position else None
     norm = norm if position else "none"
-    distinct.expand(meta(1, M), token, table, None, projected, None, None, offset, norm, 1e-5, (1, 1, 1), P, False, 0.5)
+    expand.expand(meta(1, M), token, table, None, projected, None, None, offset, norm, 1e-5, (1, 1, 1), P, False, 0.5)
+
+
+def turned(dtype, M, rotary_dim, interleaved, given=False, many=True):
+    """The kernels that turn heads, of 64 columns each: one pass, a batch's and a table's expand, and the way back."""
+    cos = meta(M if given else 8192, rotary_dim // 2, dtype=torch.float32)
+    rotation = (cos, cos, None if given else meta(M), interleaved)
+    token, weight, vector = meta(50257, 768, dtype=dtype), meta(2304, 768, dtype=dtype), meta(768, dtype=dtype)
+    heads, ids = (12, 12, 12), meta(1, M)
+    embed_qkv.embed_qkv(ids, token, weight, None, None, None, "rms", vector, None, 1e-5, heads, rotary=rotation)
+    if many:
+        distinct.forward(ids, token, weight, None, None, None, vector, None, heads, "rms", 1e-5, rotary=rotation)
+        projected, offset = meta(50257 + 1024, 2304, dtype=dtype), meta(2304, dtype=torch.float32)
+        position = meta(1024, 768, dtype=dtype)
+        expand.look_up(ids, token, position, None, projected, offset, "layer", 1e-5, heads, 1.0, rotation)
+        rotary.turn_back(meta(1, M, 12, 64, dtype=dtype), rotation)
 
 
 def launches(device):
@@ -112,6 +127,12 @@ def launches(device):
         ):
             for M, (norm, position) in itertools.product((1, 4098), (("layer", True), ("rms", True), ("none", False))):
                 calls.append((False, look_up, dtype, M, 768, 2304, norm, position, entries))
+        for dtype, (rotary_dim, interleaved) in itertools.product(
+            (torch.bfloat16, torch.float32), ((64, False), (64, True), (16, False))
+        ):
+            for M in (1, 17, 199, 513, 4097):
+                calls.append((False, turned, dtype, M, rotary_dim, interleaved, False, M in (1, 4097)))
+        calls.append((False, turned, torch.float16, 513, 64, False, True))
         for switch, function, *arguments in calls:
             torch.backends.cuda.matmul.allow_tf32 = switch
             for launch in record(patch, tuning, device, lambda f=function, a=arguments: f(*a)):

@@ -16,7 +16,8 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import tuning
-from .tiles import count_tiles, dot, find_tile, gather_statistics, load_places, load_rows
+from .expand import expand
+from .tiles import dot, load_places, load_rows
 
 
 @triton.jit
@@ -172,68 +173,6 @@ def shift_kernel(
     tl.store(shift + n, acc, mask=n < N)
 
 
-@triton.jit
-def expand_kernel(
-    ids,  # (M,)
-    position_ids,  # (T,) or (M,), or None: the place in the sequence
-    token,  # (V, D)
-    position,  # (L, D) or None
-    projected,  # (P + U, N) of positions, then of tokens
-    slots,  # (V,) a token row's place among the projected ones, or None
-    index,  # (M,) each token's place: out with slots (−1: an unknown id), in without; None: its id
-    shift,  # (N,) or None
-    hidden,  # (M, D) out
-    qkv,  # query, key, value out, (M, n) each
-    mean,  # (M,) out; None: RMSNorm or no norm
-    rstd,  # (M,) out; None: no norm
-    shape,  # M, T, V, L, widths of query and of key, P, U and how many programs share a token's columns
-    eps,
-    factor,  # what a projected row is multiplied by
-    D,
-    GATHERED: tl.constexpr,  # projected positions are those of position_ids, in their order
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    M, T, V, L, query, key, P, U, runs = shape
-    N = query + 2 * key
-    ACC: tl.constexpr = tl.float64 if token.dtype.element_ty == tl.float64 else tl.float32
-    run = tl.program_id(0) % runs
-    m = (tl.program_id(0) // runs).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    row, known = load_rows(ids, m, m < M, V)
-    place = None
-    if position is not None:
-        place, placed = load_places(position_ids, m, m < M, T, L)
-        known &= placed
-    _, scale = gather_statistics(
-        token, position, row, place, known, hidden, mean, rstd, m, M, run == 0, eps, D, BLOCK_M, BLOCK_K
-    )
-    slot = row
-    if slots is not None:
-        slot = tl.load(slots + row, mask=known & (m < M), other=0).to(tl.int64)
-        tl.store(index + m, tl.where(known, slot, -1).to(tl.int32), mask=(m < M) & (run == 0))
-    elif index is not None:
-        slot, _ = load_rows(index, m, m < M, U)
-    if GATHERED:
-        place = m % T
-
-    tiles = count_tiles(query, key, BLOCK_N)
-    for tile in range(run * tiles // runs, (run + 1) * tiles // runs):
-        out, n0, width, first = find_tile(qkv, tile, query, key, BLOCK_N)
-        n = n0 + tl.arange(0, BLOCK_N)
-        columns = (n < width)[None, :]
-        x = tl.load(projected + first + (P + slot)[:, None] * N + n[None, :], mask=columns, other=0.0).to(ACC)
-        if position is not None:
-            x += tl.load(projected + first + place.to(tl.int64)[:, None] * N + n[None, :], mask=columns, other=0.0).to(ACC)
-        x *= factor
-        if rstd is not None:
-            x *= scale[:, None]
-        if shift is not None:
-            x += tl.load(shift + first + n, mask=n < width, other=0.0).to(ACC)[None, :]
-        x = tl.where(known[:, None], x, float("nan")).to(out.dtype.element_ty)
-        tl.store(out + m[:, None] * width + n[None, :], x, mask=(m < M)[:, None] & columns)
-
-
 def find(ids, V, position_ids=None, L=0):
     """The distinct ids of a batch -> rows (min(M, V),), of which count (1,) are in use, ascending, and slots (V,), each one's
     number among them. A token whose id or place has no row does not count."""
@@ -300,32 +239,10 @@ def shift(weight, bias, norm_bias):
     return total
 
 
-def expand(ids, token, position, position_ids, projected, slots, index, offset, norm, eps, heads, P, gathered, factor=1.0):
-    """The streaming pass -> hidden (..., D), query, key and value (..., h, d_h), mean and rstd (M,) or (0,)."""
-    M, T = ids.numel(), ids.shape[-1] if ids.dim() else 1
-    (V, D), N = token.shape, projected.shape[1]
-    head_dim, wide = N // sum(heads), torch.promote_types(token.dtype, torch.float32)
-    hidden = token.new_empty(*ids.shape, D)
-    qkv = tuple(token.new_empty(*ids.shape, h, head_dim) for h in heads)
-    mean = token.new_empty(M if norm == "layer" else 0, dtype=wide)
-    rstd = token.new_empty(M if norm != "none" else 0, dtype=wide)
-    if hidden.numel() == 0:
-        return hidden, *qkv, mean, rstd
-    block_m, block_n, block_k = tuning.expand(D, N, token.dtype)
-    blocks = triton.cdiv(M, block_m)
-    runs = 1 if blocks >= 2 * tuning.device_of(token).multiprocessors else triton.cdiv(N, block_n)
-    period = T if position_ids is None else position_ids.numel()
-    L = 0 if position is None else position.shape[0]
-    shape = (M, period, V, L, heads[0] * head_dim, heads[1] * head_dim, P, projected.shape[0] - P, runs)
-    expand_kernel[(blocks * runs,)](
-        ids, position_ids, token, position, projected, slots, index, offset, hidden, qkv, mean if norm == "layer" else None,
-        rstd if norm != "none" else None, shape, eps, factor, D, GATHERED=gathered, BLOCK_M=block_m, BLOCK_N=block_n,
-        BLOCK_K=block_k, num_warps=4, **tuning.registers(tuning.device_of(token)),
-    )  # fmt: skip
-    return hidden, *qkv, mean, rstd
-
-
-def forward(ids, token, weight, bias, position, position_ids, norm_weight, norm_bias, heads, norm, eps, rows=None, index=None):
+def forward(
+    ids, token, weight, bias, position, position_ids, norm_weight, norm_bias, heads, norm, eps, rows=None, index=None,
+    rotary=None,
+):  # fmt: skip
     """Arguments as of embed_qkv; rows (U,) and index (M,) where the batch's distinct ids are known.
 
     -> hidden, query, key, value, mean, rstd as embed_qkv; projected (P + U, N), rows, index (M,) and count (1,) of the rows.
@@ -350,15 +267,7 @@ def forward(ids, token, weight, bias, position, position_ids, norm_weight, norm_
         dtype = torch.float32 if token.dtype == torch.float16 else token.dtype
         projected = project(used, weight, units, count, P, dtype)
         offset = shift(weight, bias, norm_bias)
-        outputs = expand(ids, token, position, position_ids, projected, slots, index, offset, norm, eps, heads, P, gathered)
+        outputs = expand(
+            ids, token, position, position_ids, projected, slots, index, offset, norm, eps, heads, P, gathered, rotary=rotary
+        )
     return *outputs, projected, rows, index, count
-
-
-def look_up(ids, token, position, position_ids, projected, offset, norm, eps, heads, factor):
-    """The `table` plan: expand over a table (L + V, N) of all positions and tokens -> hidden, query, key, value."""
-    ids, position_ids, token, position = tuning.dense(ids, position_ids, token, position)
-    P = 0 if position is None else position.shape[0]
-    with tuning.on_device(token):
-        return expand(
-            ids, token, position, position_ids, projected, None, None, offset, norm, eps, heads, P, False, factor
-        )[:4]  # fmt: skip

@@ -19,33 +19,50 @@ import triton
 import triton.language as tl
 
 from . import tuning
-from .tiles import count_tiles, dot, find_tile, gather_statistics, load_hidden, load_places, load_rows, normalise
+from .tiles import (
+    count_tiles,
+    dot,
+    find_pairs,
+    find_tile,
+    gather_statistics,
+    load_hidden,
+    load_places,
+    load_rows,
+    load_turns,
+    normalise,
+    paired_source,
+    store_pairs,
+    turn,
+)
 
 
 @triton.jit
 def embed_qkv_kernel(
     ids,  # (M,)
-    position_ids,  # (T,) or (M,), or None: the place in the sequence
+    places,  # position_ids (T,) or (M,), or None: the place in the sequence; position (L, D) or None
     token,  # (V, D)
-    position,  # (L, D) or None
-    norm_weight,  # (D,) or None
-    norm_bias,  # (D,) or None
-    weight,  # descriptor of (N, D), or of (D, N) when TRANSPOSED
+    affine,  # the norm's weight and bias, (D,) or None
+    weight,  # (N, D), and its strides
     bias,  # (N,) or None
     hidden,  # (M, D) out
     qkv,  # query, key, value out, (M, n) each
-    mean,  # (M,) out; None: RMSNorm or no norm
-    rstd,  # (M,) out; None: no norm
+    statistics,  # mean out, (M,), None: RMSNorm or no norm; rstd out, (M,), None: no norm
+    rotary,  # cos, sin (rows, R/2), each token's row or None, period, rows, R/2; or None
     shape,  # M, T, V, L, widths of query and of key, and how many programs share a row's N tiles
     eps,
     D,
-    TRANSPOSED: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HALF: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     M, T, V, L, query, key, runs = shape
+    position_ids, position = places
+    mean, rstd = statistics
+    norm_weight, norm_bias = affine
+    weight, stride_wn, stride_wd = weight
     ACC: tl.constexpr = tl.float64 if token.dtype.element_ty == tl.float64 else tl.float32
     run = tl.program_id(0) % runs  # N fastest: programs that share rows run side by side
     m = (tl.program_id(0) // runs).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -61,6 +78,8 @@ def embed_qkv_kernel(
     tiles = count_tiles(query, key, BLOCK_N)
     for tile in range(run * tiles // runs, (run + 1) * tiles // runs):
         out, n0, width, first = find_tile(qkv, tile, query, key, BLOCK_N)
+        n = n0 + tl.arange(0, BLOCK_N)
+        column = first.to(tl.int64) + (n if rotary is None else paired_source(n, HEAD_DIM, HALF))
         acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
         for d0 in range(0, D, BLOCK_K):
             d = d0 + tl.arange(0, BLOCK_K)
@@ -68,14 +87,49 @@ def embed_qkv_kernel(
             if rstd is not None:
                 centre = mu if mean is not None else None
                 a = normalise(a.to(ACC), centre, scale, norm_weight, norm_bias, d, D).to(a.dtype)
-            w = weight.load([d0, first + n0]) if TRANSPOSED else weight.load([first + n0, d0]).T
+            inside = (d < D)[:, None] & (n < width)[None, :]
+            w = tl.load(weight + column[None, :] * stride_wn + d[:, None] * stride_wd, mask=inside, other=0.0)
             acc = dot(a, w, acc, PRECISION)
-        n = n0 + tl.arange(0, BLOCK_N)
         if bias is not None:
-            acc += tl.load(bias + first + n, mask=n < width, other=0.0).to(ACC)[None, :]
+            acc += tl.load(bias + column, mask=n < width, other=0.0).to(ACC)[None, :]
+        store_projected(acc, out, m, M, n0, width, known, rotary, first < query + key, HEAD_DIM, HALF, BLOCK_M, BLOCK_N)
+
+
+@triton.jit
+def store_projected(
+    acc,
+    out,
+    m,
+    M,
+    n0,
+    width,
+    known,
+    rotary,
+    turns,
+    HEAD_DIM: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """The epilogue's end: a tile of the projection, its pairs turned where it `turns`, and NaN where a row is not known."""
+    if rotary is None:
+        n = n0 + tl.arange(0, BLOCK_N)
         acc = tl.where(known[:, None], acc, float("nan"))
         inside = (m < M)[:, None] & (n < width)[None, :]
         tl.store(out + m[:, None] * width + n[None, :], acc.to(out.dtype.element_ty), mask=inside)
+    elif BLOCK_N > 16:  # part by part: cosines and sines of a whole tile would not fit the registers
+        left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+        middle = n0 + BLOCK_N // 2
+        store_projected(left, out, m, M, n0, width, known, rotary, turns, HEAD_DIM, HALF, BLOCK_M, BLOCK_N // 2)
+        store_projected(right, out, m, M, middle, width, known, rotary, turns, HEAD_DIM, HALF, BLOCK_M, BLOCK_N // 2)
+    else:
+        turn_row, placed = load_turns(rotary, m, m < M)
+        known = (known & placed)[:, None]
+        first, second, pair = find_pairs(n0, HEAD_DIM, HALF, BLOCK_N)
+        x, y = tl.split(tl.reshape(acc, (BLOCK_M, BLOCK_N // 2, 2)))
+        x, y = turn(x, y, rotary, turn_row, pair, turns)
+        x, y = tl.where(known, x, float("nan")), tl.where(known, y, float("nan"))
+        store_pairs(out, x, y, m, M, n0, width, first, second, HALF)
 
 
 @triton.jit
@@ -92,12 +146,15 @@ def fold_kernel(
     stride_wd,
     stride_fn,
     D,
+    HEAD_DIM: tl.constexpr,
+    HALF: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     ACC: tl.constexpr = tl.float64 if weight.dtype.element_ty == tl.float64 else tl.float32
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    rows = weight + n[:, None].to(tl.int64) * stride_wn
+    source = paired_source(n, HEAD_DIM, HALF)  # rotary pairs come to stand side by side
+    rows = weight + source[:, None].to(tl.int64) * stride_wn
     total = tl.zeros((BLOCK_N,), ACC)
     affine = tl.zeros((BLOCK_N,), ACC)
     for d0 in range(0, D, BLOCK_K):
@@ -109,7 +166,7 @@ def fold_kernel(
             w *= tl.load(norm_weight + d, mask=d < D, other=0.0).to(ACC)[None, :]
         total += tl.sum(w, 1)
     if bias is not None:
-        affine += tl.load(bias + n, mask=n < N, other=0.0).to(ACC)
+        affine += tl.load(bias + source, mask=n < N, other=0.0).to(ACC)
     tl.store(shift + n, affine, mask=n < N)
 
     centre = total / D if residual is not None else tl.zeros((BLOCK_N,), ACC)
@@ -130,24 +187,27 @@ def fold_kernel(
 @triton.jit
 def embed_qkv_folded_kernel(
     ids,  # (M,)
-    position_ids,  # (T,) or (M,), or None: the place in the sequence
+    places,  # position_ids (T,) or (M,), or None: the place in the sequence; position (L, D) or None
     token,  # (V, D)
-    position,  # (L, D) or None
     folded,  # descriptor of (N, D)
     shift,  # (N,)
     residual,  # (N,), or None: RMSNorm
     hidden,  # (M, D) out
     qkv,  # query, key, value out, (M, n) each
-    mean,  # (M,) out, or None: RMSNorm
-    rstd,  # (M,) out
+    statistics,  # mean out, (M,), None: RMSNorm; rstd out, (M,)
+    rotary,  # as in embed_qkv_kernel
     shape,  # M, T, V, L, widths of query and of key, and how many programs share a row's N tiles
     eps,
     D,
+    HEAD_DIM: tl.constexpr,
+    HALF: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    position_ids, position = places
+    mean, rstd = statistics
     M, T, V, L, query, key, runs = shape
     ACC: tl.constexpr = tl.float64 if token.dtype.element_ty == tl.float64 else tl.float32
     run = tl.program_id(0) % runs
@@ -176,12 +236,13 @@ def embed_qkv_folded_kernel(
             mu = tl.load(mean + m, mask=m < M, other=0.0)  # read back too: kept, it would not fit the registers
             acc -= mu[:, None] * tl.load(residual + first + n, mask=n < width, other=0.0)[None, :]
         acc = acc * scale[:, None] + tl.load(shift + first + n, mask=n < width, other=0.0)[None, :]
-        inside = (m < M)[:, None] & (n < width)[None, :]
-        tl.store(out + m[:, None] * width + n[None, :], acc.to(out.dtype.element_ty), mask=inside)
+        store_projected(acc, out, m, M, n0, width, known, rotary, first < query + key, HEAD_DIM, HALF, BLOCK_M, BLOCK_N)
 
 
-def fold(weight, bias, norm, norm_weight, norm_bias):
-    """weight (N, D) -> folded (N, D) with rows at multiples of 16 bytes, shift (N,), residual (N,) or None."""
+def fold(weight, bias, norm, norm_weight, norm_bias, pairs):
+    """weight (N, D) -> folded (N, D) with rows at multiples of 16 bytes, shift (N,), residual (N,) or None.
+
+    pairs: HEAD_DIM and HALF of the rotary pairs that come to stand side by side."""
     N, D = weight.shape
     folded = tuning.padded(weight, N, D)
     statistics = torch.promote_types(weight.dtype, torch.float32)
@@ -190,18 +251,21 @@ def fold(weight, bias, norm, norm_weight, norm_bias):
     grid = (triton.cdiv(N, tuning.FOLD["BLOCK_N"]),)
     options = {**tuning.FOLD, **tuning.registers(tuning.device_of(weight))}
     fold_kernel[grid](
-        weight, bias, norm_weight, norm_bias, folded, shift, residual, N, *weight.stride(), folded.stride(0), D, **options
-    )
+        weight, bias, norm_weight, norm_bias, folded, shift, residual, N, *weight.stride(), folded.stride(0), D, **pairs,
+        **options,
+    )  # fmt: skip
     return folded, shift, residual
 
 
 def embed_qkv(
-    ids, token, weight, bias, position, position_ids, norm, norm_weight, norm_bias, eps, heads, folds=None, tiles=None
-):
+    ids, token, weight, bias, position, position_ids, norm, norm_weight, norm_bias, eps, heads, rotary=None, folds=None,
+    tiles=None,
+):  # fmt: skip
     """ids (..., T), token (V, D), weight (N, D), bias (N,), position (L, D), position_ids (T,) or like ids, norm "layer",
     "rms" or "none", heads: how many of query, key and value -> hidden (..., T, D), query, key and value (..., T, h, d_h), mean
     (M,) and rstd (M,), the last two empty where the norm has none.
 
+    rotary: cos and sin (rows, R/2), each token's row (T,) or (M,) or None, and whether pairs are neighbours; or None.
     folds and tiles override what tuning.py would choose.
     """
     M, T = ids.numel(), ids.shape[-1] if ids.dim() else 1
@@ -218,26 +282,30 @@ def embed_qkv(
         return hidden, *qkv, mean, rstd
     device = tuning.device_of(token)
     folds = norm != "none" and (tuning.folds(M, token.dtype) if folds is None else folds)
-    tiles = tiles or (tuning.embed_qkv_folded if folds else tuning.embed_qkv)(M, N, D, token.dtype, device)
+    rotary, pairs = tuning.rotary(rotary, head_dim)
+    if tiles is None and folds:
+        tiles = tuning.embed_qkv_folded(M, N, D, token.dtype, device, pairs["HALF"])
+    elif tiles is None:
+        tiles = tuning.embed_qkv(M, N, D, token.dtype, device)
     query, key = heads[0] * head_dim, heads[1] * head_dim
     runs = tuning.runs(M, triton.cdiv(query, tiles.BLOCK_N) + 2 * triton.cdiv(key, tiles.BLOCK_N), tiles, device)
     period = T if position_ids is None else position_ids.numel()
-    outputs = (hidden, qkv, mean if norm == "layer" else None, rstd if norm != "none" else None)
+    outputs = (hidden, qkv, (mean if norm == "layer" else None, rstd if norm != "none" else None))
     shape = (M, period, V, 0 if position is None else position.shape[0], query, key, runs)
-    options = {"PRECISION": tuning.precision(token.dtype), **tiles._asdict(), **tuning.registers(device)}
+    options = {"PRECISION": tuning.precision(token.dtype), **pairs, **tiles._asdict(), **tuning.registers(device)}
     grid = (triton.cdiv(M, tiles.BLOCK_M) * runs,)
     ids, position_ids = tuning.dense(ids, position_ids)
+    places = (position_ids, position)
     with tuning.on_device(token):
         if folds:
-            folded, shift, residual = fold(weight, bias, norm, norm_weight, norm_bias)
+            folded, shift, residual = fold(weight, bias, norm, norm_weight, norm_bias, pairs)
             operand, _ = tuning.weight_descriptor(folded, tiles)
             embed_qkv_folded_kernel[grid](
-                ids, position_ids, token, position, operand, shift, residual, *outputs, shape, eps, D, **options
-            )
+                ids, places, token, operand, shift, residual, *outputs, rotary, shape, eps, D, **options
+            )  # fmt: skip
         else:
-            operand, transposed = tuning.weight_descriptor(weight, tiles, query, query + key)
             embed_qkv_kernel[grid](
-                ids, position_ids, token, position, norm_weight, norm_bias, operand, bias, *outputs, shape, eps, D,
-                TRANSPOSED=transposed, **options,
+                ids, places, token, (norm_weight, norm_bias), (weight, *weight.stride()), bias, *outputs, rotary, shape, eps, D,
+                **options,
             )  # fmt: skip
     return hidden, *qkv, mean, rstd

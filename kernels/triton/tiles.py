@@ -126,3 +126,62 @@ def find_tile(qkv, tile, query, key, BLOCK_N: tl.constexpr):
     first = tl.where(later, query, 0) + tl.where(last, key, 0)
     tile -= tl.where(later, of_query, 0) + tl.where(last, of_key, 0)
     return matrix, tile * BLOCK_N, tl.where(later, key, query), first
+
+
+@triton.jit
+def paired_source(n, HEAD_DIM: tl.constexpr, HALF: tl.constexpr):
+    """The projection's column that comes to column n of a tile whose pairs of rotary columns stand side by side."""
+    if HALF > 0:
+        c = n % HEAD_DIM
+        n = tl.where(c < 2 * HALF, n - c + c // 2 + c % 2 * HALF, n)
+    return n
+
+
+@triton.jit
+def find_pairs(n0, HEAD_DIM: tl.constexpr, HALF: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The columns of each pair in a tile that begins at n0, and the pair's number within its head.
+
+    HALF: pairs (i, i + HALF) come first in a head; 0: all are neighbours.
+    """
+    i = n0 // 2 + tl.arange(0, BLOCK_N // 2)
+    pair = i % (HEAD_DIM // 2)
+    first, second = 2 * i, 2 * i + 1
+    if HALF > 0:
+        first = tl.where(pair < HALF, 2 * i - pair, first)
+        second = tl.where(pair < HALF, first + HALF, second)
+    return first, second, pair
+
+
+@triton.jit
+def load_turns(rotary, m, mask):
+    """The row of cosines and sines that each token takes, and whether it exists."""
+    _, _, turn_ids, period, rows, _ = rotary
+    row = m % period
+    known = row < rows
+    if turn_ids is not None:
+        row, known = load_rows(turn_ids, row, mask, rows)
+    return row, known
+
+
+@triton.jit
+def turn(x, y, rotary, row, pair, turns):
+    """Pairs (x, y) turned by the angle of their row, where the matrix `turns` and the pair is one that does."""
+    cos, sin, _, _, _, half = rotary
+    turned = ((pair < half) & turns)[None, :]
+    angle = row[:, None] * half + pair[None, :]
+    c = tl.load(cos + angle, mask=turned, other=1.0)
+    s = tl.load(sin + angle, mask=turned, other=0.0)
+    return tl.where(turned, x * c - y * s, x), tl.where(turned, y * c + x * s, y)
+
+
+@triton.jit
+def store_pairs(out, x, y, m, M, n0, width, first, second, HALF: tl.constexpr):
+    """Columns first and second of rows m: in two pieces of whole lines, or side by side."""
+    rows = out + m[:, None] * width
+    if HALF > 0:
+        tl.store(rows + first[None, :], x.to(out.dtype.element_ty), mask=(m < M)[:, None] & (first < width)[None, :])
+        tl.store(rows + second[None, :], y.to(out.dtype.element_ty), mask=(m < M)[:, None] & (second < width)[None, :])
+    else:
+        z = tl.interleave(x, y)
+        n = n0 + tl.arange(0, z.shape[1])
+        tl.store(rows + n[None, :], z.to(out.dtype.element_ty), mask=(m < M)[:, None] & (n < width)[None, :])

@@ -66,13 +66,19 @@ def precision(dtype):
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
-def weight_descriptor(weight, tiles, *starts):
-    """A TMA descriptor of a projection weight (N, D) and whether it is read as (D, N), as in Conv1D's transposed view.
+def rotary(rotation, head_dim):
+    """A rotation (cos, sin, ids, interleaved) as kernels take it, and the layout of its pairs, compiled in."""
+    if rotation is None:
+        return None, {"HEAD_DIM": 0, "HALF": 0}
+    cos, sin, ids, interleaved = rotation
+    (rows, half), period = cos.shape, cos.shape[0] if ids is None else ids.numel()
+    return (*dense(cos, sin, ids), period, rows, half), {"HEAD_DIM": head_dim, "HALF": 0 if interleaved else half}
 
-    starts: the rows besides multiples of BLOCK_N at which a kernel's tiles begin.
-    """
-    unit = 16 // weight.element_size()  # rows of a descriptor, and tiles along them, start at multiples of 16 bytes
-    transposed = weight.stride(1) != 1 and weight.stride(0) == 1 and not any(start % unit for start in starts)
+
+def weight_descriptor(weight, tiles):
+    """A TMA descriptor of a projection weight (N, D) and whether it is read as (D, N), as in Conv1D's transposed view."""
+    unit = 16 // weight.element_size()  # rows of a descriptor start at multiples of 16 bytes
+    transposed = weight.stride(1) != 1 and weight.stride(0) == 1
     matrix = weight.t() if transposed else weight
     if matrix.stride(1) != 1 or matrix.stride(0) % unit or matrix.data_ptr() % 16:
         matrix = padded(matrix, *matrix.shape).copy_(matrix)
@@ -112,12 +118,14 @@ def registers(device):
     return {"maxnreg": 255} if isinstance(device.arch, int) else {}
 
 
-def embed_qkv_folded(M, N, D, dtype, device):
-    """Tiles of the kernel that multiplies by the folded weight: many tokens, bound by the tensor cores."""
+def embed_qkv_folded(M, N, D, dtype, device, half=0):
+    """Tiles of the kernel that multiplies by the folded weight: many tokens, bound by the tensor cores.
+
+    half: as of rotary(); pairs that do not stand side by side in memory take registers to store."""
     if not _aligned(dtype, D, N):
         return Tiles(64, 32, 32, 4, 2)
     if device.arch == 90:
-        return Tiles(128, 256, 64, 8, 4)
+        return Tiles(128, 128 if half else 256, 64, 8, 4)
     if device.arch == 80:
         return Tiles(128, 128, 32, 8, 4)
     return Tiles(128, 128, 64, 8, 2 if device.shared_memory < 100_000 else 3)

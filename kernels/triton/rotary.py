@@ -1,0 +1,47 @@
+"""Gradients of turned queries and keys, turned back: the transpose of each pair's turn."""
+
+import triton
+import triton.language as tl
+
+from . import tuning
+from .tiles import find_pairs, load_turns, store_pairs, turn
+
+
+@triton.jit
+def turn_back_kernel(
+    grad,  # (M, n)
+    out,  # (M, n)
+    rotary,  # as in embed_qkv_kernel
+    M,
+    width,
+    HEAD_DIM: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    ACC: tl.constexpr = tl.float64 if grad.dtype.element_ty == tl.float64 else tl.float32
+    m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n0 = tl.program_id(1) * BLOCK_N
+    row, _ = load_turns(rotary, m, m < M)
+    first, second, pair = find_pairs(n0, HEAD_DIM, HALF, BLOCK_N)
+    rows = grad + m[:, None] * width
+    x = tl.load(rows + first[None, :], mask=(m < M)[:, None] & (first < width)[None, :], other=0.0).to(ACC)
+    y = tl.load(rows + second[None, :], mask=(m < M)[:, None] & (second < width)[None, :], other=0.0).to(ACC)
+    y, x = turn(y, x, rotary, row, pair, True)
+    store_pairs(out, x, y, m, M, n0, width, first, second, HALF)
+
+
+def turn_back(grad, rotation):
+    """grad (..., h, d_h) of turned heads -> the same before they were turned; rotation as of embed_qkv."""
+    head_dim = grad.shape[-1]
+    M, width = grad[..., 0, 0].numel() if grad.numel() else 0, grad.shape[-2] * head_dim
+    out = grad.new_empty(grad.shape)
+    if out.numel() == 0:
+        return out
+    rotary, pairs = tuning.rotary(rotation, head_dim)
+    block_m, block_n = tuning.streaming(width, grad.dtype)
+    with tuning.on_device(grad):
+        turn_back_kernel[(triton.cdiv(M, block_m), triton.cdiv(width, block_n))](
+            *tuning.dense(grad), out, rotary, M, width, **pairs, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=4
+        )
+    return out

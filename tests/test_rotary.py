@@ -1,0 +1,240 @@
+"""Rotary positions: every layout under every plan and backend, against the formula of the paper."""
+
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+from conftest import DEVICE
+from numerics import Case
+from pyembed.kernels import embed_qkv, interpreter
+from torch import nn
+
+import pyembed
+from pyembed import functional as F
+from pyembed import ops, reference
+from pyembed.rotary import Rotary, rotate
+
+LAYOUTS = {
+    "half": {"head_dim": 8},
+    "interleaved": {"head_dim": 8, "interleaved": True},
+    "part, half": {"head_dim": 12, "rotary_dim": 4},
+    "part, interleaved": {"head_dim": 10, "rotary_dim": 6, "interleaved": True},
+    "scaled": {"head_dim": 64, "scale": 1.3, "base": 500.0},
+}
+PLANS = [("torch", "one_pass"), ("torch", "distinct"), ("triton", "one_pass"), ("triton", "distinct")]
+
+
+def rotary_of(layout, rows=60):
+    return Rotary(max_length=rows, **LAYOUTS[layout]).to(DEVICE)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_is_the_papers(layout):
+    """Pair i of head x at position t turns by t·base^(−2i/R): Su et al. 2021, equation 15."""
+    rotary, options = rotary_of(layout), LAYOUTS[layout]
+    width, R, base = options["head_dim"], options.get("rotary_dim", options["head_dim"]), options.get("base", 10_000.0)
+    x = torch.randn(2, 50, 3, width, dtype=torch.float64)
+    found = rotate(x, rotary.rotation(torch.zeros(2, 50, dtype=torch.long), None))
+    for t in (0, 1, 17, 49):
+        for i in range(R // 2):
+            a, b = (2 * i, 2 * i + 1) if options.get("interleaved") else (i, i + R // 2)
+            turn = complex(math.cos(t * base ** (-2 * i / R)), math.sin(t * base ** (-2 * i / R))) * options.get("scale", 1.0)
+            for head in range(3):
+                expected = complex(x[1, t, head, a], x[1, t, head, b]) * turn
+                assert abs(expected - complex(found[1, t, head, a], found[1, t, head, b])) < 1e-6
+    assert torch.equal(found[..., R:], x[..., R:])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("backend, plan", PLANS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_every_plan(layout, backend, plan, dtype):
+    case = Case(dtype, DEVICE, heads=4, kv_heads=2, head_dim=LAYOUTS[layout]["head_dim"], norm="rms", position=None)
+    case.options["rotary"] = rotary_of(layout)
+    with pyembed.backend(backend), pyembed.plan(plan):
+        case.check(F.embed_qkv)
+
+
+@pytest.mark.parametrize("position_ids", ["T", "1T", "BT"])
+@pytest.mark.parametrize("position", [None, "learned"])
+@pytest.mark.parametrize("backend, plan", PLANS)
+def test_positions_as_they_come(position_ids, position, backend, plan):
+    """Alone, and beside a table of additive positions."""
+    case = Case(torch.float32, DEVICE, B=3, head_dim=8, position="learned", position_ids=position_ids, norm="layer")
+    case.parameters["position"] = case.parameters["position"] if position else None
+    case.options["rotary"] = rotary_of("half")
+    with pyembed.backend(backend), pyembed.plan(plan):
+        case.check(F.embed_qkv)
+
+
+@pytest.mark.parametrize("shape", [(19,), (1, 19), (2, 19)], ids=["T", "1T", "BT"])
+@pytest.mark.parametrize("backend, plan", PLANS)
+def test_cosines_and_sines_as_transformers_passes_them(shape, backend, plan):
+    case = Case(torch.float32, DEVICE, head_dim=8, position=None)
+    angle = torch.randn(*shape, 4, device=DEVICE)
+    angle = torch.cat([angle, angle], -1)
+    case.options["rotary"] = (angle.cos(), angle.sin())
+    with pyembed.backend(backend), pyembed.plan(plan):
+        case.check(F.embed_qkv)
+        plain = F.embed_qkv(case.ids, **case.parameters, **case.options | {"rotary": None})
+        found = F.embed_qkv(case.ids, **case.parameters, **case.options)
+    x, c, s = plain.query, angle.cos()[..., None, :], angle.sin()[..., None, :]
+    torch.testing.assert_close(found.query, x * c + torch.cat([-x[..., 4:], x[..., :4]], -1) * s)
+    assert torch.equal(found.value, plain.value) and torch.equal(found.hidden, plain.hidden)  # bit for bit
+
+
+@pytest.mark.parametrize("layout", ["half", "part, half", "interleaved"])
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+def test_folded_kernel(layout, norm):
+    """The kernel of many tokens, whose folded weight has the pairs side by side."""
+    case = Case(torch.float32, DEVICE, B=3, T=50, D=24, heads=4, kv_heads=2, head_dim=LAYOUTS[layout]["head_dim"], norm=norm)
+    rotation = rotary_of(layout).rotation(case.ids, None)
+    module, running = ops._kernels("embed_qkv", case.ids)
+    p = case.parameters
+    with running:
+        outputs = module.embed_qkv(
+            case.ids, p["token"], p["weight"], p["bias"], p["position"], None, norm, p["norm_weight"], p["norm_bias"], 1e-5,
+            (4, 2, 2), rotary=rotation, folds=True,
+        )  # fmt: skip
+    expected = F.embed_qkv(case.ids, **p, **case.options)
+    torch.testing.assert_close(outputs[1], rotate(expected.query, rotation), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(outputs[2], rotate(expected.key, rotation), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(outputs[3], expected.value, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("plan", ["one_pass", "distinct"])
+def test_gradcheck(plan):
+    case = Case(torch.float64, "cpu", V=5, T=4, D=6, heads=1, head_dim=4)
+    leaves = {k: p.detach().requires_grad_() for k, p in case.parameters.items() if p is not None}
+
+    def function(*tensors):
+        given = dict(zip(leaves, tensors, strict=True))
+        return tuple(F.embed_qkv(case.ids, **given, **case.options, rotary=rotary_of("half_of_four")))
+
+    LAYOUTS["half_of_four"] = {"head_dim": 4}
+    try:
+        with pyembed.plan(plan), pyembed.backend("triton"):
+            assert torch.autograd.gradcheck(function, tuple(leaves.values()), fast_mode=True)
+    finally:
+        del LAYOUTS["half_of_four"]
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("position", ["rotary", "learned"])
+def test_prefill_and_decode_are_one_shot(backend, position):
+    """Token by token, at position_ids of its own, each step gives what the whole sequence gives there; and by a table."""
+    front = pyembed.EmbeddingQKV(11, 16, 4, max_length=9, position=position, rotary=Rotary(4, 9)).to(DEVICE)
+    ids = torch.randint(11, (2, 9), device=DEVICE)
+    with pyembed.backend(backend), torch.no_grad():
+        whole = front(ids)
+        for plan in ("one_pass", "table"):
+            with pyembed.plan(plan):
+                for t in range(9):
+                    step = front(ids[:, t : t + 1], torch.tensor([t], device=DEVICE))
+                    for a, b in zip(step, whole, strict=True):
+                        torch.testing.assert_close(a, b[:, t : t + 1])
+
+
+def test_packed_is_separate():
+    front = pyembed.EmbeddingQKV(11, 16, 4, max_length=9, position="rotary").to(DEVICE)
+    first, second = (torch.randint(11, (n,), device=DEVICE) for n in (4, 7))
+    places = torch.cat([torch.arange(4), torch.arange(7)]).to(DEVICE)
+    packed = front(torch.cat([first, second]), places)
+    for i, whole in enumerate(packed):
+        torch.testing.assert_close(whole, torch.cat([front(first)[i], front(second)[i]]))
+
+
+def test_module(monkeypatch):
+    front = pyembed.EmbeddingQKV(11, 16, 4, position="rotary", max_length=7)
+    assert set(front.state_dict()) == {"token.weight", "norm.weight", "norm.bias", "qkv.weight", "qkv.bias"}
+    ids = torch.randint(11, (2, 5))
+    expected = front(ids)
+    for twin in (copy.deepcopy(front), pickle.loads(pickle.dumps(front)), front.half().float()):
+        assert torch.equal(twin.rotary.cos, Rotary(4, 7).cos)  # .half() costs the tables nothing
+    torch.testing.assert_close(front(ids), expected, rtol=2e-2, atol=2e-2)
+    empty = pyembed.EmbeddingQKV(11, 16, 4, position="rotary", max_length=7, device="meta").to_empty(device="cpu")
+    assert torch.equal(empty.rotary.sin, Rotary(4, 7).sin)
+    angle = torch.randn(5, 2).repeat(1, 2)
+    own = front(ids, rotary=(angle.cos(), angle.sin()))
+    by_hand = reference.embed_qkv(
+        ids, front.token.weight, front.qkv.weight, front.qkv.bias, num_heads=4, norm="layer", norm_weight=front.norm.weight,
+        norm_bias=front.norm.bias, rotary=(angle.cos(), angle.sin()),
+    )  # fmt: skip
+    for a, b in zip(own, by_hand, strict=True):
+        torch.testing.assert_close(a, b)
+    dropping = pyembed.EmbeddingQKV(11, 16, 4, position="rotary", dropout=1e-9)
+    torch.testing.assert_close(dropping(ids), dropping.eval()(ids))
+
+
+def test_given_frequencies():
+    """Linear scaling by given inverse frequencies is the turn of a position that much smaller."""
+    slow = Rotary(8, 40, inv_freq=10_000.0 ** (-torch.arange(0, 8, 2) / 8) / 4)
+    torch.testing.assert_close(slow.cos[::4], Rotary(8, 10).cos)
+    assert Rotary(8, 200_000).sin[150_000, 0].item() == pytest.approx(math.sin(150_000), abs=1e-6)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_against_transformers(interleaved):
+    llama = pytest.importorskip("transformers.models.llama.modeling_llama")
+    gptj = pytest.importorskip("transformers.models.gptj.modeling_gptj")
+    x, rotary = torch.randn(2, 7, 3, 8), Rotary(8, 7, interleaved=interleaved)
+    found = rotate(x, rotary.rotation(torch.zeros(2, 7, dtype=torch.long), None))
+    if interleaved:
+        expected = gptj.apply_rotary_pos_emb(x, rotary.sin[None], rotary.cos[None])
+    else:
+        cos, sin = (t.repeat(1, 2)[None] for t in (rotary.cos, rotary.sin))
+        expected, _ = llama.apply_rotary_pos_emb(x, x, cos, sin, unsqueeze_dim=2)
+    torch.testing.assert_close(found, expected)
+
+
+def test_operator():
+    cos = torch.randn(5, 2, device=DEVICE)
+    grad = torch.randn(2, 5, 3, 6, device=DEVICE)
+    torch.library.opcheck(ops.turn_back, (grad, cos, cos.flip(0), None, False), test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize(
+    "rotary, error, message",
+    [
+        (lambda: Rotary(8, 5, rotary_dim=3), ValueError, r"rotary_dim: expected an even number up to head_dim \(8\), got 3"),
+        (lambda: Rotary(8, 5, rotary_dim=10), ValueError, r"rotary_dim: expected an even number .* got 10"),
+        (lambda: Rotary(8, 0), ValueError, "max_length: expected a positive number, got 0"),
+        (lambda: Rotary(8, 5, inv_freq=torch.ones(3)), ValueError, r"inv_freq: expected shape \(4,\).* got \(3,\)"),
+        (lambda: Rotary(16, 9), ValueError, r"rotary: expected an even width up to an even head_dim \(8\), got 16"),
+        (lambda: Rotary(8, 4), IndexError, "sequence length 5 needs positions up to 4, rotary has 4 rows"),
+        (lambda: "rope", TypeError, r"rotary: expected a pyembed.Rotary or a \(cos, sin\) pair of Tensors, got str"),
+        (lambda: (torch.ones(5, 7),) * 2, ValueError, r"rotary: expected an even width .* got 7"),
+        (lambda: (torch.ones(4, 8),) * 2, ValueError, r"rotary: expected cos and sin of shape .* got \(4, 8\) and \(4, 8\)"),
+        (lambda: (torch.ones(5, 8), torch.ones(8)), ValueError, r"rotary: expected cos and sin .* and \(8,\)"),
+        (lambda: (torch.ones(5, 8, requires_grad=True),) * 2, ValueError, "that want no gradient: none is computed"),
+    ],
+)
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_wrong_arguments(rotary, error, message, backend):
+    ids, token, weight = torch.zeros(2, 5, dtype=torch.long), torch.randn(3, 6), torch.randn(24, 6)
+    with pytest.raises(error, match=message), pyembed.backend(backend):
+        F.embed_qkv(ids, token, weight, num_heads=1, rotary=rotary())
+
+
+def test_places_without_a_row():
+    ids, token, weight = torch.zeros(2, 5, dtype=torch.long), torch.randn(3, 6), torch.randn(24, 6)
+    for backend in ("torch", "triton"):
+        with pytest.raises(IndexError, match=r"position_ids: .* \[0, 9\), the rows of rotary; got 9"), pyembed.backend(backend):
+            F.embed_qkv(ids, token, weight, num_heads=1, rotary=Rotary(8, 9), position_ids=torch.full((5,), 9))
+    for wrong, error in ((nn.Linear(2, 2), TypeError), (Rotary(8, 9), ValueError)):
+        with pytest.raises(error, match="rotary: expected a"):
+            pyembed.EmbeddingQKV(3, 16, 4, rotary=wrong)
+
+
+def test_a_place_without_a_row_is_nan_by_the_kernel():
+    """On a GPU nothing looks at ids: their heads become NaN there, and no other row's."""
+    module = interpreter.load("embed_qkv") if DEVICE == "cpu" else embed_qkv
+    ids, token, weight = (torch.zeros(1, 3, dtype=torch.long), torch.randn(3, 6), torch.randn(24, 6))
+    rotation = Rotary(8, 4).rotation(ids, torch.tensor([[1, 4, -1]]))
+    arguments = [t.to(DEVICE) for t in (ids, token, weight)]
+    rotation = rotation._replace(**{k: t.to(DEVICE) for k, t in rotation._asdict().items() if isinstance(t, torch.Tensor)})
+    with interpreter.running():
+        _, query, *_ = module.embed_qkv(*arguments, None, None, None, "none", None, None, 0.0, (1, 1, 1), rotary=rotation)
+    assert query[0, 0].isfinite().all() and query[0, 1:].isnan().all()
