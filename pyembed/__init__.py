@@ -1,9 +1,10 @@
 """The front end of a transformer (embedding gather, positional add, norm, QKV projection) in one GPU kernel."""
 
-from . import data, functional, reference
+from . import data, functional, positions, reference, relative
 from .distinct import DistinctIds
+from .embedding import Embedding, TokenPositionEmbedding
 from .memory import empty_cache
-from .modules import Embedding, EmbeddingQKV, TokenPositionEmbedding
+from .modules import EmbeddingQKV
 from .planner import backend, debug, plan
 from .reference import HiddenQKV
 from .rotary import Rotary
@@ -22,5 +23,7 @@ __all__ = [
     "empty_cache",
     "functional",
     "plan",
+    "positions",
     "reference",
+    "relative",
 ]

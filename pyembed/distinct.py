@@ -133,7 +133,7 @@ def shift(weight: Tensor, bias: Tensor | None, norm_bias: Tensor | None) -> Tens
     wide = wide_dtype(weight.dtype)
     total = weight.new_zeros(weight.shape[0], dtype=wide)
     if norm_bias is not None:
-        total += (weight @ norm_bias).to(wide)
+        total += (weight.to(norm_bias.dtype) @ norm_bias).to(wide)
     return total if bias is None else total.add_(bias)
 
 
@@ -259,10 +259,10 @@ def backward(
             grads["weight"] = grad_weight.to(dtype)
         grads["bias"] = grad_bias.to(dtype) if needs_bias else None
         # Not grad_bias @ weight: a matrix-vector product adds up its rows one after the other, which loses digits.
-        grads["norm_bias"] = (weight * grad_bias[:, None]).sum(0).to(dtype) if needs_norm_bias else None
+        grads["norm_bias"] = (weight * grad_bias[:, None]).sum(0).to(norm_bias.dtype) if needs_norm_bias else None
         if needs_tables or needs_norm_weight:
             grad_rows = (grad_projected @ weight.to(product)).to(wide)
-            grads["norm_weight"] = (grad_rows * used).sum(0).to(dtype) if needs_norm_weight else None
+            grads["norm_weight"] = (grad_rows * used).sum(0).to(norm_weight.dtype) if needs_norm_weight else None
             grad_rows *= gamma
             if norm == "layer":
                 grad_rows -= grad_rows.mean(1, keepdim=True)

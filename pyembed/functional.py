@@ -40,7 +40,8 @@ def _check_alike(token: Tensor, ids: Tensor, **others: Tensor | None):
             continue
         if tensor.device != token.device:
             raise ValueError(f"{name}: expected device {token.device}, that of token; got {tensor.device}")
-        if name not in ("ids", "position_ids") and tensor.dtype != token.dtype:
+        dtypes = {token.dtype, torch.promote_types(token.dtype, torch.float32)} if name.startswith("norm") else {token.dtype}
+        if name not in ("ids", "position_ids") and tensor.dtype not in dtypes:
             raise TypeError(f"{name}: expected dtype {token.dtype}, that of token; got {tensor.dtype}")
 
 

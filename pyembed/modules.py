@@ -1,4 +1,4 @@
-"""The modules: PyTorch's own submodules, so that weights, names and initial values stay what they are, run in one pass."""
+"""The front end as a module: PyTorch's own submodules, so that weights, names and initial values stay, run in one pass."""
 
 import contextlib
 import logging
@@ -16,49 +16,6 @@ from .rotary import Rotary, as_rotation
 
 logger = logging.getLogger(__name__)
 _building = threading.RLock()  # one table at a time: two would take twice the memory
-
-
-class Embedding(nn.Embedding):
-    """torch.nn.Embedding: same constructor, same weights from the same seed, same state_dict, same result.
-
-    What the kernels do not serve (max_norm, scale_grad_by_freq, sparse, integer tables) runs by PyTorch's operator.
-    """
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """ids (...) int32 or int64 -> (..., embedding_dim). IndexError: an id outside the table."""
-        plain = self.max_norm is None and not self.scale_grad_by_freq and not self.sparse
-        if plain and self.weight.is_floating_point():
-            return F.embedding(ids, self.weight, self.padding_idx)
-        return super().forward(ids)
-
-
-class TokenPositionEmbedding(nn.Module):
-    """dropout(token(ids) + position(position_ids)): the input of GPT-2 and its like.
-
-    position: "learned" (parameter position.weight), "sinusoidal" (Vaswani et al. 2017; a buffer outside of state_dict) or
-    None. max_length: rows of the position table.
-    """
-
-    def __init__(
-        self,
-        num_embeddings,
-        embedding_dim,
-        max_length,
-        position="learned",
-        dropout=0.0,
-        padding_idx=None,
-        device=None,
-        dtype=None,
-    ):
-        super().__init__()
-        self.token = Embedding(num_embeddings, embedding_dim, padding_idx, device=device, dtype=dtype)
-        self.position = positions.make(position, max_length, embedding_dim, device, dtype)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
-        """ids (..., T), position_ids (T,), (1, T) or like ids, None: 0 … T−1 -> hidden (..., T, embedding_dim)."""
-        position = None if self.position is None else self.position.weight
-        return self.dropout(F.embed(ids, self.token.weight, position, position_ids, padding_idx=self.token.padding_idx))
 
 
 class EmbeddingQKV(nn.Module):
@@ -79,6 +36,7 @@ class EmbeddingQKV(nn.Module):
     """
 
     _table, _table_dtype, _keeps_table, _table_failed = None, None, False, False
+    _groups = 0
 
     def __init__(
         self,
@@ -111,7 +69,7 @@ class EmbeddingQKV(nn.Module):
         if head_dim is None and embedding_dim % num_heads:
             raise ValueError(f"embedding_dim: expected a multiple of num_heads ({num_heads}), got {embedding_dim}")
         head_dim = embedding_dim // num_heads if head_dim is None else head_dim
-        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
+        self.num_heads, self.num_kv_heads, self._head_dim = num_heads, num_kv_heads, head_dim
         self.token = nn.Embedding(num_embeddings, embedding_dim, padding_idx, **factory)
         if position == "rotary":
             position, rotary = None, Rotary(head_dim, max_length, device=device) if rotary is None else rotary
@@ -129,14 +87,27 @@ class EmbeddingQKV(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     @classmethod
-    def from_modules(cls, token, position=None, norm=None, *, qkv, num_heads, num_kv_heads=None, dropout=0.0, rotary=None):
+    def from_modules(
+        cls,
+        token,
+        position=None,
+        norm=None,
+        *,
+        qkv,
+        num_heads,
+        num_kv_heads=None,
+        dropout=0.0,
+        rotary=None,
+        per_head=False,
+    ):
         """A front end over modules that a model already has: it holds them, copies nothing, and trains what they hold.
 
         token, position: nn.Embedding. norm: nn.LayerNorm, nn.RMSNorm, Hugging Face's RMSNorm of Llama and its like, or None.
         qkv: one nn.Linear or Hugging Face Conv1D whose output is query, key, value in that order, or a (query, key, value)
-        tuple of nn.Linear. num_kv_heads: num_heads where None. A module that does more than its class in PyTorch (a forward
-        of its own, hooks, max_norm, scale_grad_by_freq, sparse), and any other norm, is called as it is, by no kernel;
-        explain() says so. TypeError: a module of another kind; ValueError: widths that do not fit.
+        tuple of nn.Linear. per_head: the output of one module is not all queries, all keys, all values, but those of each head
+        (GPT-NeoX, Bloom) or group of heads (Falcon) in turn. num_kv_heads: num_heads where None. A module that does more than
+        its class in PyTorch (a forward of its own, hooks, max_norm, scale_grad_by_freq, sparse), and any other norm, is called
+        as it is, by no kernel; explain() says so. TypeError: a module of another kind; ValueError: widths that do not fit.
         """
         if not isinstance(token, nn.Embedding):
             raise TypeError(f"token: expected an nn.Embedding, got {type(token).__name__}")
@@ -158,8 +129,12 @@ class EmbeddingQKV(nn.Module):
         for name, module in {"token": token, "position": position, "norm": norm, "qkv": qkv}.items():
             self.register_module(name, module)
         self.dropout = nn.Dropout(dropout)
-        head_dim = parts.check_widths(self._modules, self.num_heads, self.num_kv_heads)
-        self.register_module("rotary", parts.fitting(rotary, head_dim))
+        self._head_dim = parts.check_widths(self._modules, self.num_heads, self.num_kv_heads)
+        if per_head:
+            if isinstance(qkv, nn.ModuleList):
+                raise ValueError("per_head: expected False where query, key and value are three modules, got True")
+            self._groups = self.num_kv_heads
+        self.register_module("rotary", parts.fitting(rotary, self._head_dim))
         return self.train(token.training)
 
     def forward(
@@ -181,7 +156,7 @@ class EmbeddingQKV(nn.Module):
             if planner.forces("table"):  # there was no memory for it
                 with planner.plan("auto"):
                     return self.forward(ids, position_ids, distinct, rotary)
-        if self._drops() or parts.foreign(self._modules):
+        if self._drops() or parts.foreign(self._modules) or self._packs_in_vain(ids):
             return self._compose(ids, position_ids, rotary)
         module = self._modules["token"]  # a module's attributes are slow, and a decode step asks for them all
         token, padding_idx = module.weight, module.padding_idx
@@ -201,7 +176,21 @@ class EmbeddingQKV(nn.Module):
 
     def _compose(self, ids, position_ids, rotary):
         """The call by the modules themselves, one after the other."""
-        rotation = self._rotation(ids, position_ids, rotary)
+        try:
+            return self._call(ids, position_ids, rotary)
+        except (IndexError, RuntimeError, TypeError):
+            self._check(ids, position_ids)  # says what is wrong, if it is an argument
+            raise
+
+    def _packs_in_vain(self, ids):
+        """Whether to pack the rows of query, key and value would cost more than one kernel saves."""
+        packs = self._groups > 0 or isinstance(self._modules["qkv"], nn.ModuleList)
+        return packs and ids.numel() < parts.PACK_TOKENS and planner.is_free()
+
+    def _call(self, ids, position_ids, rotary):
+        rotary = self._modules["rotary"] if rotary is None else rotary
+        if rotary is not None:
+            rotation = self._rotation(ids, position_ids, rotary)
         token, position, norm, qkv, dropout = (self._modules[name] for name in ("token", "position", "norm", "qkv", "dropout"))
         hidden = token(ids)
         if position is not None:
@@ -211,14 +200,16 @@ class EmbeddingQKV(nn.Module):
         hidden = dropout(hidden)
         normed = hidden if norm is None else norm(hidden)
         projected = torch.cat([linear(normed) for linear in qkv], -1) if isinstance(qkv, nn.ModuleList) else qkv(normed)
+        if self._groups:
+            projected = parts.ungroup(projected, -1, self._groups, self._head_dim)
         found = split_heads(hidden, projected, self.num_heads, self.num_kv_heads)
-        return found if rotation is None else turned(found, rotation)
+        return found if rotary is None else turned(found, rotation)
 
     def _rotation(self, ids, position_ids, rotary):
         """What turns the heads of a call, its arguments checked."""
         rotary = self._modules["rotary"] if rotary is None else rotary
         self._check(ids, position_ids)
-        F.check_rotary(rotary, ids, self._projection()[0].shape[0] // (self.num_heads + 2 * self.num_kv_heads))
+        F.check_rotary(rotary, ids, self._head_dim)
         return None if rotary is None else as_rotation(rotary, ids, position_ids)
 
     def explain(self, ids: Tensor, position_ids: Tensor | None = None, distinct: DistinctIds | None = None) -> planner.Plan:
@@ -236,6 +227,8 @@ class EmbeddingQKV(nn.Module):
         refused = self._refuses_table()
         if refused and planner.forces("table"):
             raise RuntimeError(f"plan: 'table' cannot run here: {refused}")
+        if self._packs_in_vain(ids) and not self._keeps_table:
+            return planner.Plan("one_pass", f"by the modules: {ids.numel()} tokens do not pay for packing qkv's rows", {})
         token, position, norm = self._modules["token"].weight, self._position(), self._norm()
         weight, bias = self._projection()
         looks_up = (self._keeps_table or planner.forces("table")) and not refused and not self._table_failed
@@ -381,4 +374,4 @@ class EmbeddingQKV(nn.Module):
         return self.training and self._modules["dropout"].p > 0
 
     def _projection(self):
-        return parts.projection(self._modules["qkv"])
+        return parts.projection(self._modules["qkv"], self._groups, self._head_dim)

@@ -21,10 +21,6 @@ def _kernels(name, tensor):
     return interpreter.load(name), interpreter.running()
 
 
-def _statistics(token):
-    return torch.promote_types(token.dtype, torch.float32)
-
-
 @torch.library.custom_op("pyembed::embed", mutates_args=())
 def embed(ids: Tensor, token: Tensor, position: Tensor | None, position_ids: Tensor | None, padding_idx: int) -> Tensor:
     module, running = _kernels("embed", token)
@@ -123,7 +119,7 @@ def _(
     ids, token, weight, bias, position, position_ids, norm_weight, norm_bias, num_heads, num_kv_heads, norm, eps, padding_idx,
     cos, sin, turn_ids, interleaved,
 ):  # fmt: skip
-    statistics = _statistics(token)
+    statistics = distinct.wide_dtype(token.dtype)
     return (
         token.new_empty(*ids.shape, token.shape[1]),
         *(token.new_empty(shape) for shape in _projected_shapes(ids, weight, num_heads, num_kv_heads)),
@@ -161,7 +157,7 @@ def embed_qkv_backward(
             grad_hidden, grads, ids, token, weight, position, position_ids, norm_weight, norm_bias, mean, rstd, heads,
             padding_idx, needs,
         )  # fmt: skip
-    return _packed(found, needs, _grad_shapes(token, weight, position, norm_weight, norm_bias), token)
+    return _packed(found, needs, _grads_like(token, weight, position, norm_weight, norm_bias), token)
 
 
 def _rows(ids, *grads):
@@ -170,23 +166,24 @@ def _rows(ids, *grads):
     return [None if g is None else g.reshape(M, -1 if M else g.shape[ids.dim() :].numel()) for g in grads]
 
 
-def _grad_shapes(token, weight, position, norm_weight, norm_bias):
-    optional = [() if t is None else t.shape for t in (position, norm_weight, norm_bias)]
-    return [token.shape, weight.shape, (weight.shape[0],), *optional]
+def _grads_like(token, weight, position, norm_weight, norm_bias):
+    """(shape, dtype) of the gradients of token, weight, bias, position, norm_weight and norm_bias."""
+    optional = [((), token.dtype) if t is None else (t.shape, t.dtype) for t in (position, norm_weight, norm_bias)]
+    return [*((t.shape, t.dtype) for t in (token, weight)), ((weight.shape[0],), weight.dtype), *optional]
 
 
 @embed_qkv_backward.register_fake
 def _fake_grads(grad_hidden, grad_query, grad_key, grad_value, ids, token, weight, position, position_ids, *others):
     norm_weight, norm_bias, *_, needs = others
-    shapes = _grad_shapes(token, weight, position, norm_weight, norm_bias)
-    return [token.new_empty(shape if need else (0,)) for need, shape in zip(needs, shapes, strict=True)]
+    likes = zip(needs, _grads_like(token, weight, position, norm_weight, norm_bias), strict=True)
+    return [token.new_empty(shape if need else (0,), dtype=dtype) for need, (shape, dtype) in likes]
 
 
-def _packed(grads, needs, shapes, token):
+def _packed(grads, needs, likes, token):
     """An operator returns tensors only: an empty one for a gradient that is not wanted, zeros for one that nothing reached."""
     return [
-        token.new_empty(0) if not need else token.new_zeros(shape) if grad is None else grad
-        for grad, need, shape in zip(grads, needs, shapes, strict=True)
+        token.new_empty(0, dtype=dtype) if not need else token.new_zeros(shape, dtype=dtype) if grad is None else grad
+        for grad, need, (shape, dtype) in zip(grads, needs, likes, strict=True)
     ]
 
 
@@ -315,7 +312,7 @@ def _(
     ids, token, weight, bias, position, position_ids, norm_weight, norm_bias, num_heads, num_kv_heads, norm, eps, padding_idx,
     rows, index, kernels, cos, sin, turn_ids, interleaved,
 ):  # fmt: skip
-    M, N, dtype, wide = ids.numel(), weight.shape[0], torch.int32 if kernels else torch.int64, _statistics(token)
+    M, N, dtype, wide = ids.numel(), weight.shape[0], torch.int32 if kernels else torch.int64, distinct.wide_dtype(token.dtype)
     size = torch.library.get_ctx().new_dynamic_size
     found = ids.new_empty(0), ids.new_empty(0)
     if rows is None:
@@ -368,7 +365,7 @@ def distinct_qkv_backward(
             found = module.backward(grad_hidden, grads, *tensors, mean, rstd, projected, rows, index, count, *options)
     else:
         found = distinct.backward(grad_hidden, grads, *tensors, rstd, projected, rows, index, *options)
-    return _packed(found, needs, _grad_shapes(token, weight, position, norm_weight, norm_bias), token)
+    return _packed(found, needs, _grads_like(token, weight, position, norm_weight, norm_bias), token)
 
 
 distinct_qkv_backward.register_fake(_fake_grads)

@@ -22,6 +22,11 @@ def is_llama_norm(norm):
     return hasattr(norm, "variance_epsilon") and "RMSNorm" in type(norm).__name__
 
 
+def is_gemma_norm(norm):
+    """Hugging Face's RMSNorm of Gemma 1 to 3: rows are multiplied by 1 + weight, in fp32."""
+    return type(norm).__name__ in ("GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm")
+
+
 @functools.cache
 def _has_stock_forward(kind):
     return any(kind.forward is stock.forward for stock in _OWN_FORWARDS if issubclass(kind, stock))
@@ -40,7 +45,8 @@ def foreign(modules):
             if part._forward_pre_hooks or part._forward_hooks or part._backward_pre_hooks or part._backward_hooks:
                 return f"{name} has hooks"
             kind = type(part)
-            stock = _has_stock_forward(kind) or name == "norm" and is_llama_norm(part) or name == "qkv" and is_conv1d(part)
+            copied = is_llama_norm(part) or is_gemma_norm(part) if name == "norm" else name == "qkv" and is_conv1d(part)
+            stock = _has_stock_forward(kind) or copied
             if not stock or "forward" in part.__dict__:
                 return f"{name}, a {kind.__name__}, has a forward of its own"
     return None
@@ -51,24 +57,41 @@ def norm_arguments(norm, dtype):
     if norm is None:
         return {"norm": None, "norm_weight": None, "norm_bias": None, "eps": 0.0}
     kind, weight = "layer" if isinstance(norm, nn.LayerNorm) else "rms", norm.weight
+    if is_gemma_norm(norm):
+        weight = 1.0 + weight.to(torch.promote_types(dtype, torch.float32))
     eps = norm.variance_epsilon if is_llama_norm(norm) else norm.eps
     eps = torch.finfo(dtype).eps if eps is None else eps  # as torch.nn.functional.rms_norm has it
     return {"norm": kind, "norm_weight": weight, "norm_bias": getattr(norm, "bias", None), "eps": eps}
 
 
-def projection(qkv):
-    """Weight (N, D) and bias (N,) or None of qkv, whatever holds them. TypeError: another kind of module."""
+PACK_TOKENS = 256  # below so many, packing a projection's rows costs more than one kernel saves
+
+
+def projection(qkv, groups=0, head_dim=0):
+    """Weight (N, D), rows of query, key, value, and bias (N,) or None of qkv, whatever holds them.
+
+    groups: in so many groups of heads, each its queries, its key and its value, lie the rows of qkv; 0: they lie as returned.
+    TypeError: another kind of module."""
     if isinstance(qkv, nn.Linear):
-        return qkv.weight, qkv.bias
-    if isinstance(qkv, nn.ModuleList):
+        weight, bias = qkv.weight, qkv.bias
+    elif is_conv1d(qkv):
+        weight, bias = qkv.weight.t(), qkv.bias
+    elif isinstance(qkv, nn.ModuleList):
         weights, biases = zip(*((linear.weight, linear.bias) for linear in qkv), strict=True)
-        if all(bias is None for bias in biases):
-            return torch.cat(weights), None
         zeros = (w.new_zeros(w.shape[0]) if b is None else b for w, b in zip(weights, biases, strict=True))
-        return torch.cat(weights), torch.cat(tuple(zeros))
-    if is_conv1d(qkv):
-        return qkv.weight.t(), qkv.bias
-    raise TypeError(f"qkv: expected an nn.Linear, a Hugging Face Conv1D or three nn.Linear, got {type(qkv).__name__}")
+        return torch.cat(weights), None if all(bias is None for bias in biases) else torch.cat(tuple(zeros))
+    else:
+        raise TypeError(f"qkv: expected an nn.Linear, a Hugging Face Conv1D or three nn.Linear, got {type(qkv).__name__}")
+    if not groups:
+        return weight, bias
+    return ungroup(weight, 0, groups, head_dim), None if bias is None else ungroup(bias, 0, groups, head_dim)
+
+
+def ungroup(x, dim, groups, head_dim):
+    """Columns or rows of (queries, key, value) of each group in turn -> those of all queries, all keys, all values."""
+    x = x.unflatten(dim, (groups, -1, head_dim))
+    axis = dim + 1 if dim >= 0 else dim - 1
+    return torch.cat([part.flatten(axis - 1, axis + 1) for part in x.split([x.shape[axis] - 2, 1, 1], axis)], dim)
 
 
 def check_widths(modules, num_heads, num_kv_heads):

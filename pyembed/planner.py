@@ -59,6 +59,11 @@ def plan(name):
         _plan = before
 
 
+def is_free():
+    """Whether neither a plan nor the kernels were asked for."""
+    return _plan == "auto" and _backend != "triton"
+
+
 def forces(*names):
     """Whether the plan asked for is one of these."""
     return _plan in names

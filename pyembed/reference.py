@@ -35,6 +35,8 @@ def embed(ids, token, position=None, position_ids=None, *, padding_idx=None):
 
 
 def normalise(hidden, norm, weight=None, bias=None, eps=1e-5):
+    if weight is not None and weight.dtype != hidden.dtype:  # float32 beside 16 bits
+        return normalise(hidden.to(weight.dtype), norm, weight, bias, eps).to(hidden.dtype)
     if norm == "layer":
         return F.layer_norm(hidden, hidden.shape[-1:], weight, bias, eps)
     if norm == "rms":

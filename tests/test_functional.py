@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from conftest import DEVICE
+from conftest import DEVICE, DTYPES
+from numerics import Case
 
 import pyembed
 from pyembed import functional as F
@@ -177,3 +178,20 @@ def test_debug_looks_at_values(monkeypatch):
     with pyembed.debug():
         assert planner.looks(on_gpu)
     assert not planner.looks(on_gpu)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("plan", ["one_pass", "distinct"])
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+def test_norms_in_float32_beside_sixteen_bits(dtype, backend, plan, norm):
+    """Their gradients come in float32 too."""
+    if backend == "triton" and dtype not in DTYPES:
+        pytest.skip("the interpreter has no bf16 product")
+    case = Case(dtype, DEVICE, norm=norm)
+    for name in ("norm_weight", "norm_bias"):
+        if case.parameters[name] is not None:
+            case.parameters[name] = torch.randn(40, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    with pyembed.backend(backend), pyembed.plan(plan):
+        found = case.check(F.embed_qkv)
+    assert found["grad of norm_weight"].dtype == torch.float32 and found["query"].dtype == dtype

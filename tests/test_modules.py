@@ -173,6 +173,7 @@ def test_from_modules(kind, backend):
         ({"norm": "layer"}, TypeError, "norm: expected a module or None, got str"),
         ({"qkv": nn.Conv1d(8, 24, 1)}, TypeError, "qkv: .* a Hugging Face Conv1D or three nn.Linear, got Conv1d"),
         ({"num_heads": 0}, ValueError, "num_heads: expected a positive int, got 0"),
+        ({"per_head": True, "qkv": [nn.Linear(8, 8)] * 3}, ValueError, "per_head: expected False where .* three modules"),
         ({"num_kv_heads": 3}, ValueError, r"num_heads: expected a multiple of num_kv_heads \(3\), got 2"),
         ({"qkv": [nn.Linear(n, 8) for n in (8, 7, 8)]}, ValueError, r"qkv: expected three of as many inputs, got \[8, 7, 8\]"),
         ({"qkv": nn.Linear(9, 24)}, ValueError, "qkv: expected 8 inputs, the width of token; got 9"),
@@ -207,6 +208,86 @@ def test_constructor_refuses():
     ]:
         with pytest.raises(ValueError, match=message):
             EmbeddingQKV(5, 8, **options)
+
+
+class GemmaRMSNorm(nn.Module):
+    """As transformers has it: rows by 1 + weight, in float32."""
+
+    def __init__(self, D):
+        super().__init__()
+        self.eps, self.weight = 1e-6, nn.Parameter(torch.randn(D) / 4)
+
+    def forward(self, x):
+        normed = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)
+        return (normed * (1.0 + self.weight.float())).type_as(x)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("plan", ["one_pass", "distinct", "table"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_gemma(backend, plan, dtype):
+    module = EmbeddingQKV.from_modules(nn.Embedding(11, 16), norm=GemmaRMSNorm(16), qkv=nn.Linear(16, 48), num_heads=4)
+    module = module.to(DEVICE, dtype)
+    ids = torch.randint(11, (2, 6), device=DEVICE)
+    with pyembed.backend(backend), pyembed.plan(plan), torch.set_grad_enabled(plan != "table"):
+        out = module(ids)
+    assert "own" not in module.explain(ids).reason
+    hidden = module.token(ids)
+    expected = hidden, *module.qkv(module.norm(hidden)).unflatten(-1, (12, 4)).split(4, -2)
+    tolerance = {"rtol": 1e-2, "atol": 1e-2} if dtype == torch.float16 else {}
+    torch.testing.assert_close(tuple(out), expected, **tolerance)
+    if plan != "table":
+        grads = [torch.autograd.grad(o[1].square().sum() + o[3].sum(), module.norm.weight)[0] for o in (out, expected)]
+        torch.testing.assert_close(*grads, **tolerance)
+    else:
+        with torch.no_grad():
+            module.norm.weight.add_(1.0)
+            stale = module(ids).query
+            assert not torch.equal(stale, out.query)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("tokens", [6, 300])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_heads_in_turn(kv_heads, tokens, backend):
+    """GPT-NeoX's rows: query, key and value of each head in turn; Falcon's: of each group of heads."""
+    group, qkv = 4 // kv_heads, nn.Linear(16, (4 + 2 * kv_heads) * 6)
+    module = EmbeddingQKV.from_modules(
+        nn.Embedding(11, 16), norm=nn.LayerNorm(16), qkv=qkv, num_heads=4, num_kv_heads=kv_heads, per_head=True
+    ).to(DEVICE)
+    ids = torch.randint(11, (1, tokens), device=DEVICE)
+    with pyembed.backend(backend):
+        out = module(ids)
+    hidden = module.token(ids)
+    rows = qkv(module.norm(hidden)).view(1, tokens, kv_heads, group + 2, 6)
+    expected = hidden, rows[..., :group, :].reshape(1, tokens, 4, 6), rows[..., group, :], rows[..., group + 1, :]
+    torch.testing.assert_close(tuple(out), expected)
+    grads = [torch.autograd.grad(o[1].square().sum() + o[2].sum(), (qkv.weight, qkv.bias)) for o in (out, expected)]
+    for ours, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_few_tokens_do_not_pay_for_packing(monkeypatch):
+    """Three projections, or one that lies head by head, are not copied together for a decode step, whatever the positions."""
+    linears = tuple(nn.Linear(16, 16) for _ in range(3))
+    parts_of = {"qkv": linears, "position": nn.Embedding(300, 16), "norm": nn.LayerNorm(16), "rotary": pyembed.Rotary(4, 300)}
+    module = EmbeddingQKV.from_modules(nn.Embedding(11, 16), **parts_of, num_heads=4).to(DEVICE)
+    few, many = torch.randint(11, (1, 5), device=DEVICE), torch.randint(11, (2, 200), device=DEVICE)
+    with pyembed.plan("one_pass"):
+        packed = module(few, torch.arange(2, 7, device=DEVICE))
+    copied, cat = [], torch.cat
+    monkeypatch.setattr(torch, "cat", lambda tensors, *a: copied.append(tensors[0].shape) or cat(tensors, *a))
+    torch.testing.assert_close(tuple(module(few, torch.arange(2, 7, device=DEVICE))), tuple(packed))
+    assert (16, 16) not in copied and "do not pay for packing" in module.explain(few).reason
+    module(many)
+    assert (16, 16) in copied and "packing" not in module.explain(many).reason
+    for wrong, error in (
+        (torch.tensor([[11]]), IndexError),
+        (torch.zeros(1, 1), TypeError),
+        (torch.zeros(1, 301).long(), IndexError),
+    ):
+        with pytest.raises(error, match="ids: "):
+            module(wrong.to(DEVICE))
 
 
 class Scaled(nn.Embedding):

@@ -267,8 +267,8 @@ def backward(
         grad_weight,
         total.to(token.dtype) if needs_bias else None,
         grad_position,
-        partials.sum(0).to(token.dtype) if needs_norm_weight else None,
-        (weight * total[:, None]).sum(0).to(token.dtype) if needs_norm_bias else None,
+        partials.sum(0).to(norm_weight.dtype) if needs_norm_weight else None,
+        (weight * total[:, None]).sum(0).to(norm_bias.dtype) if needs_norm_bias else None,
     )
 
 

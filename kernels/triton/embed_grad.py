@@ -232,7 +232,7 @@ def norm_backward(
             num_warps=warps,
             **tuning.registers(tuning.device_of(token)),
         )
-    affine = (None, None) if partials is None else (share.sum(0).to(token.dtype) for share in partials)
+    affine = (None, None) if partials is None else (share.sum(0).to(norm_weight.dtype) for share in partials)
     return grad_sum, normed, *affine
 
 
