@@ -407,3 +407,32 @@ def test_training_follows_stock_modules():
                     parameter -= 0.3 * parameter.grad
     for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("scale", [None, 4.0])
+@pytest.mark.parametrize("combine", ["sum", "concat"])
+@pytest.mark.parametrize("position_ids", [None, [3, 1, 0], [[3, 1, 0]], [[0, 1, 2], [4, 4, 4]]])
+def test_combine_and_scale(backend, scale, combine, position_ids):
+    module = TokenPositionEmbedding(11, 16, 5, combine=combine, scale=scale, position="sinusoidal:marian").to(DEVICE)
+    ids = torch.randint(11, (2, 3), device=DEVICE)
+    position_ids = None if position_ids is None else torch.tensor(position_ids, device=DEVICE)
+    with pyembed.backend(backend):
+        found = module(ids, position_ids)
+    rows = module.token.weight[ids] * (scale or 1.0)
+    places = module.position.weight[torch.arange(3, device=DEVICE) if position_ids is None else position_ids].expand_as(rows)
+    assert torch.equal(found, rows + places if combine == "sum" else torch.cat([rows, places], -1))
+    found.sum().backward()
+    assert module.token.weight.grad.sum().item() == 6 * 16 * (scale or 1.0)
+    with pytest.raises(IndexError, match=r"ids: expected values in \[0, 11\)"):
+        module(ids + 11)
+
+
+def test_combine_refuses():
+    with pytest.raises(ValueError, match=r"combine: expected one of \('sum', 'concat'\), got 'add'"):
+        TokenPositionEmbedding(11, 16, 5, combine="add")
+    with pytest.raises(ValueError, match="position: expected a kind where combine is 'concat', got None"):
+        TokenPositionEmbedding(11, 16, 5, combine="concat", position=None)
+    assert "combine='concat', scale=4.0" in repr(TokenPositionEmbedding(11, 16, 5, combine="concat", scale=4.0))
+    scalar = TokenPositionEmbedding(11, 16, 5, combine="concat")(torch.tensor(3))
+    assert scalar.shape == (32,)

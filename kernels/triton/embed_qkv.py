@@ -111,10 +111,12 @@ def store_projected(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """The epilogue's end: a tile of the projection, its pairs turned where it `turns`, and NaN where a row is not known."""
+    """The epilogue's end: a tile of the projection, its pairs turned where it `turns`, NaN where a row is not known (None:
+    such a row is NaN already)."""
     if rotary is None:
         n = n0 + tl.arange(0, BLOCK_N)
-        acc = tl.where(known[:, None], acc, float("nan"))
+        if known is not None:
+            acc = tl.where(known[:, None], acc, float("nan"))
         inside = (m < M)[:, None] & (n < width)[None, :]
         tl.store(out + m[:, None] * width + n[None, :], acc.to(out.dtype.element_ty), mask=inside)
     elif BLOCK_N > 16:  # part by part: cosines and sines of a whole tile would not fit the registers
@@ -124,11 +126,12 @@ def store_projected(
         store_projected(right, out, m, M, middle, width, known, rotary, turns, HEAD_DIM, HALF, BLOCK_M, BLOCK_N // 2)
     else:
         turn_row, placed = load_turns(rotary, m, m < M)
-        known = (known & placed)[:, None]
+        if known is not None:
+            placed &= known
         first, second, pair = find_pairs(n0, HEAD_DIM, HALF, BLOCK_N)
         x, y = tl.split(tl.reshape(acc, (BLOCK_M, BLOCK_N // 2, 2)))
         x, y = turn(x, y, rotary, turn_row, pair, turns)
-        x, y = tl.where(known, x, float("nan")), tl.where(known, y, float("nan"))
+        x, y = tl.where(placed[:, None], x, float("nan")), tl.where(placed[:, None], y, float("nan"))
         store_pairs(out, x, y, m, M, n0, width, first, second, HALF)
 
 
@@ -236,7 +239,7 @@ def embed_qkv_folded_kernel(
             mu = tl.load(mean + m, mask=m < M, other=0.0)  # read back too: kept, it would not fit the registers
             acc -= mu[:, None] * tl.load(residual + first + n, mask=n < width, other=0.0)[None, :]
         acc = acc * scale[:, None] + tl.load(shift + first + n, mask=n < width, other=0.0)[None, :]
-        store_projected(acc, out, m, M, n0, width, known, rotary, first < query + key, HEAD_DIM, HALF, BLOCK_M, BLOCK_N)
+        store_projected(acc, out, m, M, n0, width, None, rotary, first < query + key, HEAD_DIM, HALF, BLOCK_M, BLOCK_N)
 
 
 def fold(weight, bias, norm, norm_weight, norm_bias, pairs):
