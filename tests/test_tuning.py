@@ -57,7 +57,8 @@ def distinct_rows(dtype, M, D, N, norm, position, trains=True, affine=True, inde
         grads = [meta(B * T, N // 3, dtype=dtype) for _ in heads]
         distinct_grad.backward(
             meta(B * T, D, dtype=dtype), grads, meta(B, T), token, weight, table, places, vector, norm_bias, mean, rstd,
-            projected, rows, index, count, heads, norm, -1, [True] * 3 + [bool(position), vector is not None, norm_bias is not None],
+            projected, rows, index, count, heads, norm, -1,
+            [True] * 3 + [bool(position), vector is not None, norm_bias is not None],
         )  # fmt: skip
 
 
