@@ -8,7 +8,6 @@ import pytest
 import torch
 from conftest import DEVICE
 from numerics import Case
-from pyembed.kernels import embed_qkv, interpreter
 from torch import nn
 
 import pyembed
@@ -228,13 +227,19 @@ def test_places_without_a_row():
             pyembed.EmbeddingQKV(3, 16, 4, rotary=wrong)
 
 
-def test_a_place_without_a_row_is_nan_by_the_kernel():
+@pytest.mark.parametrize("plan", ["embed_qkv", "folded", "distinct"])
+def test_a_place_without_a_row_is_nan_by_the_kernel(plan):
     """On a GPU nothing looks at ids: their heads become NaN there, and no other row's."""
-    module = interpreter.load("embed_qkv") if DEVICE == "cpu" else embed_qkv
-    ids, token, weight = (torch.zeros(1, 3, dtype=torch.long), torch.randn(3, 6), torch.randn(24, 6))
-    rotation = Rotary(8, 4).rotation(ids, torch.tensor([[1, 4, -1]]))
-    arguments = [t.to(DEVICE) for t in (ids, token, weight)]
-    rotation = rotation._replace(**{k: t.to(DEVICE) for k, t in rotation._asdict().items() if isinstance(t, torch.Tensor)})
-    with interpreter.running():
-        _, query, *_ = module.embed_qkv(*arguments, None, None, None, "none", None, None, 0.0, (1, 1, 1), rotary=rotation)
+    ids, token, weight = (t.to(DEVICE) for t in (torch.zeros(1, 3, dtype=torch.long), torch.randn(3, 6), torch.randn(24, 6)))
+    rotation = Rotary(8, 4).to(DEVICE).rotation(ids, torch.tensor([[1, 4, -1]], device=DEVICE))
+    module, running = ops._kernels("distinct" if plan == "distinct" else "embed_qkv", ids)
+    heads, gamma = (1, 1, 1), torch.ones(6, device=DEVICE)
+    with running:
+        if plan == "distinct":
+            results = module.forward(ids, token, weight, None, None, None, gamma, None, heads, "rms", 1e-5, rotary=rotation)
+        else:
+            results = module.embed_qkv(
+                ids, token, weight, None, None, None, "rms", gamma, None, 1e-5, heads, rotary=rotation, folds=plan == "folded"
+            )
+    query = results[1]
     assert query[0, 0].isfinite().all() and query[0, 1:].isnan().all()
