@@ -230,8 +230,8 @@ def test_places_without_a_row():
 @pytest.mark.parametrize("plan", ["embed_qkv", "folded", "distinct"])
 def test_a_place_without_a_row_is_nan_by_the_kernel(plan):
     """On a GPU nothing looks at ids: their heads become NaN there, and no other row's."""
-    ids, token, weight = (t.to(DEVICE) for t in (torch.zeros(1, 3, dtype=torch.long), torch.randn(3, 6), torch.randn(24, 6)))
-    rotation = Rotary(8, 4).to(DEVICE).rotation(ids, torch.tensor([[1, 4, -1]], device=DEVICE))
+    ids, token, weight = (t.to(DEVICE) for t in (torch.tensor([[0, 0, 0, 3]]), torch.randn(3, 6), torch.randn(24, 6)))
+    rotation = Rotary(8, 4).to(DEVICE).rotation(ids, torch.tensor([[1, 4, -1, 1]], device=DEVICE))
     module, running = ops._kernels("distinct" if plan == "distinct" else "embed_qkv", ids)
     heads, gamma = (1, 1, 1), torch.ones(6, device=DEVICE)
     with running:
