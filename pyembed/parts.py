@@ -1,7 +1,5 @@
 """What a front end reads from the modules that it holds, so that it need not call them."""
 
-import functools
-
 import torch
 from torch import nn
 
@@ -9,7 +7,7 @@ from . import positions
 from .rotary import Rotary
 
 NAMES = ("token", "position", "norm", "qkv")
-_OWN_FORWARDS = (nn.Embedding, nn.LayerNorm, nn.RMSNorm, nn.Linear, positions.Sinusoidal)
+_STOCK = (nn.Embedding, nn.LayerNorm, nn.RMSNorm, nn.Linear, positions.Sinusoidal)
 
 
 def is_conv1d(qkv):
@@ -27,9 +25,8 @@ def is_gemma_norm(norm):
     return type(norm).__name__ in ("GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm")
 
 
-@functools.cache
 def _has_stock_forward(kind):
-    return any(kind.forward is stock.forward for stock in _OWN_FORWARDS if issubclass(kind, stock))
+    return kind in _STOCK or any(kind.forward is stock.forward for stock in _STOCK if issubclass(kind, stock))
 
 
 def foreign(modules):
