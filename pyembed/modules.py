@@ -163,7 +163,10 @@ class EmbeddingQKV(nn.Module):
         position = self._position()
         weight, bias = self._projection()
         norm = self._norm()
-        rotary = self._modules["rotary"] if rotary is None else rotary
+        if rotary is None:
+            rotary = self._modules["rotary"]
+        else:
+            F.check_rotary(rotary, ids, self._head_dim)
         heads = {"num_heads": self.num_heads, "num_kv_heads": self.num_kv_heads, "rotary": rotary}
         if position_ids is None and distinct is None and planner.is_trivial(ids, token, weight):
             # PyTorch checks too; the call below says what is wrong.

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 class Rotation(NamedTuple):
     """What turns the heads of a batch: rows of cosines and sines, and which of them each token takes."""
 
-    cos: Tensor  # (rows, R/2) float32, or float64 for float64 tables
+    cos: Tensor  # (rows, R/2) float32
     sin: Tensor
     ids: Tensor | None  # (T,) or (M,): each token's row; None: token m takes row m % rows
     interleaved: bool  # pairs (2i, 2i+1); else (i, i + R/2)
@@ -72,9 +72,14 @@ class Rotary(nn.Module):
 def as_rotation(rotary, ids: Tensor, position_ids: Tensor | None) -> Rotation:
     """Of a Rotary, or of cosines and sines (..., T, R) as transformers passes them: each row twice, half behind half."""
     if isinstance(rotary, Rotary):
-        return rotary.rotation(ids, position_ids)
-    half = rotary[0].shape[-1] // 2
-    return Rotation(*(table[..., :half].reshape(-1, half).to(torch.float32) for table in rotary), None, False)
+        found = rotary.rotation(ids, position_ids)
+    else:
+        half = rotary[0].shape[-1] // 2
+        found = Rotation(*(table[..., :half].reshape(-1, half).to(torch.float32) for table in rotary), None, False)
+    T = ids.shape[-1] if ids.dim() else 1
+    if found.ids is None and found.cos.shape[0] not in (T, ids.numel()):
+        raise IndexError(f"rotary: expected rows for {T} or {ids.numel()} tokens, got {found.cos.shape[0]}")
+    return found
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:

@@ -243,3 +243,17 @@ def test_a_place_without_a_row_is_nan_by_the_kernel(plan):
             )
     query = results[1]
     assert query[0, 0].isfinite().all() and query[0, 1:].isnan().all()
+
+
+@pytest.mark.parametrize("tokens", [6, 300])
+def test_too_few_rows_never_wrap_around(tokens):
+    """Two sequences of 6 tokens are three of 4: where rows lack, nothing may be taken for another token's."""
+    front = pyembed.EmbeddingQKV(11, 16, 4, position="rotary", max_length=tokens * 2 // 3)
+    ids = torch.zeros(2, tokens, dtype=torch.long)
+    with pytest.raises(IndexError, match=r"rotary has .* rows"):
+        front(ids)
+    for shape, message in (((tokens * 2 // 3, 4), "expected cos and sin of shape"), ((tokens, 3), "expected an even width")):
+        with pytest.raises(ValueError, match=f"rotary: {message}"):
+            front(ids, rotary=(torch.ones(shape),) * 2)
+    with pytest.raises(IndexError, match="rotary: expected rows for"):
+        reference.embed_qkv(ids, torch.randn(3, 6), torch.randn(24, 6), num_heads=1, rotary=Rotary(8, tokens * 2 // 3))
