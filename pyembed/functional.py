@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from . import ops, planner, reference
+from . import ops, ops_distinct, planner, reference
 from .distinct import DistinctIds
 from .reference import HiddenQKV
 from .rotary import Rotary, as_rotation
@@ -40,14 +40,18 @@ def _check_alike(token: Tensor, ids: Tensor, **others: Tensor | None):
             continue
         if tensor.device != token.device:
             raise ValueError(f"{name}: expected device {token.device}, that of token; got {tensor.device}")
-        dtypes = {token.dtype, torch.promote_types(token.dtype, torch.float32)} if name.startswith("norm") else {token.dtype}
-        if name not in ("ids", "position_ids") and tensor.dtype not in dtypes:
+        dtypes = {token.dtype}
+        if "norm" in name:
+            dtypes.add(torch.promote_types(token.dtype, torch.float32))
+        if name == "position":
+            dtypes.add(torch.int64)  # positions.sinusoidal_steps
+        if not name.endswith("ids") and tensor.dtype not in dtypes:
             raise TypeError(f"{name}: expected dtype {token.dtype}, that of token; got {tensor.dtype}")
 
 
 def _check_positions(ids: Tensor, position: Tensor | None, position_ids: Tensor | None, rotary=None):
     tables = [("position", position), ("rotary", rotary.cos if isinstance(rotary, Rotary) else None)]
-    tables = [(name, table.shape[0]) for name, table in tables if table is not None]
+    tables = [(name, _places(table)) for name, table in tables if table is not None]
     if not tables:
         if position_ids is not None:
             raise ValueError("position_ids: expected None where there is no table of positions, got a Tensor")
@@ -58,10 +62,45 @@ def _check_positions(ids: Tensor, position: Tensor | None, position_ids: Tensor 
             if rows < T:
                 raise IndexError(f"ids: sequence length {T} needs positions up to {T - 1}, {name} has {rows} rows")
         return
+    _check_like_ids("position_ids", position_ids, ids)
+
+
+def _places(position: Tensor) -> int:
+    """Rows of a table of positions; those that are computed never end."""
+    return position.shape[0] if position.is_floating_point() else 2**31 - 1
+
+
+def _check_like_ids(name: str, tensor: Tensor, ids: Tensor):
     shapes = {tuple(ids.shape), tuple(ids.shape[-1:]), (1,) * (ids.dim() - 1) + tuple(ids.shape[-1:])}
-    if tuple(position_ids.shape) not in shapes:
+    if tuple(tensor.shape) not in shapes:
         wanted = " or ".join(map(str, sorted(shapes, key=len)))
-        raise ValueError(f"position_ids: expected shape {wanted} for ids {tuple(ids.shape)}, got {tuple(position_ids.shape)}")
+        raise ValueError(f"{name}: expected shape {wanted} for ids {tuple(ids.shape)}, got {tuple(tensor.shape)}")
+
+
+def _check_terms(ids: Tensor, token: Tensor, position, position_ids, segment, segment_ids, scale, dropout):
+    """What hidden is the sum of."""
+    check_integers("ids", ids)
+    _check_shape("token", token, (None, None), "(num_embeddings, embedding_dim)", optional=False)
+    if isinstance(position, Tensor) and position.dtype == torch.int64:
+        _check_shape("position", position, (2, token.shape[1]), "steps and beginnings, as positions.sinusoidal_steps has them")
+    _check_shape("position", position, (None, token.shape[1]), "(max_length, embedding_dim of token)")
+    _check_shape("segment", segment, (None, token.shape[1]), "(segments, embedding_dim of token)")
+    for name, tensor in (("position_ids", position_ids), ("segment_ids", segment_ids)):
+        if tensor is not None:
+            check_integers(name, tensor)
+    if segment_ids is not None:
+        if segment is None:
+            raise ValueError("segment_ids: expected None where there is no table of segments, got a Tensor")
+        _check_like_ids("segment_ids", segment_ids, ids)
+    if scale is not None and not isinstance(scale, int | float):
+        raise TypeError(f"scale: expected a number or None, got {type(scale).__name__}")
+    if not 0 <= dropout <= 1:
+        raise ValueError(f"dropout: expected a probability in [0, 1], got {dropout}")
+
+
+def _seed(dropout: float, device: torch.device) -> Tensor | None:
+    """Of a call's dropout, drawn from PyTorch's generator: torch.manual_seed, checkpointing and graphs know that one."""
+    return torch.randint(2**62, (1,), device=device) if dropout else None
 
 
 def check_rotary(rotary, ids: Tensor, head_dim: int):
@@ -141,35 +180,39 @@ def check_heads(num_heads: int, num_kv_heads: int | None) -> int:
     return num_kv_heads
 
 
-def check_ids(ids: Tensor, token: Tensor, position: Tensor | None, position_ids: Tensor | None, rotary=None):
+def check_ids(
+    ids: Tensor, token: Tensor, position: Tensor | None, position_ids: Tensor | None, rotary=None, segment=None,
+    segment_ids=None,
+):  # fmt: skip
     """A front end's ids: types, devices and shapes, and values where looking costs no synchronisation."""
-    check_integers("ids", ids)
-    if position_ids is not None:
-        check_integers("position_ids", position_ids)
-    _check_alike(token, ids, position_ids=position_ids)
+    _check_terms(ids, token, position, position_ids, segment, segment_ids, None, 0.0)
+    _check_alike(token, ids, position_ids=position_ids, segment_ids=segment_ids)
     _check_positions(ids, position, position_ids, rotary)
-    _check_ranges(ids, token, position, position_ids, rotary)
+    _check_ranges(ids, token, position, position_ids, rotary, segment, segment_ids)
 
 
-def _check_ranges(ids, token, position, position_ids, rotary=None):
+def _check_ranges(ids, token, position, position_ids, rotary=None, segment=None, segment_ids=None):
     if planner.looks(ids):
         _check_range("ids", ids, "token", token.shape[0])
         if position is not None:
-            _check_range("position_ids", position_ids, "position", position.shape[0])
+            _check_range("position_ids", position_ids, "position", _places(position))
         if isinstance(rotary, Rotary):
             _check_range("position_ids", position_ids, "rotary", rotary.cos.shape[0])
+        if segment is not None:
+            _check_range("segment_ids", segment_ids, "segment", segment.shape[0])
 
 
-def _run(kernel, eager, token, ids, position, position_ids, rotary=None):
+def _run(kernel, eager, token, *looked_at):
     """The call by kernel or by eager. Kernels do not look at ids: here that is done where it costs no synchronisation."""
     if planner.uses_triton(token):
-        _check_ranges(ids, token, position, position_ids, rotary)
+        _check_ranges(*looked_at)
         return kernel()
     try:
-        return eager()
+        found = eager()
     except IndexError:  # PyTorch looks at every id on the CPU anyway: only its message lacks what is wrong where
-        _check_ranges(ids, token, position, position_ids, rotary)
+        _check_ranges(*looked_at)
         raise
+    return found
 
 
 def embedding(ids: Tensor, weight: Tensor, padding_idx: int | None = None) -> Tensor:
@@ -188,25 +231,34 @@ def embed(
     position_ids: Tensor | None = None,
     *,
     padding_idx: int | None = None,
+    scale: float | None = None,
+    segment: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    dropout: float = 0.0,
 ) -> Tensor:
-    """token[ids] + position[position_ids], rounded to the table's dtype.
+    """dropout(scale·token[ids] + segment[segment_ids] + position[position_ids]), each term rounded to the table's dtype.
 
-    ids (..., T) int32 or int64, token (V, D), position (L, D) -> (..., T, D). position_ids: (T,), (1, T) or like ids;
-    None means 0 … T−1. Differentiable in token and position. Errors as in embedding.
+    ids (..., T) int32 or int64, token (V, D), position (L, D) or positions.sinusoidal_steps (2, D), of which rows are computed,
+    segment (S, D), BERT's token types -> (..., T, D). position_ids, segment_ids: (T,), (1, T) or like ids; None means 0 … T−1,
+    and segment 0. dropout: the probability of an element to become zero, drawn from PyTorch's generator; 0 outside of training.
+    Differentiable in token, position and segment. Errors as in embedding.
     """
-    check_integers("ids", ids)
-    _check_shape("token", token, (None, None), "(num_embeddings, embedding_dim)", optional=False)
-    _check_shape("position", position, (None, token.shape[1]), "(max_length, embedding_dim of token)")
-    if position_ids is not None:
-        check_integers("position_ids", position_ids)
-    _check_alike(token, ids, position=position, position_ids=position_ids)
+    _check_terms(ids, token, position, position_ids, segment, segment_ids, scale, dropout)
+    _check_alike(token, ids, position=position, position_ids=position_ids, segment=segment, segment_ids=segment_ids)
     _check_positions(ids, position, position_ids)
     padding_idx = padding_row(padding_idx, token.shape[0])
-    return _run(
-        lambda: ops.embed(ids, token, position, position_ids, -1 if padding_idx is None else padding_idx),
-        lambda: reference.embed(ids, token, position, position_ids, padding_idx=padding_idx),
-        token, ids, position, position_ids,
-    )  # fmt: skip
+
+    def kernel():
+        row, seed = -1 if padding_idx is None else padding_idx, _seed(dropout, ids.device)
+        return ops.embed(ids, token, position, position_ids, segment, segment_ids, seed, scale, float(dropout), row)
+
+    def eager():
+        return reference.embed(
+            ids, token, position, position_ids, padding_idx=padding_idx, scale=scale, segment=segment, segment_ids=segment_ids,
+            dropout=dropout,
+        )  # fmt: skip
+
+    return _run(kernel, eager, token, ids, token, position, position_ids, None, segment, segment_ids)
 
 
 def embed_qkv(
@@ -226,26 +278,36 @@ def embed_qkv(
     padding_idx: int | None = None,
     distinct: DistinctIds | None = None,
     rotary: Rotary | tuple[Tensor, Tensor] | None = None,
+    scale: float | None = None,
+    segment: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    dropout: float = 0.0,
+    query_norm: Tensor | None = None,
+    key_norm: Tensor | None = None,
+    head_eps: float = 1e-6,
+    query_biases: tuple[Tensor, Tensor] | None = None,
+    heads_first: bool = False,
 ) -> HiddenQKV:
     """The front end of a transformer: gather, positional add, norm and QKV projection.
 
     ids (..., T) int32 or int64; token (V, D); weight (N, D) and bias (N,), rows of query, then key, then value, with
-    N = (num_heads + 2·num_kv_heads)·head_dim; position (L, D) with position_ids as in embed; norm "layer" (LayerNorm, Ba
-    et al. 2016), "rms" (RMSNorm, Zhang and Sennrich 2019) or None, with norm_weight (D,) and norm_bias (D,).
+    N = (num_heads + 2·num_kv_heads)·head_dim; norm "layer" (LayerNorm, Ba et al. 2016), "rms" (RMSNorm, Zhang and Sennrich
+    2019) or None, with norm_weight (D,) and norm_bias (D,); position, position_ids, scale, segment, segment_ids and dropout of
+    hidden as in embed.
     Returns hidden (..., T, D), the residual stream, rounded to the table's dtype; query (..., T, num_heads, head_dim); key
-    and value (..., T, num_kv_heads, head_dim). fp32 statistics and accumulation. distinct: the batch's distinct ids, where a
-    data loader found them; the plan of that name then need not. ValueError: they are not those of ids (values are compared on
-    the CPU, on a GPU within pyembed.debug()).
+    and value (..., T, num_kv_heads, head_dim), or (..., num_heads, T, head_dim) and so on, contiguous, where heads_first.
+    fp32 statistics and accumulation. distinct: the batch's distinct ids, where a data loader found them; the plan of that name
+    then need not. ValueError: they are not those of ids (values are compared on the CPU, on a GPU within pyembed.debug()).
+    query_norm, key_norm: weights (head_dim,) of an RMSNorm of each head with head_eps, before it turns (Qwen3, Gemma 3).
     rotary: turns query and key, in fp32 by the kernels: a Rotary, by position_ids, or cosines and sines (T, R), (1, T, R) or
     (..., T, R) of each token, half behind half, as transformers passes them; they get no gradient.
+    query_biases: two of (num_heads, head_dim), Transformer-XL's u and v: query is (2, …), q + u and q + v.
     Differentiable once in every floating argument. All tensors share one dtype (float32, float16, bfloat16; float64 on the
     CPU) and one device. fp32 products on a GPU use tf32 where torch.backends.cuda.matmul says so.
     Errors as in embedding.
     """
-    check_integers("ids", ids)
-    _check_shape("token", token, (None, None), "(num_embeddings, embedding_dim)", optional=False)
+    _check_terms(ids, token, position, position_ids, segment, segment_ids, scale, dropout)
     D = token.shape[1]
-    _check_shape("position", position, (None, D), "(max_length, embedding_dim of token)")
     _check_shape("weight", weight, (None, D), "(query, key and value rows, embedding_dim of token)", optional=False)
     N = weight.shape[0]
     _check_shape("bias", bias, (N,), "the rows of weight")
@@ -255,56 +317,81 @@ def embed_qkv(
         raise ValueError(f"norm: expected one of {NORMS}, got {norm!r}")
     if norm is None and norm_weight is not None or norm != "layer" and norm_bias is not None:
         raise ValueError(f"norm_weight, norm_bias: norm {norm!r} takes no such parameter, got one")
-    if position_ids is not None:
-        check_integers("position_ids", position_ids)
-    _check_alike(
-        token,
-        ids,
-        position=position,
-        position_ids=position_ids,
-        weight=weight,
-        bias=bias,
-        norm_weight=norm_weight,
-        norm_bias=norm_bias,
-    )
-    _check_positions(ids, position, position_ids, rotary)
     num_kv_heads = check_heads(num_heads, num_kv_heads)
-    if not eps >= 0:
-        raise ValueError(f"eps: expected a number of at least 0, got {eps}")
-    if N % (num_heads + 2 * num_kv_heads):
+    if not (eps >= 0 and head_eps >= 0):
+        raise ValueError(f"eps, head_eps: expected numbers of at least 0, got {eps} and {head_eps}")
+    head_dim, rest = divmod(N, num_heads + 2 * num_kv_heads)
+    if rest:
         raise ValueError(
             f"weight: expected a multiple of num_heads + 2·num_kv_heads = {num_heads + 2 * num_kv_heads} rows, got {N}"
         )
-    check_rotary(rotary, ids, N // (num_heads + 2 * num_kv_heads))
+    first, second = check_query_biases(query_biases, num_heads, head_dim, query_norm)
+    _check_shape("query_norm", query_norm, (head_dim,), "head_dim", optional=key_norm is None)
+    _check_shape("key_norm", key_norm, (head_dim,), "head_dim", optional=query_norm is None)
+    _check_alike(
+        token, ids, position=position, position_ids=position_ids, segment=segment, segment_ids=segment_ids, weight=weight,
+        bias=bias, norm_weight=norm_weight, norm_bias=norm_bias, query_norm=query_norm, key_norm=key_norm, u=first, v=second,
+    )  # fmt: skip
+    _check_positions(ids, position, position_ids, rotary)
+    check_rotary(rotary, ids, head_dim)
+    if heads_first and ids.dim() == 0:
+        raise ValueError("heads_first: expected False for ids of shape (), which have no length to come behind heads; got True")
     padding_idx = padding_row(padding_idx, token.shape[0])
     check_distinct(distinct, ids)
 
+    if query_biases is not None:
+        bias, second = reference.biases_of(weight, bias, first, second)
     row = -1 if padding_idx is None else padding_idx
     places = None if position is None else position_ids
     arguments = (ids, token, weight, bias, position, places, norm_weight, norm_bias)
     options = (num_heads, num_kv_heads, norm or "none", eps, row)
     rotation = NO_ROTATION if rotary is None else as_rotation(rotary, ids, position_ids)
+    # What comes after the projection, and the part of it that PyTorch's operators do where a kernel does not.
+    ends = {"query_norm": query_norm, "key_norm": key_norm, "head_eps": head_eps, "second": second, "heads_first": heads_first}
+    ends["rotation"] = None if rotary is None else rotation
 
     def kernel():
-        return HiddenQKV(*ops.embed_qkv(*arguments, *options, *rotation)[:4])
+        terms = (segment, segment_ids, _seed(dropout, ids.device))
+        scalars = (scale, float(dropout))
+        if query_norm is None or planner.normalises_heads(head_dim, token, weight, bias, position, segment, *affine):
+            last = (*rotation, query_norm, key_norm, head_eps, heads_first)
+            return HiddenQKV(*ops.embed_qkv(*arguments, *terms, second, *options, *scalars, *last)[:4])
+        last = (*NO_ROTATION, None, None, 0.0, False)
+        return reference.finish(HiddenQKV(*ops.embed_qkv(*arguments, *terms, None, *options, *scalars, *last)[:4]), **ends)
 
     def once_each():
         known = (None, None) if distinct is None else (distinct.ids, distinct.inverse.reshape(-1))
-        kernels = planner.uses_triton(token)
-        *outputs, count = ops.distinct_qkv(*arguments, *options, *known, kernels, *(rotation if kernels else NO_ROTATION))
+        turns = planner.uses_triton(token) and query_norm is None and second is None
+        given = (*known, planner.uses_triton(token), *(rotation if turns else NO_ROTATION))
+        *outputs, count = ops_distinct.distinct_qkv(*arguments, *options, *given)
         planner.saw(token, count, ids.numel())
-        found = HiddenQKV(*outputs[:4])
-        return found if kernels or rotary is None else reference.turned(found, rotation)
+        return reference.finish(HiddenQKV(*outputs[:4]), **{**ends, "rotation": None if turns else ends["rotation"]})
 
     def eager():
-        return reference.embed_qkv(
+        found = reference.embed_qkv(
             ids, token, weight, bias, num_heads=num_heads, num_kv_heads=num_kv_heads, position=position,
             position_ids=position_ids, norm=norm, norm_weight=norm_weight, norm_bias=norm_bias, eps=eps,
-            padding_idx=padding_idx, rotary=rotary,
+            padding_idx=padding_idx, scale=scale, segment=segment, segment_ids=segment_ids, dropout=dropout,
         )  # fmt: skip
+        return reference.finish(found, **ends)
 
+    affine = (norm_weight, norm_bias, query_norm, key_norm, second)
     products = planner.products_of(token, weight, position, norm_weight, norm_bias, bias)
     known = None if distinct is None else distinct.ids.numel()
-    if planner.choose(ids, token, weight, position, places, norm is not None, products, known).name == "distinct":
+    refused = planner.refuses(position, scale, segment, dropout)
+    if planner.choose(ids, token, weight, position, places, norm is not None, products, known, refused).name == "distinct":
         kernel = eager = once_each
-    return _run(kernel, eager, token, ids, position, position_ids, rotary)
+    return _run(kernel, eager, token, ids, token, position, position_ids, rotary, segment, segment_ids)
+
+
+def check_query_biases(query_biases, num_heads: int, head_dim: int, query_norm) -> tuple:
+    """The two of them, or two None."""
+    if query_biases is None:
+        return None, None
+    if query_norm is not None:
+        raise ValueError("query_biases: expected None where heads are normalised, got a pair: which comes first is not known")
+    if not isinstance(query_biases, tuple | list) or len(query_biases) != 2:
+        raise TypeError(f"query_biases: expected a pair of Tensors or None, got {type(query_biases).__name__}")
+    for bias in query_biases:
+        _check_shape("query_biases", bias, (num_heads, head_dim), "(num_heads, head_dim)", optional=False)
+    return query_biases

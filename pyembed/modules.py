@@ -1,9 +1,6 @@
 """The front end as a module: PyTorch's own submodules, so that weights, names and initial values stay, run in one pass."""
 
 import contextlib
-import logging
-import threading
-import warnings
 
 import torch
 from torch import Tensor, nn
@@ -11,32 +8,34 @@ from torch import Tensor, nn
 from . import functional as F
 from . import parts, planner, positions, table
 from .distinct import DistinctIds
-from .reference import HiddenQKV, embed_qkv, split_heads, turned
+from .embedding import COMBINES
+from .lookup import KeepsTable
+from .reference import HiddenQKV, embed_qkv, finish, split_heads
 from .rotary import Rotary, as_rotation
 
-logger = logging.getLogger(__name__)
-_building = threading.RLock()  # one table at a time: two would take twice the memory
 
-
-class EmbeddingQKV(nn.Module):
+class EmbeddingQKV(KeepsTable):
     """The front end of a transformer: token and position embedding, the first norm and the first QKV projection.
 
     Equivalent to, with stock modules::
 
-        hidden = dropout(token(ids) + position(position_ids))
+        hidden = dropout(scale * token(ids) + segment(segment_ids) + position(position_ids))
         query, key, value = qkv(norm(hidden)).split(...)            # and .unflatten(-1, (heads, head_dim))
+        query, key = rotary(query_norm(query)), rotary(key_norm(key))
 
     Submodules token (nn.Embedding), position (nn.Embedding, or a table of sines, or None), norm (nn.LayerNorm, nn.RMSNorm
     or None) and qkv (nn.Linear, rows of query, key, value): state_dict keys token.weight, position.weight, norm.weight,
     norm.bias, qkv.weight, qkv.bias. norm: "layer", "rms" or None; bias: of norm and qkv; head_dim: embedding_dim //
     num_heads where None. position="rotary": query and key are turned by a Rotary(head_dim, max_length), or by the one given as
-    rotary, which may also go with another kind of position. With dropout > 0 in training the call runs by PyTorch's
-    operators, since the kernel has no dropout between its sum and its norm. ValueError: a head count or width that does not
-    divide.
+    rotary, which may also go with another kind of position. max_length=None with sines computes them, of any position.
+    What else there may be: scale of the token row; num_segments, rows of segment (nn.Embedding, BERT's token types); qk_norm
+    "rms" or "layer", of each head (query_norm, key_norm); combine="concat", position row behind token row, 2·embedding_dim
+    wide; position_offset, rows of the position table before that of position 0 (OPT has 2); heads_first, query, key and value
+    (..., heads, T, head_dim), contiguous. ValueError: a head count or width that does not divide, another name.
     """
 
-    _table, _table_dtype, _keeps_table, _table_failed = None, None, False, False
-    _groups = 0
+    _groups = position_offset = 0
+    scale, combine, heads_first = None, "sum", False
 
     def __init__(
         self,
@@ -54,37 +53,56 @@ class EmbeddingQKV(nn.Module):
         dropout=0.0,
         padding_idx=None,
         rotary=None,
+        scale=None,
+        num_segments=0,
+        qk_norm=None,
+        combine="sum",
+        position_offset=0,
+        heads_first=False,
         device=None,
         dtype=None,
     ):
         super().__init__()
         factory = {"device": device, "dtype": dtype}
         num_kv_heads = F.check_heads(num_heads, num_kv_heads)
-        for name, size in {"num_embeddings": num_embeddings, "embedding_dim": embedding_dim, "max_length": max_length}.items():
-            if size < 1:
+        sizes = {"num_embeddings": num_embeddings, "embedding_dim": embedding_dim, "max_length": max_length}
+        if max_length is None and str(position).startswith("sinusoidal"):
+            del sizes["max_length"]
+        for name, size in sizes.items():
+            if size is None or size < 1:
                 raise ValueError(f"{name}: expected a positive number, got {size}")
         if head_dim is not None and head_dim < 1:
             raise ValueError(f"head_dim: expected a positive number, got {head_dim}")
         F.padding_row(padding_idx, num_embeddings)
         if head_dim is None and embedding_dim % num_heads:
             raise ValueError(f"embedding_dim: expected a multiple of num_heads ({num_heads}), got {embedding_dim}")
+        if position_offset and position != "learned":
+            raise ValueError(f"position_offset: expected 0 where position is {position!r}, got {position_offset}")
         head_dim = embedding_dim // num_heads if head_dim is None else head_dim
         self.num_heads, self.num_kv_heads, self._head_dim = num_heads, num_kv_heads, head_dim
         self.token = nn.Embedding(num_embeddings, embedding_dim, padding_idx, **factory)
         if position == "rotary":
             position, rotary = None, Rotary(head_dim, max_length, device=device) if rotary is None else rotary
-        self.register_module("position", positions.make(position, max_length, embedding_dim, **factory))
+        rows = max_length if max_length is None else max_length + position_offset
+        self.register_module("position", positions.make(position, rows, embedding_dim, **factory))
         self.register_module("rotary", parts.fitting(rotary, head_dim))
-        if norm == "layer":
-            self.norm = nn.LayerNorm(embedding_dim, eps, bias=bias, **factory)
-        elif norm == "rms":
-            self.norm = nn.RMSNorm(embedding_dim, eps, **factory)
-        elif norm is None:
-            self.register_module("norm", None)
-        else:
-            raise ValueError(f"norm: expected one of {F.NORMS}, got {norm!r}")
-        self.qkv = nn.Linear(embedding_dim, (num_heads + 2 * num_kv_heads) * head_dim, bias=bias, **factory)
+        self.register_module("segment", nn.Embedding(num_segments, embedding_dim, **factory) if num_segments else None)
+        self._set(scale, combine, position_offset, heads_first)
+        width = 2 * embedding_dim if combine == "concat" else embedding_dim
+        self.register_module("norm", parts.make_norm("norm", norm, width, eps, bias, **factory))
+        self.qkv = nn.Linear(width, (num_heads + 2 * num_kv_heads) * head_dim, bias=bias, **factory)
+        for name in ("query_norm", "key_norm"):
+            self.register_module(name, parts.make_norm("qk_norm", qk_norm, head_dim, eps, bias, **factory))
         self.dropout = nn.Dropout(dropout)
+
+    def _set(self, scale, combine, position_offset, heads_first):
+        if combine not in COMBINES:
+            raise ValueError(f"combine: expected one of {COMBINES}, got {combine!r}")
+        if combine == "concat" and (self.position is None or self.segment is not None):
+            raise ValueError("combine: expected 'sum' where there are no positions, or segments; got 'concat'")
+        if scale is not None and not isinstance(scale, int | float):
+            raise TypeError(f"scale: expected a number or None, got {type(scale).__name__}")
+        self.scale, self.combine, self.position_offset, self.heads_first = scale, combine, position_offset, heads_first
 
     @classmethod
     def from_modules(
@@ -99,22 +117,36 @@ class EmbeddingQKV(nn.Module):
         dropout=0.0,
         rotary=None,
         per_head=False,
+        scale=None,
+        segment=None,
+        query_norm=None,
+        key_norm=None,
+        combine="sum",
+        heads_first=False,
     ):
         """A front end over modules that a model already has: it holds them, copies nothing, and trains what they hold.
 
-        token, position: nn.Embedding. norm: nn.LayerNorm, nn.RMSNorm, Hugging Face's RMSNorm of Llama and its like, or None.
+        token, position, segment: nn.Embedding; that of OPT and BART, which has an `offset`, too. norm: nn.LayerNorm, nn.RMSNorm
+        or Hugging Face's RMSNorm of Llama, Gemma and their like, or None; query_norm and key_norm the same, of a head.
         qkv: one nn.Linear or Hugging Face Conv1D whose output is query, key, value in that order, or a (query, key, value)
         tuple of nn.Linear. per_head: the output of one module is not all queries, all keys, all values, but those of each head
-        (GPT-NeoX, Bloom) or group of heads (Falcon) in turn. num_kv_heads: num_heads where None. A module that does more than
-        its class in PyTorch (a forward of its own, hooks, max_norm, scale_grad_by_freq, sparse), and any other norm, is called
-        as it is, by no kernel; explain() says so. TypeError: a module of another kind; ValueError: widths that do not fit.
+        (GPT-NeoX, Bloom) or group of heads (Falcon) in turn. num_kv_heads: num_heads where None. Other arguments as in the
+        constructor. A module that does more than its class in PyTorch (a forward of its own, hooks, max_norm,
+        scale_grad_by_freq, sparse), and any other norm, is called as it is, by no kernel; explain() says so. TypeError: a
+        module of another kind; ValueError: widths that do not fit.
         """
         if not isinstance(token, nn.Embedding):
             raise TypeError(f"token: expected an nn.Embedding, got {type(token).__name__}")
         if position is not None and not isinstance(position, nn.Embedding | positions.Sinusoidal):
             raise TypeError(f"position: expected an nn.Embedding or None, got {type(position).__name__}")
-        if norm is not None and not isinstance(norm, nn.Module):
-            raise TypeError(f"norm: expected a module or None, got {type(norm).__name__}")
+        if segment is not None and not isinstance(segment, nn.Embedding):
+            raise TypeError(f"segment: expected an nn.Embedding or None, got {type(segment).__name__}")
+        norms = {"norm": norm, "query_norm": query_norm, "key_norm": key_norm}
+        for name, module in norms.items():
+            if module is not None and not isinstance(module, nn.Module):
+                raise TypeError(f"{name}: expected a module or None, got {type(module).__name__}")
+        if (query_norm is None) != (key_norm is None):
+            raise ValueError("query_norm, key_norm: expected both or neither, got one")
         if isinstance(qkv, tuple | list):
             if len(qkv) != 3 or not all(isinstance(linear, nn.Linear) for linear in qkv):
                 got = ", ".join(type(linear).__name__ for linear in qkv)
@@ -126,10 +158,11 @@ class EmbeddingQKV(nn.Module):
         self = cls.__new__(cls)
         nn.Module.__init__(self)
         self.num_heads, self.num_kv_heads = num_heads, F.check_heads(num_heads, num_kv_heads)
-        for name, module in {"token": token, "position": position, "norm": norm, "qkv": qkv}.items():
+        for name, module in {"token": token, "position": position, "segment": segment, **norms, "qkv": qkv}.items():
             self.register_module(name, module)
         self.dropout = nn.Dropout(dropout)
-        self._head_dim = parts.check_widths(self._modules, self.num_heads, self.num_kv_heads)
+        self._set(scale, combine, parts.position_offset(position), heads_first)
+        self._head_dim = parts.check_widths(self._modules, self.num_heads, self.num_kv_heads, combine)
         if per_head:
             if isinstance(qkv, nn.ModuleList):
                 raise ValueError("per_head: expected False where query, key and value are three modules, got True")
@@ -143,46 +176,51 @@ class EmbeddingQKV(nn.Module):
         position_ids: Tensor | None = None,
         distinct: DistinctIds | None = None,
         rotary: tuple[Tensor, Tensor] | None = None,
+        segment_ids: Tensor | None = None,
+        query_biases: tuple[Tensor, Tensor] | None = None,
     ) -> HiddenQKV:
         """ids (..., T), position_ids (T,), (1, T) or like ids, None: 0 … T−1 -> HiddenQKV(hidden (..., T, D), query
         (..., T, num_heads, head_dim), key and value (..., T, num_kv_heads, head_dim)). distinct: as a data loader gives it.
-        rotary: (cos, sin) of this call's tokens, as transformers passes them, in place of the module's own."""
+        rotary: (cos, sin) of this call's tokens, as transformers passes them, in place of the module's own. segment_ids: as
+        position_ids, None: all 0. query_biases: as in functional.embed_qkv."""
         if not isinstance(ids, Tensor):
             raise TypeError(f"ids: expected a Tensor, got {type(ids).__name__}")
+        call = (position_ids, rotary, segment_ids, query_biases)
         if self._keeps_table or planner.forces("table"):
-            found = self._look_up(ids, position_ids, distinct, rotary)
+            found = self._look_up(ids, distinct, *call)
             if found is not None:
                 return found
             if planner.forces("table"):  # there was no memory for it
                 with planner.plan("auto"):
-                    return self.forward(ids, position_ids, distinct, rotary)
-        if self._drops() or parts.foreign(self._modules) or self._packs_in_vain(ids):
-            return self._compose(ids, position_ids, rotary)
+                    return self.forward(ids, position_ids, distinct, *call[1:])
+        if self._foreign() or self._packs_in_vain(ids):
+            return self._compose(ids, *call)
         module = self._modules["token"]  # a module's attributes are slow, and a decode step asks for them all
         token, padding_idx = module.weight, module.padding_idx
         position = self._position()
         weight, bias = self._projection()
-        norm = self._norm()
+        options = {"num_heads": self.num_heads, "num_kv_heads": self.num_kv_heads, **self._norm(), **self._extras()}
         if rotary is None:
             rotary = self._modules["rotary"]
         else:
             F.check_rotary(rotary, ids, self._head_dim)
-        heads = {"num_heads": self.num_heads, "num_kv_heads": self.num_kv_heads, "rotary": rotary}
-        if position_ids is None and distinct is None and planner.is_trivial(ids, token, weight):
+        arguments = {"position": position, "padding_idx": padding_idx, "rotary": rotary, **options}
+        usual = position_ids is None and distinct is None and segment_ids is None and query_biases is None
+        if usual and planner.is_trivial(ids, token, weight):
             # PyTorch checks too; the call below says what is wrong.
             with contextlib.suppress(IndexError, RuntimeError, TypeError):
-                return embed_qkv(ids, token, weight, bias, position=position, padding_idx=padding_idx, **heads, **norm)
+                return embed_qkv(ids, token, weight, bias, **arguments)
         return F.embed_qkv(
-            ids, token, weight, bias, position=position, position_ids=position_ids, padding_idx=padding_idx, distinct=distinct,
-            **heads, **norm,
+            ids, token, weight, bias, position_ids=position_ids, distinct=distinct, segment_ids=segment_ids,
+            query_biases=query_biases, **arguments,
         )  # fmt: skip
 
-    def _compose(self, ids, position_ids, rotary):
+    def _compose(self, ids, *call):
         """The call by the modules themselves, one after the other."""
         try:
-            return self._call(ids, position_ids, rotary)
+            return self._call(ids, *call)
         except (IndexError, RuntimeError, TypeError):
-            self._check(ids, position_ids)  # says what is wrong, if it is an argument
+            self._check(ids, call[0], call[2])  # says what is wrong, if it is an argument
             raise
 
     def _packs_in_vain(self, ids):
@@ -190,23 +228,35 @@ class EmbeddingQKV(nn.Module):
         packs = self._groups > 0 or isinstance(self._modules["qkv"], nn.ModuleList)
         return packs and ids.numel() < parts.PACK_TOKENS and planner.is_free()
 
-    def _call(self, ids, position_ids, rotary):
+    def _call(self, ids, position_ids, rotary, segment_ids, query_biases):
         rotary = self._modules["rotary"] if rotary is None else rotary
-        if rotary is not None:
-            rotation = self._rotation(ids, position_ids, rotary)
+        rotation = None if rotary is None else self._rotation(ids, position_ids, rotary)
         token, position, norm, qkv, dropout = (self._modules[name] for name in ("token", "position", "norm", "qkv", "dropout"))
-        hidden = token(ids)
+        hidden = token(ids) if self.scale is None else token(ids) * self.scale
+        if self._modules["segment"] is not None:
+            hidden = hidden + self.segment(torch.zeros_like(ids) if segment_ids is None else segment_ids)
         if position is not None:
             if position_ids is None:
                 position_ids = torch.arange(ids.shape[-1] if ids.dim() else 1, device=ids.device).view(ids.shape[-1:])
-            hidden = hidden + position(position_ids)
+            rows = nn.functional.embedding(position_ids, self._position()) if self.position_offset else position(position_ids)
+            concat = self.combine == "concat"
+            hidden = torch.cat([hidden, rows.expand_as(hidden)], -1) if concat else hidden + rows
         hidden = dropout(hidden)
         normed = hidden if norm is None else norm(hidden)
         projected = torch.cat([linear(normed) for linear in qkv], -1) if isinstance(qkv, nn.ModuleList) else qkv(normed)
         if self._groups:
             projected = parts.ungroup(projected, -1, self._groups, self._head_dim)
-        found = split_heads(hidden, projected, self.num_heads, self.num_kv_heads)
-        return found if rotary is None else turned(found, rotation)
+        return self._finish(split_heads(hidden, projected, self.num_heads, self.num_kv_heads), rotation, query_biases)
+
+    def _finish(self, found, rotation, query_biases):
+        """What follows the projection, by PyTorch's operators."""
+        second = None
+        if query_biases is not None:
+            first, second = F.check_query_biases(query_biases, self.num_heads, self._head_dim, self._modules["query_norm"])
+            found, second = found._replace(query=found.query + first), second - first
+        if self._modules["query_norm"] is not None:
+            found = found._replace(query=self.query_norm(found.query), key=self.key_norm(found.key))
+        return finish(found, second=second, rotation=rotation, heads_first=self.heads_first)
 
     def _rotation(self, ids, position_ids, rotary):
         """What turns the heads of a call, its arguments checked."""
@@ -222,9 +272,7 @@ class EmbeddingQKV(nn.Module):
         """
         self._check(ids, position_ids)
         F.check_distinct(distinct, ids)
-        if self._drops():
-            return planner.Plan("one_pass", "dropout between sum and norm runs by PyTorch's operators", {})
-        foreign = parts.foreign(self._modules)
+        foreign = self._foreign()
         if foreign:
             return planner.Plan("one_pass", f"by the modules themselves, since {foreign}", {})
         refused = self._refuses_table()
@@ -238,6 +286,8 @@ class EmbeddingQKV(nn.Module):
         known = ids.unique().numel() if distinct is None else distinct.ids.numel()
         products = planner.products_of(token, weight, position, norm["norm_weight"], norm["norm_bias"], bias)
         call = (ids, token, weight, position, position_ids, norm["norm"] is not None, products, known)
+        if self._refuses_plans():
+            return planner.choose(*call, self._refuses_plans())
         weighed = planner.weigh(*call, looks_up)
         if looks_up and not planner.forces("one_pass", "distinct"):
             size = table.nbytes(token, weight, position, self._table_dtype) / 2**20
@@ -247,131 +297,46 @@ class EmbeddingQKV(nn.Module):
         with planner.plan("auto") if planner.forces("table") else contextlib.nullcontext():  # there was no memory for it
             return planner.choose(*call)._replace(seconds=weighed.seconds)
 
-    def table_nbytes(self, dtype: torch.dtype | None = None) -> int:
-        """Bytes that build_table(dtype) takes: (V + L)·N elements. TypeError as there."""
-        self._check_table_dtype(dtype)
-        return table.nbytes(self._modules["token"].weight, self._projection()[0], self._position(), dtype)
+    def _check(self, ids, position_ids, segment_ids=None):
+        segment = self._modules["segment"]
+        F.check_ids(
+            ids, self._modules["token"].weight, self._position(), position_ids, self._modules["rotary"],
+            None if segment is None else segment.weight, segment_ids,
+        )  # fmt: skip
 
-    @torch.no_grad()
-    def build_table(self, dtype: torch.dtype | None = None) -> float:
-        """Projects every token and position now, so that calls without gradients only gather, under "auto" and "table".
+    def _foreign(self):
+        """Why the parts must be called; None: their weights say all."""
+        return "positions stand beside token rows" if self.combine == "concat" else parts.foreign(self._modules)
 
-        The first call after a weight changed (in place, replaced, loaded, moved) makes it anew, until drop_table(). Changes
-        through `.data` or NumPy, which PyTorch does not count, are looked for in samples on a CPU and not seen on a GPU.
-        dtype: of the entries, torch.float16 or torch.bfloat16 to halve an fp32 model's table; hidden stays exact.
-        Returns the largest error of an entry that this made, relative to the largest entry (0.0: none).
-        torch.OutOfMemoryError: it would not fit, before anything is allocated. RuntimeError: weights that are computed
-        (parametrizations) or of inference mode. TypeError: another dtype. ValueError: entries beyond the dtype's range.
-        """
-        self._check_table_dtype(dtype)
-        with _building:
-            self._table_dtype, self._table_failed = dtype, False
-            made = self._make_table()
-            self._keeps_table = True
-            return made.error
-
-    @torch.no_grad()
-    def _make_table(self):
-        foreign = parts.foreign(self._modules)
-        if foreign:
-            raise RuntimeError(f"table: expected modules that are no more than their weights, but {foreign}")
-        self._table = None  # its memory comes first
-        token, dtype = self._modules["token"].weight, self._table_dtype
-        logger.info("building a table of %s bytes on %s", f"{self.table_nbytes(dtype):,}", token.device)
-        weight, bias = self._projection()
-        self._table = made = table.Table(self._links(), token, weight, bias, self._position(), **self._norm(), dtype=dtype)
-        return made
-
-    def drop_table(self):
-        """Gives the table's memory back, and makes it no more."""
-        self._table, self._keeps_table, self._table_failed = None, False, False
-
-    def _look_up(self, ids, position_ids, distinct, rotary):
-        """The call by the table, made or made anew if need be; None: another plan must run it."""
-        forced = planner.forces("table")
-        refused = self._refuses_table()
-        if refused and forced:
-            raise RuntimeError(f"plan: 'table' cannot run here: {refused}")
-        if refused or planner.forces("one_pass", "distinct") or self._table_failed:
-            return None
-        if position_ids is not None or distinct is not None:
-            self._check(ids, position_ids)
-            F.check_distinct(distinct, ids)
-        turns = rotary is not None or self._modules["rotary"] is not None
-        rotation = self._rotation(ids, position_ids, rotary) if turns else None
-        try:
-            found = self._current_table(ids, position_ids)
-            if found is None:
-                return None
-            kernels = planner.uses_triton(found.token)
-            if kernels:  # they do not look at ids
-                self._check(ids, position_ids)
-            return found.look_up(ids, position_ids, self.num_heads, self.num_kv_heads, kernels, rotation)
-        except (AttributeError, IndexError, RuntimeError, TypeError):
-            self._check(ids, position_ids)  # says what is wrong, if it is an argument
-            raise
-
-    def _current_table(self, ids, position_ids):
-        """The table, made if need be; None: it could not be, which is said once."""
-        found = self._table
-        if found is not None and found.is_current(ids, position_ids):
-            return found
-        with _building:
-            found = self._table  # another thread may have made it meanwhile
-            if found is not None and found.is_current(ids, position_ids) or self._table_failed:
-                return found
-            try:
-                made = self._make_table()
-                self._keeps_table = True
-                return made
-            except (RuntimeError, ValueError) as error:
-                out_of_memory = isinstance(error, torch.OutOfMemoryError) and not isinstance(error, table.DoesNotFit)
-                if planner.forces("table") and not out_of_memory:
-                    raise
-                self._keeps_table = self._table_failed = True
-                warnings.warn(
-                    f"pyembed: a table of {self.table_nbytes(self._table_dtype):,} bytes could not be made ({error}): other "
-                    "plans serve until the next build_table()", stacklevel=5,
-                )  # fmt: skip
-                return None
-
-    def _check(self, ids, position_ids):
-        F.check_ids(ids, self._modules["token"].weight, self._position(), position_ids, self._modules["rotary"])
-
-    def _check_table_dtype(self, dtype):
-        own = self._modules["token"].weight.dtype
-        if dtype not in (None, own, torch.float16, torch.bfloat16) or dtype and dtype.itemsize > own.itemsize:
-            raise TypeError(f"dtype: expected torch.float16, torch.bfloat16 or None for {own}, got {dtype}")
-
-    def _refuses_table(self):
-        """Why no table can serve a call now; None: one can."""
-        if torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
-            return "gradients are wanted and a table has none; call it within torch.no_grad()"
-        if self._drops():
-            return "dropout comes between sum and norm; call eval()"
-        foreign = parts.foreign(self._modules)
-        if foreign:
-            return foreign
-        if not planner.is_plain_eager():
-            return "a compiler, autocast, torch.func or forward-mode AD is at work"
-        return None
-
-    def _links(self):
-        return parts.links(self._modules)
-
-    def _apply(self, fn, recurse=True):
-        self._table = None  # its memory need not wait for the next call
-        return super()._apply(fn, recurse)
-
-    def __getstate__(self):
-        return {**self.__dict__, "_table": None}  # a copy makes its own
+    def _refuses_plans(self):
+        """Why one_pass alone can run a call; None: other plans can."""
+        return planner.refuses(self._position(), self.scale, self._modules["segment"], self._drops())
 
     def _position(self):
         module = self._modules["position"]
-        return None if module is None else module.weight
+        if module is None:
+            return None
+        return module.weight[self.position_offset :] if self.position_offset else module.weight
 
     def _norm(self):
         return parts.norm_arguments(self._modules["norm"], self._modules["token"].weight.dtype)
+
+    def _extras(self):
+        """What few front ends have, as functional.embed_qkv takes it."""
+        segment, extras = self._modules["segment"], {}
+        if self.scale is not None:
+            extras["scale"] = self.scale
+        if segment is not None:
+            extras["segment"] = segment.weight
+        if self._drops():
+            extras["dropout"] = self._modules["dropout"].p
+        if self.heads_first:
+            extras["heads_first"] = True
+        if self._modules["query_norm"] is not None:
+            dtype = self._modules["token"].weight.dtype
+            query, key = (parts.norm_arguments(self._modules[name], dtype) for name in ("query_norm", "key_norm"))
+            extras |= {"query_norm": query["norm_weight"], "key_norm": key["norm_weight"], "head_eps": query["eps"]}
+        return extras
 
     def _drops(self):
         return self.training and self._modules["dropout"].p > 0

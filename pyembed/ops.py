@@ -13,7 +13,7 @@ from torch import Tensor
 from . import distinct
 
 
-def _kernels(name, tensor):
+def kernels_for(name, tensor):
     """A module of pyembed.kernels for this tensor's device, and the context its launches need."""
     if tensor.is_cuda:
         return importlib.import_module(f"pyembed.kernels.{name}"), contextlib.nullcontext()
@@ -21,38 +21,67 @@ def _kernels(name, tensor):
     return interpreter.load(name), interpreter.running()
 
 
+def _arguments():
+    return importlib.import_module("pyembed.kernels.arguments")
+
+
+def terms_of(position, position_ids, segment=None, segment_ids=None, seed=None, scale=None, dropout=0.0):
+    return _arguments().Terms(position, position_ids, segment, segment_ids, scale, seed, dropout)
+
+
 @torch.library.custom_op("pyembed::embed", mutates_args=())
-def embed(ids: Tensor, token: Tensor, position: Tensor | None, position_ids: Tensor | None, padding_idx: int) -> Tensor:
-    module, running = _kernels("embed", token)
+def embed(
+    ids: Tensor,
+    token: Tensor,
+    position: Tensor | None,
+    position_ids: Tensor | None,
+    segment: Tensor | None,
+    segment_ids: Tensor | None,
+    seed: Tensor | None,
+    scale: float | None,
+    dropout: float,
+    padding_idx: int,
+) -> Tensor:
+    """The terms are those of kernels/triton/arguments.py."""
+    module, running = kernels_for("embed", token)
     with running:
-        return module.embed(ids, token, position, position_ids)
+        return module.embed(ids, token, terms_of(position, position_ids, segment, segment_ids, seed, scale, dropout))
 
 
 @embed.register_fake
-def _(ids, token, position, position_ids, padding_idx):
+def _(ids, token, *others):
     return token.new_empty(*ids.shape, token.shape[1])
 
 
 @torch.library.custom_op("pyembed::embed_backward", mutates_args=())
 def embed_backward(
-    grad: Tensor, ids: Tensor, position_ids: Tensor | None, rows: int, places: int, padding_idx: int
-) -> tuple[Tensor, Tensor]:
-    """Gradients of a token table of `rows` rows and a position table of `places` rows; 0 rows: not wanted."""
-    module, running = _kernels("embed_grad", grad)
-    grad = grad.reshape(ids.numel(), grad.shape[-1])
-    empty = grad.new_empty(0, grad.shape[-1])
+    grad: Tensor,
+    ids: Tensor,
+    token: Tensor,
+    position: Tensor | None,
+    position_ids: Tensor | None,
+    segment: Tensor | None,
+    segment_ids: Tensor | None,
+    seed: Tensor | None,
+    scale: float | None,
+    dropout: float,
+    padding_idx: int,
+    needs: list[bool],
+) -> list[Tensor]:
+    """Gradients of (token, position, segment), empty where `needs` says no."""
+    module, running = kernels_for("embed_grad", grad)
+    terms = terms_of(position, position_ids, segment, segment_ids, seed, scale, dropout)
     with running:
-        token = module.table_grad(grad, ids.reshape(-1), rows, padding_idx) if rows else empty
-        position = module.position_grad(grad, tuple(ids.shape), position_ids, places) if places else empty.clone()
-        return token, position
+        found = module.embed_backward(grad.reshape(ids.numel(), grad.shape[-1]), ids, token, terms, padding_idx, needs)
+    return packed(found, needs, [_like(t, token) for t in (token, position, segment)], token)
 
 
 @embed_backward.register_fake
-def _(grad, ids, position_ids, rows, places, padding_idx):
-    return grad.new_empty(rows, grad.shape[-1]), grad.new_empty(places, grad.shape[-1])
+def _(grad, ids, token, position, position_ids, segment, segment_ids, seed, scale, dropout, padding_idx, needs):
+    return fake_grads(token, needs, [_like(t, token) for t in (token, position, segment)])
 
 
-def _no_double_backward(ctx, *grads):
+def refuse_double_backward(ctx, *grads):
     raise RuntimeError(
         "pyembed has no gradients of gradients by this plan: run the forward within pyembed.backend('torch') and "
         "pyembed.plan('one_pass')"
@@ -60,24 +89,21 @@ def _no_double_backward(ctx, *grads):
 
 
 def _embed_setup(ctx, inputs, output):
-    ids, token, position, position_ids, ctx.padding_idx = inputs
-    ctx.rows, ctx.places = token.shape[0], 0 if position is None else position.shape[0]
-    ctx.save_for_backward(ids, position_ids)
+    *tensors, ctx.scale, ctx.dropout, ctx.padding_idx = inputs
+    ctx.save_for_backward(*tensors)
 
 
 def _embed_backward(ctx, grad):
-    ids, position_ids = ctx.saved_tensors
-    _, needs_token, needs_position, *_ = ctx.needs_input_grad
-    token, position = embed_backward(
-        grad, ids, position_ids, ctx.rows if needs_token else 0, ctx.places if needs_position else 0, ctx.padding_idx
-    )
-    return None, token if needs_token else None, position if needs_position else None, None, None
+    needs = [ctx.needs_input_grad[place] for place in (1, 2, 4)]
+    found = embed_backward(grad, *ctx.saved_tensors, ctx.scale, ctx.dropout, ctx.padding_idx, needs)
+    token, position, segment = (g if need else None for g, need in zip(found, needs, strict=True))
+    return None, token, position, None, segment, *(None,) * 5
 
 
 embed.register_autograd(_embed_backward, setup_context=_embed_setup)
 
 
-def _projected_shapes(ids, weight, num_heads, num_kv_heads):
+def projected_shapes(ids, weight, num_heads, num_kv_heads):
     """Shapes of query, key and value."""
     head_dim = weight.shape[0] // (num_heads + 2 * num_kv_heads)
     return [(*ids.shape, heads, head_dim) for heads in (num_heads, num_kv_heads, num_kv_heads)]
@@ -93,36 +119,50 @@ def embed_qkv(
     position_ids: Tensor | None,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
+    segment: Tensor | None,
+    segment_ids: Tensor | None,
+    seed: Tensor | None,
+    second: Tensor | None,
     num_heads: int,
     num_kv_heads: int,
     norm: str,
     eps: float,
     padding_idx: int,
+    scale: float | None,
+    dropout: float,
     cos: Tensor | None,
     sin: Tensor | None,
     turn_ids: Tensor | None,
     interleaved: bool,
+    query_norm: Tensor | None,
+    key_norm: Tensor | None,
+    head_eps: float,
+    heads_first: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """cos, sin (rows, R/2), turn_ids (T,) or (M,) and interleaved are those of rotary.Rotation.
+    """Terms and epilogue are those of kernels/triton/arguments.py; query_norm and key_norm have no backward.
     -> hidden (..., D), query (..., H, d_h), key and value (..., H_kv, d_h), mean (M,) or (0,), rstd (M,) or (0,)."""
-    module, running = _kernels("embed_qkv", token)
-    heads = (num_heads, num_kv_heads, num_kv_heads)
+    module, running = kernels_for("embed_qkv", token)
+    heads, rotary = (num_heads, num_kv_heads, num_kv_heads), rotation_of(cos, sin, turn_ids, interleaved)
+    terms = terms_of(position, position_ids, segment, segment_ids, seed, scale, dropout)
+    epilogue = _arguments().Epilogue(query_norm, key_norm, head_eps, second, rotary, heads_first)
     with running:
-        return module.embed_qkv(
-            ids, token, weight, bias, position, position_ids, norm, norm_weight, norm_bias, eps, heads,
-            rotary=_rotation(cos, sin, turn_ids, interleaved),
-        )  # fmt: skip
+        return module.embed_qkv(ids, token, weight, bias, terms, norm, norm_weight, norm_bias, eps, heads, epilogue)
 
 
 @embed_qkv.register_fake
 def _(
-    ids, token, weight, bias, position, position_ids, norm_weight, norm_bias, num_heads, num_kv_heads, norm, eps, padding_idx,
-    cos, sin, turn_ids, interleaved,
+    ids, token, weight, bias, position, position_ids, norm_weight, norm_bias, segment, segment_ids, seed, second, num_heads,
+    num_kv_heads, norm, *others,
 ):  # fmt: skip
-    statistics = distinct.wide_dtype(token.dtype)
+    statistics, heads_first = distinct.wide_dtype(token.dtype), others[-1]
+    shapes = projected_shapes(ids, weight, num_heads, num_kv_heads)
+    if heads_first:
+        shapes = [(*shape[:-3], shape[-2], shape[-3], shape[-1]) for shape in shapes]
+    if second is not None:
+        shapes[0] = (2, *shapes[0])
     return (
         token.new_empty(*ids.shape, token.shape[1]),
-        *(token.new_empty(shape) for shape in _projected_shapes(ids, weight, num_heads, num_kv_heads)),
+        *(token.new_empty(shape) for shape in shapes),
         token.new_empty(ids.numel() if norm == "layer" else 0, dtype=statistics),
         token.new_empty(ids.numel() if norm != "none" else 0, dtype=statistics),
     )
@@ -141,45 +181,59 @@ def embed_qkv_backward(
     position_ids: Tensor | None,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
+    segment: Tensor | None,
+    segment_ids: Tensor | None,
+    seed: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
     num_heads: int,
     num_kv_heads: int,
     padding_idx: int,
+    scale: float | None,
+    dropout: float,
     needs: list[bool],
 ) -> list[Tensor]:
-    """Gradients of (token, weight, bias, position, norm_weight, norm_bias), empty where `needs` says no."""
-    module, running = _kernels("embed_grad", token)
-    grad_hidden, *grads = _rows(ids, grad_hidden, grad_query, grad_key, grad_value)
+    """Gradients of (token, weight, bias, position, norm_weight, norm_bias, segment), empty where `needs` says no."""
+    module, running = kernels_for("embed_grad", token)
+    grad_hidden, *grads = rows_of(ids, grad_hidden, grad_query, grad_key, grad_value)
     heads = (num_heads, num_kv_heads, num_kv_heads)
+    terms = terms_of(position, position_ids, segment, segment_ids, seed, scale, dropout)
     with running:
         found = module.embed_qkv_backward(
-            grad_hidden, grads, ids, token, weight, position, position_ids, norm_weight, norm_bias, mean, rstd, heads,
-            padding_idx, needs,
-        )  # fmt: skip
-    return _packed(found, needs, _grads_like(token, weight, position, norm_weight, norm_bias), token)
+            grad_hidden, grads, ids, token, weight, terms, norm_weight, norm_bias, mean, rstd, heads, padding_idx, needs
+        )
+    return packed(found, needs, grads_like(token, weight, position, norm_weight, norm_bias, segment), token)
 
 
-def _rows(ids, *grads):
+@embed_qkv_backward.register_fake
+def _(
+    grad_hidden, grad_query, grad_key, grad_value, ids, token, weight, position, position_ids, norm_weight, norm_bias, segment,
+    *others,
+):  # fmt: skip
+    return fake_grads(token, others[-1], grads_like(token, weight, position, norm_weight, norm_bias, segment))
+
+
+def rows_of(ids, *grads):
     """Gradients as matrices, a row per token; None stays None."""
     M = ids.numel()
     return [None if g is None else g.reshape(M, -1 if M else g.shape[ids.dim() :].numel()) for g in grads]
 
 
-def _grads_like(token, weight, position, norm_weight, norm_bias):
-    """(shape, dtype) of the gradients of token, weight, bias, position, norm_weight and norm_bias."""
-    optional = [((), token.dtype) if t is None else (t.shape, t.dtype) for t in (position, norm_weight, norm_bias)]
-    return [*((t.shape, t.dtype) for t in (token, weight)), ((weight.shape[0],), weight.dtype), *optional]
+def _like(tensor, token):
+    return ((), token.dtype) if tensor is None else (tensor.shape, tensor.dtype)
 
 
-@embed_qkv_backward.register_fake
-def _fake_grads(grad_hidden, grad_query, grad_key, grad_value, ids, token, weight, position, position_ids, *others):
-    norm_weight, norm_bias, *_, needs = others
-    likes = zip(needs, _grads_like(token, weight, position, norm_weight, norm_bias), strict=True)
-    return [token.new_empty(shape if need else (0,), dtype=dtype) for need, (shape, dtype) in likes]
+def grads_like(token, weight, *optional):
+    """(shape, dtype) of the gradients of token, weight and bias, and of what is optional."""
+    bias = (weight.shape[0],), weight.dtype
+    return [_like(token, token), _like(weight, token), bias, *(_like(t, token) for t in optional)]
 
 
-def _packed(grads, needs, likes, token):
+def fake_grads(token, needs, likes):
+    return [token.new_empty(shape if need else (0,), dtype=dtype) for need, (shape, dtype) in zip(needs, likes, strict=True)]
+
+
+def packed(grads, needs, likes, token):
     """An operator returns tensors only: an empty one for a gradient that is not wanted, zeros for one that nothing reached."""
     return [
         token.new_empty(0, dtype=dtype) if not need else token.new_zeros(shape, dtype=dtype) if grad is None else grad
@@ -187,30 +241,31 @@ def _packed(grads, needs, likes, token):
     ]
 
 
-def _needs(ctx, grads_qkv):
-    """Which of token, weight, bias, position, norm_weight, norm_bias want a gradient; hidden's reaches the tables alone."""
-    _, token, weight, bias, position, _, norm_weight, norm_bias, *_ = ctx.needs_input_grad
+WEIGHTS = (1, 2, 3, 4, 6, 7)  # of the operators' inputs: token, weight, bias, position, norm_weight, norm_bias
+
+
+def needs_of(ctx, grads_qkv, places=WEIGHTS):
+    """Which of these inputs want a gradient; hidden's reaches the tables alone."""
     reached = any(grad is not None for grad in grads_qkv)
-    return [token, weight and reached, bias and reached, position, norm_weight and reached, norm_bias and reached]
+    return [ctx.needs_input_grad[place] and (reached or place in (1, 4, 8)) for place in places]
 
 
-def _unpacked(ctx, grads, needs):
+def unpacked(ctx, grads, needs, places=WEIGHTS):
     """The gradients in the order of the operators' inputs."""
-    token, weight, bias, position, norm_weight, norm_bias = (
-        grad if need else None for grad, need in zip(grads, needs, strict=True)
-    )
-    first = (None, token, weight, bias, position, None, norm_weight, norm_bias)
-    return *first, *(None,) * (len(ctx.needs_input_grad) - len(first))
+    found = [None] * len(ctx.needs_input_grad)
+    for place, grad, need in zip(places, grads, needs, strict=True):
+        found[place] = grad if need else None
+    return tuple(found)
 
 
-def _rotation(cos, sin, turn_ids, interleaved):
+def rotation_of(cos, sin, turn_ids, interleaved):
     return None if cos is None else (cos, sin, turn_ids, interleaved)
 
 
 @torch.library.custom_op("pyembed::turn_back", mutates_args=())
 def turn_back(grad: Tensor, cos: Tensor, sin: Tensor, turn_ids: Tensor | None, interleaved: bool) -> Tensor:
     """The gradient (..., h, d_h) of turned heads -> of the heads before."""
-    module, running = _kernels("rotary", grad)
+    module, running = kernels_for("rotary", grad)
     with running:
         return module.turn_back(grad, (cos, sin, turn_ids, interleaved))
 
@@ -220,7 +275,7 @@ def _(grad, cos, sin, turn_ids, interleaved):
     return grad.new_empty(grad.shape)
 
 
-def _turned_back(ctx, grads):
+def turned_back(ctx, grads):
     """The gradients of query, key and value as projected, and what else the forward saved."""
     cos, sin, turn_ids, *saved = ctx.saved_tensors
     if cos is not None:
@@ -231,168 +286,34 @@ def _turned_back(ctx, grads):
 
 
 def _embed_qkv_setup(ctx, inputs, output):
-    ids, token, weight, _, position, position_ids, norm_weight, norm_bias, *ctx.heads, _, _, ctx.padding_idx = inputs[:13]
-    *turns, ctx.interleaved = inputs[13:]
+    ids, token, weight, _, position, position_ids, norm_weight, norm_bias, *terms, second = inputs[:12]
+    *ctx.heads, _, _, ctx.padding_idx, ctx.scale, ctx.dropout = inputs[12:19]
+    *turns, ctx.interleaved, query_norm, _, _, ctx.heads_first = inputs[19:]
+    ctx.has_second, ctx.has_head_norm = second is not None, query_norm is not None
     *_, mean, rstd = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(mean, rstd)
-    ctx.save_for_backward(*turns, ids, token, weight, position, position_ids, norm_weight, norm_bias, mean, rstd)
+    ctx.save_for_backward(*turns, ids, token, weight, position, position_ids, norm_weight, norm_bias, *terms, mean, rstd)
 
 
 def _embed_qkv_backward(ctx, grad_hidden, *grads):
-    needs = _needs(ctx, grads[:3])
-    if grad_hidden is None and all(grad is None for grad in grads[:3]):
-        return _unpacked(ctx, [None] * 6, needs)
-    grads, saved = _turned_back(ctx, grads[:3])
-    found = embed_qkv_backward(grad_hidden, *grads, *saved, *ctx.heads, ctx.padding_idx, needs)
-    return _unpacked(ctx, found, needs)
+    if ctx.has_head_norm:
+        raise RuntimeError("pyembed::embed_qkv has no gradient of normalised heads: pyembed.functional.embed_qkv has")
+    grads, grad_second, places = grads[:3], None, (*WEIGHTS, 8)
+    needs = needs_of(ctx, grads, places)
+    if grad_hidden is None and all(grad is None for grad in grads):
+        return unpacked(ctx, [None] * 7, needs, places)
+    if ctx.heads_first:
+        grads = [None if g is None else g.transpose(-3, -2) for g in grads]
+    grads, saved = turned_back(ctx, grads)
+    if ctx.has_second and grads[0] is not None:
+        grad_second = grads[0][1].flatten(0, -3).sum(0).flatten() if ctx.needs_input_grad[11] else None
+        grads = [grads[0].sum(0), *grads[1:]]
+    found = embed_qkv_backward(grad_hidden, *grads, *saved, *ctx.heads, ctx.padding_idx, ctx.scale, ctx.dropout, needs)
+    return unpacked(ctx, [*found, grad_second], [*needs, True], (*places, 11))
 
 
 embed_qkv.register_autograd(_embed_qkv_backward, setup_context=_embed_qkv_setup)
 
-
-def count_distinct(ids: Tensor, size: int) -> Tensor:
-    """How many distinct rows of a table of `size` rows the ids on a GPU name: (1,) there."""
-    module, running = _kernels("distinct", ids)
-    with running:
-        return module.find(ids, size)[1]
-
-
-def look_up(ids, token, position, position_ids, projected, shift, norm, eps, heads, factor, rotation):
-    """A call by a table, as kernels/triton/expand.py has it; without gradients, so no operator is needed."""
-    module, running = _kernels("expand", token)
-    with running:
-        return module.look_up(ids, token, position, position_ids, projected, shift, norm, eps, heads, factor, rotation)
-
-
-@torch.library.custom_op("pyembed::distinct_qkv", mutates_args=())
-def distinct_qkv(
-    ids: Tensor,
-    token: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    position: Tensor | None,
-    position_ids: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    num_heads: int,
-    num_kv_heads: int,
-    norm: str,
-    eps: float,
-    padding_idx: int,
-    rows: Tensor | None,
-    index: Tensor | None,
-    kernels: bool,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    turn_ids: Tensor | None,
-    interleaved: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """-> hidden, query, key, value, mean and rstd as embed_qkv; projected (·, N), of distinct positions and then of tokens;
-    rows of the token table and each token's index (M,) among them, empty where they were given; count (1,) of the rows in use,
-    where that is known to the device alone. kernels: by Triton, else by PyTorch's operators (without mean or
-    rotary turns)."""
-    heads = (num_heads, num_kv_heads, num_kv_heads)
-    arguments = (ids, token, weight, bias, position, position_ids, norm_weight, norm_bias, heads, norm, eps, rows, index)
-    if kernels:
-        module, running = _kernels("distinct", token)
-        with running:
-            rotary = _rotation(cos, sin, turn_ids, interleaved)
-            *results, found_rows, found_index, count = module.forward(*arguments, rotary)
-    else:
-        hidden, qkv, rstd, projected, found_rows, found_index = distinct.forward(*arguments)
-        results = hidden, *qkv, rstd.new_empty(0), rstd, projected
-        count = ids.new_empty(0, dtype=torch.int32)
-    found = (found_rows, found_index) if rows is None else (ids.new_empty(0), ids.new_empty(0))
-    return *results, *found, count
-
-
-@distinct_qkv.register_fake
-def _(
-    ids, token, weight, bias, position, position_ids, norm_weight, norm_bias, num_heads, num_kv_heads, norm, eps, padding_idx,
-    rows, index, kernels, cos, sin, turn_ids, interleaved,
-):  # fmt: skip
-    M, N, dtype, wide = ids.numel(), weight.shape[0], torch.int32 if kernels else torch.int64, distinct.wide_dtype(token.dtype)
-    size = torch.library.get_ctx().new_dynamic_size
-    found = ids.new_empty(0), ids.new_empty(0)
-    if rows is None:
-        used = torch.sym_min(M, token.shape[0]) if kernels else size()
-        found = ids.new_empty(used, dtype=dtype if kernels else ids.dtype), ids.new_empty(M, dtype=dtype)
-    return (
-        token.new_empty(*ids.shape, token.shape[1]),
-        *(token.new_empty(shape) for shape in _projected_shapes(ids, weight, num_heads, num_kv_heads)),
-        token.new_empty(M if norm == "layer" and kernels else 0, dtype=wide),
-        token.new_empty(M if norm != "none" else 0, dtype=wide),
-        token.new_empty(size(), N, dtype=wide if token.dtype == torch.float16 else None),
-        *found,
-        ids.new_empty(1 if kernels else 0, dtype=torch.int32),
-    )
-
-
-@torch.library.custom_op("pyembed::distinct_qkv_backward", mutates_args=())
-def distinct_qkv_backward(
-    grad_hidden: Tensor | None,
-    grad_query: Tensor | None,
-    grad_key: Tensor | None,
-    grad_value: Tensor | None,
-    ids: Tensor,
-    token: Tensor,
-    weight: Tensor,
-    position: Tensor | None,
-    position_ids: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    projected: Tensor,
-    rows: Tensor,
-    index: Tensor,
-    count: Tensor,
-    num_heads: int,
-    num_kv_heads: int,
-    norm: str,
-    padding_idx: int,
-    kernels: bool,
-    needs: list[bool],
-) -> list[Tensor]:
-    """Gradients of (token, weight, bias, position, norm_weight, norm_bias), empty where `needs` says no."""
-    grad_hidden, *grads = _rows(ids, grad_hidden, grad_query, grad_key, grad_value)
-    tensors = (ids, token, weight, position, position_ids, norm_weight, norm_bias)
-    options = ((num_heads, num_kv_heads, num_kv_heads), norm, padding_idx, needs)
-    if kernels:
-        module, running = _kernels("distinct_grad", token)
-        with running:
-            found = module.backward(grad_hidden, grads, *tensors, mean, rstd, projected, rows, index, count, *options)
-    else:
-        found = distinct.backward(grad_hidden, grads, *tensors, rstd, projected, rows, index, *options)
-    return _packed(found, needs, _grads_like(token, weight, position, norm_weight, norm_bias), token)
-
-
-distinct_qkv_backward.register_fake(_fake_grads)
-
-
-def _distinct_setup(ctx, inputs, output):
-    ids, token, weight, _, position, position_ids, norm_weight, norm_bias, *ctx.heads = inputs[:10]
-    ctx.norm, _, ctx.padding_idx, *given, ctx.kernels = inputs[10:16]
-    *turns, ctx.interleaved = inputs[16:]
-    *_, mean, rstd, projected, rows, index, count = output
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(mean, rstd, projected, rows, index, count)
-    found = (rows, index) if given[0] is None else given
-    tensors = (ids, token, weight, position, position_ids, norm_weight, norm_bias, mean, rstd, projected, *found, count)
-    ctx.save_for_backward(*turns, *tensors)
-
-
-def _distinct_backward(ctx, grad_hidden, *grads):
-    needs = _needs(ctx, grads[:3])
-    if grad_hidden is None and all(grad is None for grad in grads[:3]):
-        return _unpacked(ctx, [None] * 6, needs)
-    grads, saved = _turned_back(ctx, grads[:3])
-    options = (*ctx.heads, ctx.norm, ctx.padding_idx, ctx.kernels, needs)
-    return _unpacked(ctx, distinct_qkv_backward(grad_hidden, *grads, *saved, *options), needs)
-
-
-distinct_qkv.register_autograd(_distinct_backward, setup_context=_distinct_setup)
-
-for _operator in (embed_backward, embed_qkv_backward, distinct_qkv_backward, turn_back):
-    _operator.register_autograd(_no_double_backward)
+for _operator in (embed_backward, embed_qkv_backward, turn_back):
+    _operator.register_autograd(refuse_double_backward)

@@ -6,7 +6,7 @@ from torch import nn
 from . import positions
 from .rotary import Rotary
 
-NAMES = ("token", "position", "norm", "qkv")
+NAMES = ("token", "position", "segment", "norm", "qkv", "query_norm", "key_norm")
 _STOCK = (nn.Embedding, nn.LayerNorm, nn.RMSNorm, nn.Linear, positions.Sinusoidal)
 
 
@@ -25,27 +25,57 @@ def is_gemma_norm(norm):
     return type(norm).__name__ in ("GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm")
 
 
+def position_offset(position):
+    """Rows of a table of positions before that of position 0, as OPT's and BART's have."""
+    learned = isinstance(position, nn.Embedding) and "LearnedPositionalEmbedding" in type(position).__name__
+    return getattr(position, "offset", 0) if learned else 0
+
+
 def _has_stock_forward(kind):
     return kind in _STOCK or any(kind.forward is stock.forward for stock in _STOCK if issubclass(kind, stock))
 
 
 def foreign(modules):
     """Why the parts must be called, since their weights are not all that they do; None: they are."""
-    token = modules["token"]
-    if token.max_norm is not None or token.scale_grad_by_freq or token.sparse:
-        return "token has max_norm, scale_grad_by_freq or sparse"
     for name in NAMES:
         module = modules[name]
         if module is None:
             continue
+        if isinstance(module, nn.Embedding):
+            if module.max_norm is not None or module.scale_grad_by_freq or module.sparse:
+                return f"{name} has max_norm, scale_grad_by_freq or sparse"
+            if name != "token" and module.padding_idx is not None:
+                return f"{name} has a padding_idx"
         for part in module if isinstance(module, nn.ModuleList) else (module,):
             if part._forward_pre_hooks or part._forward_hooks or part._backward_pre_hooks or part._backward_hooks:
                 return f"{name} has hooks"
             kind = type(part)
-            copied = is_llama_norm(part) or is_gemma_norm(part) if name == "norm" else name == "qkv" and is_conv1d(part)
-            stock = _has_stock_forward(kind) or copied
+            copied = is_llama_norm(part) or is_gemma_norm(part) if "norm" in name else name == "qkv" and is_conv1d(part)
+            stock = _has_stock_forward(kind) or copied or name == "position" and position_offset(part)
             if not stock or "forward" in part.__dict__:
                 return f"{name}, a {kind.__name__}, has a forward of its own"
+    query, key = modules["query_norm"], modules["key_norm"]
+    if query is not None and not (_is_rms(query) and _is_rms(key) and _eps(query) == _eps(key)):
+        return "query_norm and key_norm are not RMSNorms with weights and the same eps"
+    return None
+
+
+def _is_rms(norm):
+    return not isinstance(norm, nn.LayerNorm) and norm.weight is not None
+
+
+def _eps(norm):
+    return norm.variance_epsilon if is_llama_norm(norm) else norm.eps
+
+
+def make_norm(name, kind, width, eps, bias, **factory):
+    """The module behind "layer" | "rms" | None. ValueError: another kind."""
+    if kind == "layer":
+        return nn.LayerNorm(width, eps, bias=bias, **factory)
+    if kind == "rms":
+        return nn.RMSNorm(width, eps, **factory)
+    if kind is not None:
+        raise ValueError(f"{name}: expected one of ('layer', 'rms', None), got {kind!r}")
     return None
 
 
@@ -56,7 +86,7 @@ def norm_arguments(norm, dtype):
     kind, weight = "layer" if isinstance(norm, nn.LayerNorm) else "rms", norm.weight
     if is_gemma_norm(norm):
         weight = 1.0 + weight.to(torch.promote_types(dtype, torch.float32))
-    eps = norm.variance_epsilon if is_llama_norm(norm) else norm.eps
+    eps = _eps(norm)
     eps = torch.finfo(dtype).eps if eps is None else eps  # as torch.nn.functional.rms_norm has it
     return {"norm": kind, "norm_weight": weight, "norm_bias": getattr(norm, "bias", None), "eps": eps}
 
@@ -91,17 +121,17 @@ def ungroup(x, dim, groups, head_dim):
     return torch.cat([part.flatten(axis - 1, axis + 1) for part in x.split([x.shape[axis] - 2, 1, 1], axis)], dim)
 
 
-def check_widths(modules, num_heads, num_kv_heads):
+def check_widths(modules, num_heads, num_kv_heads, combine):
     """The width of a head. ValueError: parts that do not fit each other."""
-    token, position, norm, qkv = (modules[name] for name in NAMES)
+    token, position, segment, norm, qkv, *head_norms = (modules[name] for name in NAMES)
     D, (weight, _) = token.embedding_dim, projection(qkv)
-    if weight.shape[1] != D:
-        raise ValueError(f"qkv: expected {D} inputs, the width of token; got {weight.shape[1]}")
-    if position is not None and position.weight.shape[1] != D:
-        raise ValueError(f"position: expected {D} columns, the width of token; got {position.weight.shape[1]}")
-    width = getattr(norm, "normalized_shape", (D,))
-    if tuple(width) != (D,):
-        raise ValueError(f"norm: expected normalized_shape {(D,)}, the width of token; got {tuple(width)}")
+    width = D if combine == "sum" else D + position.weight.shape[1]
+    if weight.shape[1] != width:
+        raise ValueError(f"qkv: expected {width} inputs, the width of token; got {weight.shape[1]}")
+    for name, table in (("position", position), ("segment", segment)):
+        if table is not None and table.weight.shape[1] != D and combine == "sum":
+            raise ValueError(f"{name}: expected {D} columns, the width of token; got {table.weight.shape[1]}")
+    _check_norm("norm", norm, width, "the width of token")
     heads = (num_heads, num_kv_heads, num_kv_heads)
     head_dim, rest = divmod(weight.shape[0], sum(heads))
     if rest:
@@ -109,7 +139,15 @@ def check_widths(modules, num_heads, num_kv_heads):
     rows = [linear.weight.shape[0] for linear in qkv] if isinstance(qkv, nn.ModuleList) else None
     if rows and rows != [h * head_dim for h in heads]:
         raise ValueError(f"qkv: expected outputs of query, key and value in the ratio {heads}, got {rows}")
+    for name, head_norm in zip(("query_norm", "key_norm"), head_norms, strict=True):
+        _check_norm(name, head_norm, head_dim, "head_dim")
     return head_dim
+
+
+def _check_norm(name, norm, width, meaning):
+    shape = getattr(norm, "normalized_shape", (width,))
+    if tuple(shape) != (width,):
+        raise ValueError(f"{name}: expected normalized_shape {(width,)}, {meaning}; got {tuple(shape)}")
 
 
 def fitting(rotary, head_dim):

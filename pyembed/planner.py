@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from . import memory, ops, rates
+from . import memory, ops_distinct, rates
 
 _backend = "auto"
 _plan = "auto"
@@ -145,14 +145,35 @@ def is_plain_eager():
     return not transformed
 
 
-def choose(ids, token, weight, position, position_ids, normed, products, known=None):
+def refuses(position, scale, segment, dropout):
+    """Why `distinct` and `table` cannot serve a hidden of these terms; None: they can."""
+    if dropout:
+        return "dropout comes between sum and norm"
+    if position is not None and not position.is_floating_point():
+        return "positions are computed, not looked up"
+    if scale is not None:
+        return "token rows are scaled"
+    return None if segment is None else "segments are added"
+
+
+def normalises_heads(head_dim, *tensors):
+    """Whether the kernel's epilogue can normalise heads: of a width that tiles have, and no gradient is wanted."""
+    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return not wanted and 16 <= head_dim <= 256 and head_dim & (head_dim - 1) == 0
+
+
+def choose(ids, token, weight, position, position_ids, normed, products, known=None, refused=None):
     """The Plan of an embed_qkv call. normed: whether it has a norm. products: matrix products of its forward, 1, and of the
-    backward that may follow, 0 to 2; None: none follows. known: how many ids are distinct, where that is given. RuntimeError: a
-    forced plan cannot run."""
+    backward that may follow, 0 to 2; None: none follows. known: how many ids are distinct, where that is given. refused: why
+    one_pass alone can run it. RuntimeError: a forced plan cannot run."""
     if _plan == "one_pass":
         return Plan("one_pass", "forced", {})
     if _plan == "table":
         raise RuntimeError("plan: 'table' needs a module to keep it: expected an EmbeddingQKV, got a function call")
+    if refused:
+        if _plan == "distinct":
+            raise RuntimeError(f"plan: 'distinct' cannot run here: {refused}")
+        return Plan("one_pass", refused, {})
     kernels = uses_triton(token)
     runs = not token.is_meta and (token.is_cuda or is_plain_eager())
     if _plan == "distinct":
@@ -256,7 +277,7 @@ def _seen_distinct(ids, token):
     seen = _seen.setdefault(token, _Seen())
     found = seen.expect(ids.numel())
     if seen.pending is None and seen.calls % LOOK_EVERY == 0 and not torch.cuda.is_current_stream_capturing():
-        seen.look(ops.count_distinct(ids, token.shape[0]), ids.numel())
+        seen.look(ops_distinct.count_distinct(ids, token.shape[0]), ids.numel())
     seen.calls += 1
     return found
 

@@ -1,6 +1,7 @@
 """The kinds of position that a front end adds to its tokens, and the position ids of batches as they come."""
 
 import itertools
+import math
 from numbers import Integral
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 from . import planner
 from .functional import check_integers, padding_row
+from .reference import sinusoids
 
 KINDS = ("learned", "sinusoidal")
 CONVENTIONS = ("interleaved", "fairseq", "marian")
@@ -37,8 +39,28 @@ def sinusoidal_table(
     padding_idx outside of the table. TypeError: a size that is no int.
     """
     _check_size("max_length", max_length, 1)
-    _check_size("embedding_dim", embedding_dim, 1)
     padding_idx = padding_row(padding_idx, max_length)
+    angle = torch.outer(torch.arange(max_length, dtype=torch.float64), _frequencies(embedding_dim, base, convention))
+    table = _columns(angle.sin(), angle.cos(), embedding_dim, convention).float()
+    if padding_idx is not None:
+        table[padding_idx] = 0
+    return table
+
+
+def sinusoidal_steps(embedding_dim: int, base: float = 10_000.0, convention: str = "interleaved") -> Tensor:
+    """(2, embedding_dim) int64, from which the same rows are computed at any position, without a table, as `position` of
+    functional.embed and embed_qkv: by how much each column's phase grows from one position to the next, and where it begins, in
+    units of 2⁻⁶⁴ turns, so that t·step + start drops whole turns without an error. Errors as in sinusoidal_table."""
+    turns = _frequencies(embedding_dim, base, convention) / (2 * math.pi)
+    # A float64 is an integer over a power of two; what int64 does not hold are whole turns.
+    step = torch.tensor([(int(turn * 2.0**64) + 2**63) % 2**64 - 2**63 for turn in turns.tolist()], dtype=torch.int64)
+    start = torch.full_like(step, 2**62)  # a cosine is a sine a quarter of a turn later
+    return torch.stack([_columns(*pair, embedding_dim, convention) for pair in ((step, step), (start * 0, start))])
+
+
+def _frequencies(embedding_dim, base, convention):
+    """float64, of the pairs of a sine and a cosine."""
+    _check_size("embedding_dim", embedding_dim, 1)
     if not base > 0:
         raise ValueError(f"base: expected a number above 0, got {base}")
     if convention not in CONVENTIONS:
@@ -48,42 +70,64 @@ def sinusoidal_table(
         exponent = torch.arange(half, dtype=torch.float64) / max(half - 1, 1)
     else:
         exponent = torch.arange(0, embedding_dim, 2, dtype=torch.float64) / embedding_dim
-    angle = torch.outer(torch.arange(max_length, dtype=torch.float64), base**-exponent)
-    waves = angle.sin(), angle.cos()
+    return base**-exponent
+
+
+def _columns(sines, cosines, embedding_dim, convention):
+    """In a convention's order. An odd width: fairseq lacks a column, the others have a cosine too many."""
+    waves = sines, cosines
     table = torch.stack(waves, -1).flatten(-2) if convention == "interleaved" else torch.cat(waves, -1)
-    # An odd width: fairseq lacks a column, the others have a cosine too many.
-    table = nn.functional.pad(table, (0, embedding_dim - table.shape[1])).float()
-    if padding_idx is not None:
-        table[padding_idx] = 0
-    return table
+    return nn.functional.pad(table, (0, embedding_dim - table.shape[-1]))
 
 
 class Sinusoidal(nn.Module):
     """A fixed table of positions; `weight` (max_length, embedding_dim) is a buffer that state_dict leaves out.
 
-    Arguments and errors as in sinusoidal_table.
+    max_length None: no table but sinusoidal_steps as `weight`, from which rows are computed, of any position. Other arguments
+    and errors as in sinusoidal_table.
     """
 
-    def __init__(self, max_length: int, embedding_dim: int, convention="interleaved", base=10_000.0, device=None, dtype=None):
+    def __init__(
+        self, max_length: int | None, embedding_dim: int, convention="interleaved", base=10_000.0, device=None, dtype=None
+    ):
         super().__init__()
         self.convention, self.base = convention, base
-        table = sinusoidal_table(max_length, embedding_dim, base, convention)
-        self.register_buffer("weight", table.to(device, dtype or torch.get_default_dtype()), persistent=False)
+        self.dtype = dtype or torch.get_default_dtype()
+        if max_length is None:
+            weight = sinusoidal_steps(embedding_dim, base, convention).to(device)
+        else:
+            weight = sinusoidal_table(max_length, embedding_dim, base, convention).to(device, self.dtype)
+        self.register_buffer("weight", weight, persistent=False)
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
-        if not self.weight.is_meta:  # to_empty() leaves a buffer without values, and a cast would round twice
-            self.weight.copy_(sinusoidal_table(*self.weight.shape, self.base, self.convention))
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        if self.weight.is_meta:
+            return self
+        # to_empty() leaves a buffer without values, and a cast would round twice
+        fresh = sinusoidal_table(*self.weight.shape, self.base, self.convention) if self.is_table else self._steps()
+        self.weight.copy_(fresh)
         return self
 
+    @property
+    def is_table(self):
+        return self.weight.is_floating_point()
+
+    def _steps(self):
+        return sinusoidal_steps(self.weight.shape[1], self.base, self.convention)
+
     def forward(self, position_ids):
-        return nn.functional.embedding(position_ids, self.weight)
+        """position_ids (...) -> (..., embedding_dim)."""
+        if self.is_table:
+            return nn.functional.embedding(position_ids, self.weight)
+        return sinusoids(self.weight, position_ids, self.dtype)
 
     def extra_repr(self):
-        return f"{', '.join(map(str, self.weight.shape))}, convention={self.convention!r}"
+        size = ", ".join(map(str, self.weight.shape)) if self.is_table else f"None, {self.weight.shape[1]}"
+        return f"{size}, convention={self.convention!r}"
 
 
-def make(kind: str | None, max_length: int, embedding_dim: int, device=None, dtype=None) -> nn.Module | None:
+def make(kind: str | None, max_length: int | None, embedding_dim: int, device=None, dtype=None) -> nn.Module | None:
     """The module behind position="learned" | "sinusoidal" | "sinusoidal:" and a convention | None. ValueError: another kind."""
     if kind is None:
         return None

@@ -3,6 +3,7 @@
 It is also the CPU path, the oracle of the tests (in float64) and the eager baseline of the benchmark.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -25,13 +26,27 @@ def embedding(ids, weight, padding_idx=None):
     return F.embedding(ids, weight, padding_idx)
 
 
-def embed(ids, token, position=None, position_ids=None, *, padding_idx=None):
+def sinusoids(steps, position_ids, dtype):
+    """Rows (..., D) of positions.sinusoidal_steps (2, D), by integers that drop whole turns without an error."""
+    turn = position_ids.long().unsqueeze(-1) * steps[0] + steps[1]
+    return (turn.double() * (math.pi * 2.0**-63)).sin().to(torch.promote_types(dtype, torch.float32)).to(dtype)
+
+
+def embed(
+    ids, token, position=None, position_ids=None, *, padding_idx=None, scale=None, segment=None, segment_ids=None, dropout=0.0
+):
     hidden = F.embedding(ids, token, padding_idx)
+    if scale is not None:
+        hidden = hidden * scale
+    if segment is not None:  # before positions, as in BERT
+        hidden = hidden + F.embedding(torch.zeros_like(ids) if segment_ids is None else segment_ids, segment)
     if position is not None:
         if position_ids is None:
             position_ids = torch.arange(ids.shape[-1], device=ids.device) if ids.dim() else torch.zeros_like(ids)
-        hidden = hidden + F.embedding(position_ids, position)
-    return hidden
+        computed = not position.is_floating_point()
+        rows = sinusoids(position, position_ids, token.dtype) if computed else F.embedding(position_ids, position)
+        hidden = hidden + rows
+    return F.dropout(hidden, dropout) if dropout else hidden
 
 
 def normalise(hidden, norm, weight=None, bias=None, eps=1e-5):
@@ -50,8 +65,19 @@ def split_heads(hidden, qkv, num_heads, num_kv_heads):
     return HiddenQKV(hidden, *torch.split_with_sizes(heads, (num_heads, num_kv_heads, num_kv_heads), -2))
 
 
-def turned(found, rotation):
-    return found._replace(query=rotate(found.query, rotation), key=rotate(found.key, rotation))
+def finish(found, *, query_norm=None, key_norm=None, head_eps=1e-6, second=None, rotation=None, heads_first=False):
+    """The epilogue: heads normalised, a second query, query and key turned, heads before tokens."""
+    query, key, value = found[1:]
+    if query_norm is not None:
+        query, key = (normalise(x, "rms", norm, None, head_eps) for x, norm in ((query, query_norm), (key, key_norm)))
+    if second is not None:
+        query = torch.stack([query, query + second.view(query.shape[-2:])])
+    if rotation is not None:
+        query = torch.stack([rotate(q, rotation) for q in query]) if second is not None else rotate(query, rotation)
+        key = rotate(key, rotation)
+    if heads_first:
+        query, key, value = (x.transpose(-3, -2).contiguous() for x in (query, key, value))
+    return HiddenQKV(found.hidden, query, key, value)
 
 
 def embed_qkv(
@@ -70,8 +96,29 @@ def embed_qkv(
     eps=1e-5,
     padding_idx=None,
     rotary=None,
+    scale=None,
+    segment=None,
+    segment_ids=None,
+    dropout=0.0,
+    query_norm=None,
+    key_norm=None,
+    head_eps=1e-6,
+    query_biases=None,
+    heads_first=False,
 ):
-    hidden = embed(ids, token, position, position_ids, padding_idx=padding_idx)
+    terms = {"scale": scale, "segment": segment, "segment_ids": segment_ids, "dropout": dropout}
+    hidden = embed(ids, token, position, position_ids, padding_idx=padding_idx, **terms)
+    second = None
+    if query_biases is not None:
+        bias, second = biases_of(weight, bias, *query_biases)
     qkv = F.linear(normalise(hidden, norm, norm_weight, norm_bias, eps), weight, bias)
     found = split_heads(hidden, qkv, num_heads, num_heads if num_kv_heads is None else num_kv_heads)
-    return found if rotary is None else turned(found, as_rotation(rotary, ids, position_ids))
+    rotation = None if rotary is None else as_rotation(rotary, ids, position_ids)
+    ends = {"query_norm": query_norm, "key_norm": key_norm, "head_eps": head_eps}
+    return finish(found, **ends, second=second, rotation=rotation, heads_first=heads_first)
+
+
+def biases_of(weight, bias, first, second):
+    """The projection's bias (N,) with the query's first bias (H, d_h) in it, and what makes a second query of the first."""
+    bias = weight.new_zeros(weight.shape[0]) if bias is None else bias
+    return bias + F.pad(first.flatten(), (0, weight.shape[0] - first.numel())), (second - first).flatten()

@@ -15,8 +15,8 @@ import math
 import torch
 from torch import Tensor
 
-from . import distinct, memory, ops
-from .reference import HiddenQKV, split_heads, turned
+from . import distinct, memory, ops_distinct
+from .reference import HiddenQKV, finish, split_heads
 
 CHUNK = 4096  # rows that are projected at a time
 COLUMN = 1 / math.pi  # of a table that is compared
@@ -146,7 +146,7 @@ class Table:
         """The front end of ids (..., T). IndexError: an id or place without a row. kernels: by Triton, ids checked before."""
         position_ids = None if self.position is None else position_ids
         found = self._look_up(ids, position_ids, num_heads, num_kv_heads, kernels, rotation)
-        return found if kernels or rotation is None else turned(found, rotation)
+        return found if kernels or rotation is None else finish(found, rotation=rotation)
 
     def _look_up(self, ids, position_ids, num_heads, num_kv_heads, kernels, rotation):
         if self.position is not None and position_ids is None and ids.dim() and ids.shape[-1] > self.position.shape[0]:
@@ -154,7 +154,7 @@ class Table:
         if kernels:
             heads, factor = (num_heads, num_kv_heads, num_kv_heads), 1 / self.unit
             tables = (self.token, self.position, position_ids, self.projected, self.shift)
-            return HiddenQKV(*ops.look_up(ids, *tables, self.norm, self.eps, heads, factor, rotation))
+            return HiddenQKV(*ops_distinct.look_up(ids, *tables, self.norm, self.eps, heads, factor, rotation))
         flat, shape, D, N = ids.reshape(-1), ids.shape, self.token.shape[1], self.projected.shape[1]
         if flat.numel() <= distinct.FEW or self.token.is_cuda:
             hidden, qkv = self._look_up_few(flat, shape[-1] if shape else 1, position_ids)

@@ -16,9 +16,10 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import distinct, tuning
+from .arguments import Terms
 from .distinct import load_used
 from .embed_grad import embed_qkv_backward, position_grad, table_grad
-from .tiles import dot, find_tile, load_hidden, load_places, load_rows
+from .tiles import dot, find_rows, find_tile, load_hidden, load_places, load_rows
 
 
 @triton.jit
@@ -117,9 +118,8 @@ def weight_grad_kernel(
 @triton.jit
 def sum_kernel(
     ids,  # (M,)
-    position_ids,  # (T,) or (M,), or None
+    terms,  # of hidden, as tiles.find_rows has them
     token,  # (V, D)
-    position,  # (L, D) or None
     mean,  # (M,), or None: RMSNorm
     rstd,  # (M,)
     dots,  # (column blocks, M)
@@ -133,11 +133,8 @@ def sum_kernel(
     M, T, V, L, blocks = shape
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    row, _ = load_rows(ids, m, m < M, V)
-    place = None
-    if position is not None:
-        place, _ = load_places(position_ids, m, m < M, T, L)
-    h = load_hidden(token, position, row, place, d, D).to(rstd.dtype.element_ty)
+    rows, _ = find_rows(ids, terms, m, M, T, V, L)
+    h = load_hidden(token, terms, rows, d, D).to(rstd.dtype.element_ty)
     if mean is not None:
         h -= tl.load(mean + m, mask=m < M, other=0.0)[:, None]
     pull = tl.zeros((BLOCK_M,), rstd.dtype.element_ty)
@@ -216,10 +213,11 @@ def backward(
     """
     M, (V, D), N = ids.numel(), token.shape, weight.shape[0]
     if M == 0 or token.dtype == torch.float16 or all(grad is None for grad in grads_qkv):
+        terms = Terms(position, position_ids)
         return embed_qkv_backward(
-            grad_hidden, grads_qkv, ids, token, weight, position, position_ids, norm_weight, norm_bias, mean, rstd, heads,
-            padding_idx, needs,
-        )  # fmt: skip
+            grad_hidden, grads_qkv, ids, token, weight, terms, norm_weight, norm_bias, mean, rstd, heads, padding_idx,
+            [*needs, False],
+        )[:6]  # fmt: skip
     needs_token, needs_weight, needs_bias, needs_position, needs_norm_weight, needs_norm_bias = needs
     needs_tables, wide = needs_token or needs_position, torch.promote_types(token.dtype, torch.float32)
     shape, T = tuple(ids.shape), ids.shape[-1] if ids.dim() else 1
@@ -323,10 +321,11 @@ def _grad_sum(ids, position_ids, token, position, mean, rstd, dots, grad_hidden,
     M, (V, D) = ids.numel(), token.shape
     block_m, block_d = tuning.streaming(D, token.dtype)
     out = token.new_empty(M, D)
-    period, L = T if position_ids is None else position_ids.numel(), 0 if position is None else position.shape[0]
+    terms = Terms(position, position_ids)
+    shape = (M, terms.period(T), V, terms.places, dots.shape[0])
     sum_kernel[(triton.cdiv(M, block_m), triton.cdiv(D, block_d))](
-        ids, position_ids, token, position, mean, rstd, dots, grad_hidden, out, (M, period, V, L, dots.shape[0]), D=D,
-        BLOCK_M=block_m, BLOCK_D=block_d, num_warps=4,
+        ids, terms.arguments(), token, mean, rstd, dots, grad_hidden, out, shape, D=D, BLOCK_M=block_m, BLOCK_D=block_d,
+        num_warps=4,
     )  # fmt: skip
     return out
 

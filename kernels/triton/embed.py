@@ -1,18 +1,18 @@
-"""hidden = token[ids] + position[places]: the gather and the positional add in one pass, bound by memory alone."""
+"""hidden = dropout(scale·token[ids] + segment[kinds] + position[places]) in one pass, bound by memory alone."""
 
+import torch
 import triton
 import triton.language as tl
 
 from . import tuning
-from .tiles import load_hidden, load_places, load_rows
+from .tiles import drop, find_rows, load_hidden
 
 
 @triton.jit
 def embed_kernel(
     ids,  # (M,)
-    position_ids,  # (T,) or (M,), or None: the place in the sequence
+    terms,  # of hidden, as tiles.find_rows has them
     token,  # (V, D)
-    position,  # (L, D) or None
     hidden,  # (M, D) out
     shape,  # M, T, V, L
     D,
@@ -22,32 +22,54 @@ def embed_kernel(
     M, T, V, L = shape
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    row, known = load_rows(ids, m, m < M, V)
-    place = None
-    if position is not None:
-        place, placed = load_places(position_ids, m, m < M, T, L)
-        known &= placed
-    h = load_hidden(token, position, row, place, d, D)
+    rows, known = find_rows(ids, terms, m, M, T, V, L)
+    h = load_hidden(token, terms, rows, d, D)
     h = tl.where(known[:, None], h, float("nan"))
     tl.store(hidden + m[:, None] * D + d[None, :], h, mask=(m < M)[:, None] & (d < D)[None, :])
 
 
-def embed(ids, token, position, position_ids):
-    """ids (..., T), token (V, D), position (L, D) or None, position_ids (T,) or like ids -> hidden (..., T, D)."""
+def embed(ids, token, terms):
+    """ids (..., T), token (V, D), terms: tuning.Terms -> hidden (..., T, D)."""
     M, T = ids.numel(), ids.shape[-1] if ids.dim() else 1
     V, D = token.shape
     hidden = token.new_empty(*ids.shape, D)
     if hidden.numel() == 0:
         return hidden
     rows, columns = tuning.streaming(D, token.dtype)
+    ids, token = tuning.dense(ids, token)
     with tuning.on_device(token):
         embed_kernel[(triton.cdiv(M, rows), triton.cdiv(D, columns))](
-            *tuning.dense(ids, position_ids, token, position),
-            hidden,
-            (M, T if position_ids is None else position_ids.numel(), V, 0 if position is None else position.shape[0]),
-            D=D,
-            BLOCK_M=rows,
-            BLOCK_D=columns,
+            ids, terms.arguments(), token, hidden, (M, terms.period(T), V, terms.places), D=D, BLOCK_M=rows, BLOCK_D=columns,
             num_warps=4,
-        )
+        )  # fmt: skip
     return hidden
+
+
+@triton.jit
+def drop_kernel(
+    x,  # (M, D)
+    out,  # (M, D)
+    dropout,  # as in tiles.find_rows
+    M,
+    D,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    ACC: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
+    m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = (m < M)[:, None] & (d < D)[None, :]
+    place = m[:, None] * D + d[None, :]
+    tl.store(out + place, drop(tl.load(x + place, mask=inside, other=0.0), dropout, m, d, ACC), mask=inside)
+
+
+def drop_again(grad, dropout):
+    """The gradient (M, D) of hidden after its dropout -> before: the same elements are dropped."""
+    (M, D), (grad,) = grad.shape, tuning.dense(grad)
+    out = torch.empty_like(grad)
+    rows, columns = tuning.streaming(D, grad.dtype)
+    with tuning.on_device(grad):
+        drop_kernel[(triton.cdiv(M, rows), triton.cdiv(D, columns))](
+            grad, out, dropout, M, D, BLOCK_M=rows, BLOCK_D=columns, num_warps=4
+        )
+    return out

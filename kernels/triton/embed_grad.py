@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 
 from . import tuning
-from .embed import embed
-from .tiles import load_hidden, load_places, load_rows
+from .embed import drop_again, embed
+from .tiles import drop, find_rows, load_hidden
 
 CHUNK = 64
 
@@ -23,9 +23,8 @@ CHUNK = 64
 @triton.jit
 def norm_backward_kernel(
     ids,  # (M,)
-    position_ids,  # (T,) or (M,), or None
+    terms,  # of hidden, as tiles.find_rows has them
     token,  # (V, D)
-    position,  # (L, D) or None
     norm_weight,  # (D,) or None
     norm_bias,  # (D,) or None
     mean,  # (M,), or None: RMSNorm
@@ -57,12 +56,8 @@ def norm_backward_kernel(
     for m0 in range(first, tl.minimum(first + share, M), BLOCK_M):
         m = m0 + tl.arange(0, BLOCK_M)
         inside = (m < M)[:, None] & (d < D)[None, :]
-        row, known = load_rows(ids, m, m < M, V)
-        place = None
-        if position is not None:
-            place, placed = load_places(position_ids, m, m < M, T, L)
-            known &= placed
-        h = load_hidden(token, position, row, place, d, D).to(ACC)
+        rows, known = find_rows(ids, terms, m, M, T, V, L)
+        h = load_hidden(token, terms, rows, d, D).to(ACC)
         scale = tl.load(rstd + m, mask=m < M, other=0.0)[:, None]
         if mean is not None:
             h -= tl.load(mean + m, mask=m < M, other=0.0)[:, None]
@@ -81,6 +76,8 @@ def norm_backward_kernel(
                 dx *= scale
                 if grad_hidden is not None:
                     dx += tl.load(grad_hidden + m[:, None] * D + d[None, :], mask=inside, other=0.0).to(ACC)
+                if terms[4] is not None:
+                    dx = drop(dx, terms[4], m, d, ACC)
                 tl.store(grad_sum + m[:, None] * D + d[None, :], dx.to(grad_sum.dtype.element_ty), mask=inside)
     if partials is not None:
         tl.store(partials + tl.program_id(0) * D + d, grad_gamma, mask=d < D)
@@ -202,11 +199,18 @@ def position_grad(rows, shape, position_ids, size, dtype=None):
     return grad
 
 
-def norm_backward(
-    ids, token, position, position_ids, norm_weight, norm_bias, mean, rstd, grad_normed, grad_hidden, wants_sum, wants_normed
-):
-    """grad_normed (M, D) -> grad_sum (M, D), normed (M, D), grad_norm_weight (D,), grad_norm_bias (D,); what is not wanted
-    comes as None. Without grad_normed only normed is computed."""
+def segment_grad(rows, shape, segment_ids, size):
+    """Gradient of a segment table of `size` rows: rows (M, D) of ids with this shape; segment_ids None: all are 0."""
+    if segment_ids is not None:
+        return position_grad(rows, shape, segment_ids, size)
+    grad = rows.new_zeros(size, rows.shape[1])
+    grad[0] = rows.sum(0, dtype=torch.promote_types(rows.dtype, torch.float32))
+    return grad
+
+
+def norm_backward(ids, token, terms, norm_weight, norm_bias, mean, rstd, grad_normed, grad_hidden, wants_sum, wants_normed):
+    """grad_normed (M, D) -> grad_sum (M, D), before dropout, normed (M, D), grad_norm_weight (D,), grad_norm_bias (D,); what is
+    not wanted comes as None. Without grad_normed only normed is computed."""
     M, T = ids.numel(), ids.shape[-1] if ids.dim() else 1
     V, D = token.shape
     wants_affine = grad_normed is not None and norm_weight is not None
@@ -215,9 +219,14 @@ def norm_backward(
     grad_sum = token.new_empty(M, D) if wants_sum else None
     normed = token.new_empty(M, D) if wants_normed else None
     partials = token.new_empty(2, programs, D, dtype=rstd.dtype) if wants_affine else None
+    ids, token, norm_weight, norm_bias = tuning.dense(ids, token, norm_weight, norm_bias)
     with tuning.on_device(token):
         norm_backward_kernel[(programs,)](
-            *tuning.dense(ids, position_ids, token, position, norm_weight, norm_bias),
+            ids,
+            terms.arguments(),
+            token,
+            norm_weight,
+            norm_bias,
             mean if mean.numel() else None,
             rstd,
             grad_normed,
@@ -225,7 +234,7 @@ def norm_backward(
             grad_sum,
             normed,
             partials,
-            (M, T if position_ids is None else position_ids.numel(), V, 0 if position is None else position.shape[0]),
+            (M, terms.period(T), V, terms.places),
             D=D,
             BLOCK_M=block_m,
             BLOCK_D=block_d,
@@ -245,53 +254,60 @@ def packed(grads, widths):
     return torch.cat(tuple(zeros), 1)
 
 
+def tables_grad(grad_sum, ids, token, terms, padding_idx, needs):
+    """Gradients of (token, position, segment) by that of hidden before its dropout (M, D), or None."""
+    if grad_sum is None:
+        return None, None, None
+    needs_token, needs_position, needs_segment = needs
+    shape, rows, weights = tuple(ids.shape), grad_sum.shape[0], None
+    if needs_token and terms.scale is not None:
+        weights = grad_sum.new_full((rows,), terms.scale, dtype=torch.promote_types(grad_sum.dtype, torch.float32))
+    return (
+        table_grad(grad_sum, ids.reshape(-1), token.shape[0], padding_idx, weights=weights) if needs_token else None,
+        position_grad(grad_sum, shape, terms.position_ids, terms.places) if needs_position else None,
+        segment_grad(grad_sum, shape, terms.segment_ids, terms.segment.shape[0]) if needs_segment else None,
+    )
+
+
+def embed_backward(grad, ids, token, terms, padding_idx, needs):
+    """Gradients of (token, position, segment), None where `needs` says no, by that of hidden (M, D)."""
+    grad = grad if terms.dropout is None else drop_again(grad, terms.dropout)
+    return tables_grad(grad, ids, token, terms, padding_idx, needs)
+
+
 def embed_qkv_backward(
-    grad_hidden,
-    grads_qkv,
-    ids,
-    token,
-    weight,
-    position,
-    position_ids,
-    norm_weight,
-    norm_bias,
-    mean,
-    rstd,
-    heads,
-    padding_idx,
-    needs,
+    grad_hidden, grads_qkv, ids, token, weight, terms, norm_weight, norm_bias, mean, rstd, heads, padding_idx, needs
 ):
-    """Gradients of (token, weight, bias, position, norm_weight, norm_bias), None where `needs` says no.
+    """Gradients of (token, weight, bias, position, norm_weight, norm_bias, segment), None where `needs` says no.
 
     grad_hidden (M, D) and grads_qkv [(M, n)] of query, key and value, any of them None, of any strides. mean and rstd as
     embed_qkv returned them; heads: how many of query, key and value.
     """
-    needs_token, needs_weight, needs_bias, needs_position, needs_norm_weight, needs_norm_bias = needs
-    needs_sum = needs_token or needs_position
+    needs_token, needs_weight, needs_bias, needs_position, needs_norm_weight, needs_norm_bias, needs_segment = needs
+    needs_sum = needs_token or needs_position or needs_segment
     grad_weight = grad_bias = grad_norm_weight = grad_norm_bias = None
     grad_sum = None if grad_hidden is None else grad_hidden.contiguous()
     grad_qkv = packed(grads_qkv, [weight.shape[0] // sum(heads) * h for h in heads])
+    drops = terms.dropout is not None and needs_sum
     if grad_qkv is not None and ids.numel():
         normed = None
         if rstd.numel():
             wants_grad = needs_sum or needs_norm_weight or needs_norm_bias
             if wants_grad or needs_weight:
                 new_sum, normed, grad_norm_weight, grad_norm_bias = norm_backward(
-                    ids, token, position, position_ids, norm_weight, norm_bias, mean, rstd,
-                    grad_qkv @ weight if wants_grad else None, grad_sum, needs_sum, needs_weight,
+                    ids, token, terms, norm_weight, norm_bias, mean, rstd, grad_qkv @ weight if wants_grad else None, grad_sum,
+                    needs_sum, needs_weight,
                 )  # fmt: skip
-                grad_sum = new_sum if needs_sum else None
+                grad_sum, drops = new_sum if needs_sum else None, False
         else:
             if needs_weight:
-                normed = embed(ids, token, position, position_ids).view(-1, token.shape[1])
+                normed = embed(ids, token, terms).view(-1, token.shape[1])
             if needs_sum:
                 grad_sum = grad_qkv @ weight if grad_sum is None else torch.addmm(grad_sum, grad_qkv, weight)
         grad_weight = grad_qkv.t() @ normed if needs_weight else None
         grad_bias = grad_qkv.sum(0) if needs_bias else None
-    shape = tuple(ids.shape)
-    grad_token = grad_position = None
-    if needs_token and grad_sum is not None:
-        grad_token = table_grad(grad_sum, ids.reshape(-1), token.shape[0], padding_idx)
-    if needs_position and grad_sum is not None:
-        grad_position = position_grad(grad_sum, shape, position_ids, position.shape[0])
-    return grad_token, grad_weight, grad_bias, grad_position, grad_norm_weight, grad_norm_bias
+    if drops and grad_sum is not None:
+        grad_sum = drop_again(grad_sum, terms.dropout)
+    needed = (needs_token, needs_position, needs_segment)
+    grad_token, grad_position, grad_segment = tables_grad(grad_sum, ids, token, terms, padding_idx, needed)
+    return grad_token, grad_weight, grad_bias, grad_position, grad_norm_weight, grad_norm_bias, grad_segment

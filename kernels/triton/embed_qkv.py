@@ -19,17 +19,19 @@ import triton
 import triton.language as tl
 
 from . import tuning
+from .arguments import PLAIN
 from .tiles import (
     count_tiles,
     dot,
     find_pairs,
+    find_rows,
     find_tile,
     gather_statistics,
+    head_offsets,
     load_hidden,
-    load_places,
-    load_rows,
     load_turns,
     normalise,
+    normalise_heads,
     paired_source,
     store_pairs,
     turn,
@@ -39,7 +41,7 @@ from .tiles import (
 @triton.jit
 def embed_qkv_kernel(
     ids,  # (M,)
-    places,  # position_ids (T,) or (M,), or None: the place in the sequence; position (L, D) or None
+    terms,  # of hidden: position_ids, position, segment, scale and dropout, as tiles.find_rows has them
     token,  # (V, D)
     affine,  # the norm's weight and bias, (D,) or None
     weight,  # (N, D), and its strides
@@ -47,43 +49,41 @@ def embed_qkv_kernel(
     hidden,  # (M, D) out
     qkv,  # query, key, value out, (M, n) each
     statistics,  # mean out, (M,), None: RMSNorm or no norm; rstd out, (M,), None: no norm
-    rotary,  # cos, sin (rows, R/2), each token's row or None, period, rows, R/2; or None
+    epilogue,  # of store_projected
     shape,  # M, T, V, L, widths of query and of key, and how many programs share a row's N tiles
     eps,
     D,
     HEAD_DIM: tl.constexpr,
     HALF: tl.constexpr,
+    READ_BACK: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     M, T, V, L, query, key, runs = shape
-    position_ids, position = places
     mean, rstd = statistics
     norm_weight, norm_bias = affine
     weight, stride_wn, stride_wd = weight
     ACC: tl.constexpr = tl.float64 if token.dtype.element_ty == tl.float64 else tl.float32
     run = tl.program_id(0) % runs  # N fastest: programs that share rows run side by side
     m = (tl.program_id(0) // runs).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    row, known = load_rows(ids, m, m < M, V)
-    place = None
-    if position is not None:
-        place, placed = load_places(position_ids, m, m < M, T, L)
-        known &= placed
-    mu, scale = gather_statistics(
-        token, position, row, place, known, hidden, mean, rstd, m, M, run == 0, eps, D, BLOCK_M, BLOCK_K
-    )
+    rows, known = find_rows(ids, terms, m, M, T, V, L)
+    writes = (run == 0) | READ_BACK
+    mu, scale = gather_statistics(token, terms, rows, known, hidden, mean, rstd, M, writes, eps, D, BLOCK_M, BLOCK_K)
+    if READ_BACK:  # as the folded kernel does: many terms cost more than a row
+        tl.debug_barrier()
+        token, terms, rows = hidden, (None, None, None, None, None), (m, tl.minimum(m, M - 1), None, None)
 
     tiles = count_tiles(query, key, BLOCK_N)
     for tile in range(run * tiles // runs, (run + 1) * tiles // runs):
         out, n0, width, first = find_tile(qkv, tile, query, key, BLOCK_N)
         n = n0 + tl.arange(0, BLOCK_N)
-        column = first.to(tl.int64) + (n if rotary is None else paired_source(n, HEAD_DIM, HALF))
+        column = first.to(tl.int64) + paired_source(n, HEAD_DIM, HALF)
         acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
         for d0 in range(0, D, BLOCK_K):
             d = d0 + tl.arange(0, BLOCK_K)
-            a = load_hidden(token, position, row, place, d, D)
+            a = load_hidden(token, terms, rows, d, D)
             if rstd is not None:
                 centre = mu if mean is not None else None
                 a = normalise(a.to(ACC), centre, scale, norm_weight, norm_bias, d, D).to(a.dtype)
@@ -92,7 +92,7 @@ def embed_qkv_kernel(
             acc = dot(a, w, acc, PRECISION)
         if bias is not None:
             acc += tl.load(bias + column, mask=n < width, other=0.0).to(ACC)[None, :]
-        store_projected(acc, out, m, M, n0, width, known, rotary, first < query + key, HEAD_DIM, HALF, BLOCK_M, BLOCK_N)
+        store_projected(acc, out, m, M, n0, width, first, query, key, known, epilogue, HEAD_DIM, HALF, BLOCK_M, BLOCK_N)
 
 
 @triton.jit
@@ -103,27 +103,63 @@ def store_projected(
     M,
     n0,
     width,
+    first,
+    query,
+    key,
     known,
-    rotary,
-    turns,
+    epilogue,
     HEAD_DIM: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """The epilogue's end: a tile of the projection, its pairs turned where it `turns`, NaN where a row is not known (None:
-    such a row is NaN already)."""
+    """The epilogue's end: a tile of the projection, its heads normalised and turned where they are query's or key's, NaN where
+    a row is not known (None: such a row is NaN already).
+
+    epilogue: head_norm, the weights (d_h,) of query and key, and eps, or None; second, what is added (query,) to the query for
+    a second one that is stored M rows behind it, or None; rotary: cos, sin (rows, R/2), each token's row or None, period, rows,
+    R/2, or None; length: of sequences whose heads come before their tokens, or None."""
+    head_norm, second, rotary, length = epilogue
+    if head_norm is not None:
+        acc = normalise_heads(acc, head_norm, first, query, key, HEAD_DIM, HALF)
+    turns = first < query + key
+    behind = out + tl.cast(M, tl.int64) * width
+    if second is not None and first < query:
+        column = paired_source(n0 + tl.arange(0, BLOCK_N), HEAD_DIM, HALF)
+        more = acc + tl.load(second + column, mask=column < width, other=0.0).to(acc.dtype)[None, :]
+        store_turned(more, behind, m, M, n0, width, turns, known, rotary, length, HEAD_DIM, HALF, BLOCK_M, BLOCK_N)
+    store_turned(acc, out, m, M, n0, width, turns, known, rotary, length, HEAD_DIM, HALF, BLOCK_M, BLOCK_N)
+
+
+@triton.jit
+def store_turned(
+    acc,
+    out,
+    m,
+    M,
+    n0,
+    width,
+    turns,
+    known,
+    rotary,
+    length,
+    HEAD_DIM: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     if rotary is None:
         n = n0 + tl.arange(0, BLOCK_N)
         if known is not None:
             acc = tl.where(known[:, None], acc, float("nan"))
+        rows, columns = head_offsets(m, n, width, length, HEAD_DIM)
         inside = (m < M)[:, None] & (n < width)[None, :]
-        tl.store(out + m[:, None] * width + n[None, :], acc.to(out.dtype.element_ty), mask=inside)
+        tl.store(out + rows[:, None] + columns[None, :], acc.to(out.dtype.element_ty), mask=inside)
     elif BLOCK_N > 16:  # part by part: cosines and sines of a whole tile would not fit the registers
         left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
-        middle = n0 + BLOCK_N // 2
-        store_projected(left, out, m, M, n0, width, known, rotary, turns, HEAD_DIM, HALF, BLOCK_M, BLOCK_N // 2)
-        store_projected(right, out, m, M, middle, width, known, rotary, turns, HEAD_DIM, HALF, BLOCK_M, BLOCK_N // 2)
+        mid = n0 + BLOCK_N // 2
+        store_turned(left, out, m, M, n0, width, turns, known, rotary, length, HEAD_DIM, HALF, BLOCK_M, BLOCK_N // 2)
+        store_turned(right, out, m, M, mid, width, turns, known, rotary, length, HEAD_DIM, HALF, BLOCK_M, BLOCK_N // 2)
     else:
         turn_row, placed = load_turns(rotary, m, m < M)
         if known is not None:
@@ -132,7 +168,7 @@ def store_projected(
         x, y = tl.split(tl.reshape(acc, (BLOCK_M, BLOCK_N // 2, 2)))
         x, y = turn(x, y, rotary, turn_row, pair, turns)
         x, y = tl.where(placed[:, None], x, float("nan")), tl.where(placed[:, None], y, float("nan"))
-        store_pairs(out, x, y, m, M, n0, width, first, second, HALF)
+        store_pairs(out, x, y, m, M, n0, width, length, first, second, HEAD_DIM, HALF)
 
 
 @triton.jit
@@ -190,7 +226,7 @@ def fold_kernel(
 @triton.jit
 def embed_qkv_folded_kernel(
     ids,  # (M,)
-    places,  # position_ids (T,) or (M,), or None: the place in the sequence; position (L, D) or None
+    terms,  # of hidden: position_ids, position, segment, scale and dropout, as tiles.find_rows has them
     token,  # (V, D)
     folded,  # descriptor of (N, D)
     shift,  # (N,)
@@ -198,7 +234,7 @@ def embed_qkv_folded_kernel(
     hidden,  # (M, D) out
     qkv,  # query, key, value out, (M, n) each
     statistics,  # mean out, (M,), None: RMSNorm; rstd out, (M,)
-    rotary,  # as in embed_qkv_kernel
+    epilogue,  # of store_projected
     shape,  # M, T, V, L, widths of query and of key, and how many programs share a row's N tiles
     eps,
     D,
@@ -209,18 +245,13 @@ def embed_qkv_folded_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    position_ids, position = places
     mean, rstd = statistics
     M, T, V, L, query, key, runs = shape
     ACC: tl.constexpr = tl.float64 if token.dtype.element_ty == tl.float64 else tl.float32
     run = tl.program_id(0) % runs
     m = (tl.program_id(0) // runs).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    row, known = load_rows(ids, m, m < M, V)
-    place = None
-    if position is not None:
-        place, placed = load_places(position_ids, m, m < M, T, L)
-        known &= placed
-    _, scale = gather_statistics(token, position, row, place, known, hidden, mean, rstd, m, M, True, eps, D, BLOCK_M, BLOCK_K)
+    rows, known = find_rows(ids, terms, m, M, T, V, L)
+    _, scale = gather_statistics(token, terms, rows, known, hidden, mean, rstd, M, True, eps, D, BLOCK_M, BLOCK_K)
     # Every program wrote the rows that it reads back (programs that share rows wrote the same bits): a barrier of its
     # own threads is all that it needs, and the product below is a plain one, with no gather and no sum in its way.
     tl.debug_barrier()
@@ -239,7 +270,7 @@ def embed_qkv_folded_kernel(
             mu = tl.load(mean + m, mask=m < M, other=0.0)  # read back too: kept, it would not fit the registers
             acc -= mu[:, None] * tl.load(residual + first + n, mask=n < width, other=0.0)[None, :]
         acc = acc * scale[:, None] + tl.load(shift + first + n, mask=n < width, other=0.0)[None, :]
-        store_projected(acc, out, m, M, n0, width, None, rotary, first < query + key, HEAD_DIM, HALF, BLOCK_M, BLOCK_N)
+        store_projected(acc, out, m, M, n0, width, first, query, key, None, epilogue, HEAD_DIM, HALF, BLOCK_M, BLOCK_N)
 
 
 def fold(weight, bias, norm, norm_weight, norm_bias, pairs):
@@ -261,23 +292,20 @@ def fold(weight, bias, norm, norm_weight, norm_bias, pairs):
 
 
 def embed_qkv(
-    ids, token, weight, bias, position, position_ids, norm, norm_weight, norm_bias, eps, heads, rotary=None, folds=None,
-    tiles=None,
-):  # fmt: skip
-    """ids (..., T), token (V, D), weight (N, D), bias (N,), position (L, D), position_ids (T,) or like ids, norm "layer",
-    "rms" or "none", heads: how many of query, key and value -> hidden (..., T, D), query, key and value (..., T, h, d_h), mean
-    (M,) and rstd (M,), the last two empty where the norm has none.
+    ids, token, weight, bias, terms, norm, norm_weight, norm_bias, eps, heads, epilogue=PLAIN, folds=None, tiles=None
+):
+    """ids (..., T), token (V, D), weight (N, D), bias (N,), terms: Terms of hidden, norm "layer", "rms" or "none", heads:
+    how many of query, key and value, epilogue: Epilogue -> hidden (..., T, D), query, key and value (..., T, h, d_h), or
+    (..., h, T, d_h) where heads come first, mean (M,) and rstd (M,), the last two empty where the norm has none.
 
-    rotary: cos and sin (rows, R/2), each token's row (T,) or (M,) or None, and whether pairs are neighbours; or None.
-    folds and tiles override what tuning.py would choose.
+    With a second query, query is (2, ..., T, h, d_h). folds and tiles override what tuning.py would choose.
     """
     M, T = ids.numel(), ids.shape[-1] if ids.dim() else 1
     (V, D), N = token.shape, weight.shape[0]
-    token, position, bias = tuning.dense(token, position, bias)
-    norm_weight, norm_bias = tuning.dense(norm_weight, norm_bias)
+    token, bias, norm_weight, norm_bias = tuning.dense(token, bias, norm_weight, norm_bias)
     hidden = token.new_empty(*ids.shape, D)  # in their last shape: a view could not be changed in place by its user
     head_dim = N // sum(heads)
-    qkv = tuple(token.new_empty(*ids.shape, h, head_dim) for h in heads)
+    qkv = tuple(token.new_empty(shape) for shape in epilogue.shapes(ids.shape, heads, head_dim))
     statistics = torch.promote_types(token.dtype, torch.float32)
     mean = token.new_empty(M if norm == "layer" else 0, dtype=statistics)
     rstd = token.new_empty(M if norm != "none" else 0, dtype=statistics)
@@ -285,30 +313,27 @@ def embed_qkv(
         return hidden, *qkv, mean, rstd
     device = tuning.device_of(token)
     folds = norm != "none" and (tuning.folds(M, token.dtype) if folds is None else folds)
-    rotary, pairs = tuning.rotary(rotary, head_dim)
-    if tiles is None and folds:
-        tiles = tuning.embed_qkv_folded(M, N, D, token.dtype, device, pairs["HALF"])
-    elif tiles is None:
-        tiles = tuning.embed_qkv(M, N, D, token.dtype, device)
+    ends, pairs = epilogue.arguments(T, head_dim)
+    if tiles is None:
+        choose = tuning.embed_qkv_folded if folds else tuning.embed_qkv
+        tiles = choose(M, N, D, token.dtype, device, pairs["HALF"], head_dim if epilogue.query_norm is not None else 0)
     query, key = heads[0] * head_dim, heads[1] * head_dim
     runs = tuning.runs(M, triton.cdiv(query, tiles.BLOCK_N) + 2 * triton.cdiv(key, tiles.BLOCK_N), tiles, device)
-    period = T if position_ids is None else position_ids.numel()
     outputs = (hidden, qkv, (mean if norm == "layer" else None, rstd if norm != "none" else None))
-    shape = (M, period, V, 0 if position is None else position.shape[0], query, key, runs)
+    shape = (M, terms.period(T), V, terms.places, query, key, runs)
     options = {"PRECISION": tuning.precision(token.dtype), **pairs, **tiles._asdict(), **tuning.registers(device)}
     grid = (triton.cdiv(M, tiles.BLOCK_M) * runs,)
-    ids, position_ids = tuning.dense(ids, position_ids)
-    places = (position_ids, position)
+    (ids,) = tuning.dense(ids)
     with tuning.on_device(token):
         if folds:
             folded, shift, residual = fold(weight, bias, norm, norm_weight, norm_bias, pairs)
             operand, _ = tuning.weight_descriptor(folded, tiles)
             embed_qkv_folded_kernel[grid](
-                ids, places, token, operand, shift, residual, *outputs, rotary, shape, eps, D, **options
+                ids, terms.arguments(), token, operand, shift, residual, *outputs, ends, shape, eps, D, **options
             )  # fmt: skip
         else:
             embed_qkv_kernel[grid](
-                ids, places, token, (norm_weight, norm_bias), (weight, *weight.stride()), bias, *outputs, rotary, shape, eps, D,
-                **options,
+                ids, terms.arguments(), token, (norm_weight, norm_bias), (weight, *weight.stride()), bias, *outputs, ends,
+                shape, eps, D, READ_BACK=terms.are_many, **options,
             )  # fmt: skip
     return hidden, *qkv, mean, rstd

@@ -9,12 +9,13 @@ import triton
 import triton.language as tl
 
 from . import tuning
+from .arguments import Epilogue, Terms
 from .tiles import (
     count_tiles,
     find_pairs,
+    find_rows,
     find_tile,
     gather_statistics,
-    load_places,
     load_rows,
     load_turns,
     store_pairs,
@@ -40,7 +41,7 @@ def gather_projected(projected, row, place, first, n, width, N, factor, scale, s
 @triton.jit
 def expand_kernel(
     ids,  # (M,)
-    places,  # position_ids (T,) or (M,), or None: the place in the sequence; position (L, D) or None
+    terms,  # of hidden, as tiles.find_rows has them
     token,  # (V, D)
     projected,  # (P + U, N) of positions, then of tokens
     slots,  # (V,) a token row's place among the projected ones, or None
@@ -49,7 +50,7 @@ def expand_kernel(
     hidden,  # (M, D) out
     qkv,  # query, key, value out, (M, n) each
     statistics,  # mean out, (M,), None: RMSNorm or no norm; rstd out, (M,), None: no norm
-    rotary,  # as in embed_qkv_kernel
+    rotary,  # as in store_projected
     shape,  # M, T, V, L, widths of query and of key, P, U and how many programs share a token's columns
     scalars,  # eps, and what a projected row is multiplied by
     D,
@@ -61,23 +62,17 @@ def expand_kernel(
     BLOCK_K: tl.constexpr,
 ):
     M, T, V, L, query, key, P, U, runs = shape
-    position_ids, position = places
     mean, rstd = statistics
     eps, factor = scalars
     N = query + 2 * key
     ACC: tl.constexpr = tl.float64 if token.dtype.element_ty == tl.float64 else tl.float32
     run = tl.program_id(0) % runs
     m = (tl.program_id(0) // runs).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    row, known = load_rows(ids, m, m < M, V)
-    place = None
-    if position is not None:
-        place, placed = load_places(position_ids, m, m < M, T, L)
-        known &= placed
-    _, scale = gather_statistics(
-        token, position, row, place, known, hidden, mean, rstd, m, M, run == 0, eps, D, BLOCK_M, BLOCK_K
-    )
+    rows, known = find_rows(ids, terms, m, M, T, V, L)
+    _, scale = gather_statistics(token, terms, rows, known, hidden, mean, rstd, M, run == 0, eps, D, BLOCK_M, BLOCK_K)
     if rstd is None:
         scale = None
+    _, row, place, _ = rows
     slot = row
     if slots is not None:
         slot = tl.load(slots + row, mask=known & (m < M), other=0).to(tl.int64)
@@ -108,7 +103,7 @@ def expand_kernel(
                 x, y = tl.split(tl.reshape(x, (BLOCK_M, BLOCK_N // 2, 2)))
             x, y = turn(x, y, rotary, turn_row, pair, first < query + key)
             x, y = tl.where(known[:, None], x, float("nan")), tl.where(known[:, None], y, float("nan"))
-            store_pairs(out, x, y, m, M, n0, width, left, right, HALF)
+            store_pairs(out, x, y, m, M, n0, width, None, left, right, HEAD_DIM, HALF)
 
 
 def expand(
@@ -127,13 +122,12 @@ def expand(
     block_m, block_n, block_k = tuning.expand(D, N, token.dtype)
     blocks = triton.cdiv(M, block_m)
     runs = 1 if blocks >= 2 * tuning.device_of(token).multiprocessors else triton.cdiv(N, block_n)
-    period = T if position_ids is None else position_ids.numel()
-    L = 0 if position is None else position.shape[0]
-    shape = (M, period, V, L, heads[0] * head_dim, heads[1] * head_dim, P, projected.shape[0] - P, runs)
+    terms = Terms(position, position_ids)
+    shape = (M, terms.period(T), V, terms.places, heads[0] * head_dim, heads[1] * head_dim, P, projected.shape[0] - P, runs)
     statistics = (mean if norm == "layer" else None, rstd if norm != "none" else None)
-    rotary, pairs = tuning.rotary(rotary, head_dim)
+    (_, _, rotary, _), pairs = Epilogue(rotary=rotary).arguments(T, head_dim)
     expand_kernel[(blocks * runs,)](
-        ids, (position_ids, position), token, projected, slots, index, offset, hidden, qkv, statistics, rotary, shape,
+        ids, terms.arguments(), token, projected, slots, index, offset, hidden, qkv, statistics, rotary, shape,
         (eps, factor), D, GATHERED=gathered, **pairs, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=4,
         **tuning.registers(tuning.device_of(token)),
     )  # fmt: skip

@@ -35,7 +35,7 @@ def load(name):
 
 
 # What the interpreter patches for a launch, and does not put back where one library function calls another.
-_PATCHED = (tl, tl.core, tl.math, tl.standard, tl.tensor, tl.dtype, tl.core.tensor_descriptor_base)
+_PATCHED = (tl, tl.core, tl.math, tl.standard, tl.random, tl.tensor, tl.dtype, tl.core.tensor_descriptor_base)
 
 
 @contextlib.contextmanager
@@ -45,7 +45,7 @@ def running():
         triton.knobs.runtime.interpret = True
         before = [(owner, dict(vars(owner))) for owner in _PATCHED]
         try:
-            for owner in (tl, tl.standard):
+            for owner in (tl, tl.standard, tl.random):
                 for name, member in dict(vars(owner)).items():
                     if isinstance(member, JITFunction):
                         setattr(owner, name, _interpreted(member.fn))

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from . import tuning
+from .arguments import Epilogue
 from .tiles import find_pairs, load_turns, store_pairs, turn
 
 
@@ -11,7 +12,7 @@ from .tiles import find_pairs, load_turns, store_pairs, turn
 def turn_back_kernel(
     grad,  # (M, n)
     out,  # (M, n)
-    rotary,  # as in embed_qkv_kernel
+    rotary,  # as in store_projected
     M,
     width,
     HEAD_DIM: tl.constexpr,
@@ -28,7 +29,7 @@ def turn_back_kernel(
     x = tl.load(rows + first[None, :], mask=(m < M)[:, None] & (first < width)[None, :], other=0.0).to(ACC)
     y = tl.load(rows + second[None, :], mask=(m < M)[:, None] & (second < width)[None, :], other=0.0).to(ACC)
     y, x = turn(y, x, rotary, row, pair, True)
-    store_pairs(out, x, y, m, M, n0, width, first, second, HALF)
+    store_pairs(out, x, y, m, M, n0, width, None, first, second, HEAD_DIM, HALF)
 
 
 def turn_back(grad, rotation):
@@ -38,7 +39,7 @@ def turn_back(grad, rotation):
     out = grad.new_empty(grad.shape)
     if out.numel() == 0:
         return out
-    rotary, pairs = tuning.rotary(rotation, head_dim)
+    (_, _, rotary, _), pairs = Epilogue(rotary=rotation).arguments(M, head_dim)
     block_m, block_n = tuning.streaming(width, grad.dtype)
     with tuning.on_device(grad):
         turn_back_kernel[(triton.cdiv(M, block_m), triton.cdiv(width, block_n))](

@@ -26,13 +26,68 @@ def load_places(position_ids, m, mask, T, size):
 
 
 @triton.jit
-def load_hidden(token, position, row, place, d, D):
-    """hidden[:, d] = token[row] + position[place], rounded to the table's dtype as eager rounds it; 0 past column D."""
+def find_rows(ids, terms, m, M, T, V, L):
+    """Rows of the token, position and segment tables that tokens m take (None: no such table), and whether they all exist.
+
+    terms, here and below: position_ids (T,) or (M,) or None: the place in the sequence; position (L, D), or int64 (2, D) of
+    wave(), or None; segment: its ids, their number, table and rows, or None; scale of the token row or None; dropout: seed,
+    probability and what is kept is multiplied by, or None."""
+    position_ids, position, segment, _, _ = terms
+    row, known = load_rows(ids, m, m < M, V)
+    place = None
+    if position is not None:
+        place, placed = load_places(position_ids, m, m < M, T, L)
+        known &= placed
+    kind = None
+    if segment is not None:
+        kind_ids, period, _, kinds = segment
+        kind = tl.zeros_like(m)
+        if kind_ids is not None:
+            kind, there = load_rows(kind_ids, m % period, m < M, kinds)
+            known &= there
+    return (m, row, place, kind), known
+
+
+@triton.jit
+def wave(steps, place, d, D, ACC: tl.constexpr):
+    """Sines of place·steps[0, d] + steps[1, d], in units of 2⁻⁶⁴ turns: integers drop whole turns without an error."""
+    step = tl.load(steps + d, mask=d < D, other=0)
+    start = tl.load(steps + D + d, mask=d < D, other=0)
+    turn = place.to(tl.int64)[:, None] * step[None, :] + start[None, :]
+    return tl.sin((turn >> 32).to(ACC) * 1.4629180792671596e-09)  # 2π·2⁻³²
+
+
+@triton.jit
+def drop(x, dropout, m, d, ACC: tl.constexpr):
+    """x, of which each element is zero with the given probability: element (m, d) by Philox of the seed and its place alone."""
+    seed, probability, factor = dropout
+    quads = tl.min(d, 0) // 4 + tl.arange(0, x.shape[1] // 4)  # four numbers come at once
+    zero = tl.zeros((x.shape[0], x.shape[1] // 4), tl.uint32)
+    low, high = m.to(tl.uint32)[:, None], (m >> 32).to(tl.uint32)[:, None]
+    a, b, c, d = tl.philox(tl.load(seed), quads.to(tl.uint32)[None, :] + zero, low + zero, high + zero, zero)
+    bits = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), x.shape)
+    return tl.where(tl.uint_to_uniform_float(bits) >= probability, x.to(ACC) * factor, 0.0).to(x.dtype)
+
+
+@triton.jit
+def load_hidden(token, terms, rows, d, D):
+    """hidden[:, d], each term rounded to the table's dtype as eager rounds it; 0 past column D."""
+    _, position, segment, scale, dropout = terms
+    m, row, place, kind = rows
+    ACC: tl.constexpr = tl.float64 if token.dtype.element_ty == tl.float64 else tl.float32
     inside = (d < D)[None, :]
     x = tl.load(token + row[:, None] * D + d[None, :], mask=inside, other=0.0)
+    if scale is not None:
+        x = (x.to(ACC) * scale).to(x.dtype)
+    if segment is not None:
+        x += tl.load(segment[2] + kind[:, None] * D + d[None, :], mask=inside, other=0.0)
     if position is not None:
-        p = tl.load(position + place[:, None] * D + d[None, :], mask=inside, other=0.0)
-        x += p
+        if position.dtype.element_ty == tl.int64:
+            x += wave(position, place, d, D, ACC).to(x.dtype)
+        else:
+            x += tl.load(position + place[:, None] * D + d[None, :], mask=inside, other=0.0)
+    if dropout is not None:
+        x = drop(x, dropout, m, d, ACC)
     return x
 
 
@@ -50,14 +105,12 @@ def welford(x, mean, m2, seen, count, mask):
 @triton.jit
 def gather_statistics(
     token,
-    position,
-    row,
-    place,
+    terms,
+    rows,
     known,
     hidden,
     mean,
     rstd,
-    m,
     M,
     writes,
     eps,
@@ -66,6 +119,7 @@ def gather_statistics(
     BLOCK_K: tl.constexpr,
 ):
     """Mean and rstd of each row, where mean and rstd are not None. The program that `writes` stores them, and hidden."""
+    m = rows[0]
     ACC: tl.constexpr = tl.float64 if token.dtype.element_ty == tl.float64 else tl.float32
     mu = tl.zeros((ROWS,), ACC)
     squares = tl.zeros((ROWS,), ACC)
@@ -74,7 +128,7 @@ def gather_statistics(
         stop = tl.where(writes, D, 0)
     for d0 in range(0, stop, BLOCK_K):
         d = d0 + tl.arange(0, BLOCK_K)
-        h = load_hidden(token, position, row, place, d, D)
+        h = load_hidden(token, terms, rows, d, D)
         shown = tl.where(known[:, None], h, float("nan"))
         tl.store(hidden + m[:, None] * D + d[None, :], shown, mask=(m < M)[:, None] & (d < D)[None, :] & writes)
         h = h.to(ACC)
@@ -175,13 +229,37 @@ def turn(x, y, rotary, row, pair, turns):
 
 
 @triton.jit
-def store_pairs(out, x, y, m, M, n0, width, first, second, HALF: tl.constexpr):
+def head_offsets(m, n, width, length, HEAD_DIM: tl.constexpr):
+    """Where rows m and columns n of query, key or value lie: (M, n), or, of sequences of `length` tokens, (B, H, T, d_h)."""
+    if length is None:
+        return m * width, n
+    n = n.to(tl.int64)
+    return m // length * length * width + m % length * HEAD_DIM, n // HEAD_DIM * length * HEAD_DIM + n % HEAD_DIM
+
+
+@triton.jit
+def store_pairs(out, x, y, m, M, n0, width, length, first, second, HEAD_DIM: tl.constexpr, HALF: tl.constexpr):
     """Columns first and second of rows m: in two pieces of whole lines, or side by side."""
-    rows = out + m[:, None] * width
+    inside = (m < M)[:, None]
     if HALF > 0:
-        tl.store(rows + first[None, :], x.to(out.dtype.element_ty), mask=(m < M)[:, None] & (first < width)[None, :])
-        tl.store(rows + second[None, :], y.to(out.dtype.element_ty), mask=(m < M)[:, None] & (second < width)[None, :])
+        rows, columns = head_offsets(m, first, width, length, HEAD_DIM)
+        tl.store(out + rows[:, None] + columns[None, :], x.to(out.dtype.element_ty), mask=inside & (first < width)[None, :])
+        rows, columns = head_offsets(m, second, width, length, HEAD_DIM)
+        tl.store(out + rows[:, None] + columns[None, :], y.to(out.dtype.element_ty), mask=inside & (second < width)[None, :])
     else:
         z = tl.interleave(x, y)
         n = n0 + tl.arange(0, z.shape[1])
-        tl.store(rows + n[None, :], z.to(out.dtype.element_ty), mask=(m < M)[:, None] & (n < width)[None, :])
+        rows, columns = head_offsets(m, n, width, length, HEAD_DIM)
+        tl.store(out + rows[:, None] + columns[None, :], z.to(out.dtype.element_ty), mask=inside & (n < width)[None, :])
+
+
+@triton.jit
+def normalise_heads(acc, head_norm, first, query, key, HEAD_DIM: tl.constexpr, HALF: tl.constexpr):
+    """RMSNorm of each head of a tile whose columns begin with a head's, where the tile is of query or key."""
+    query_weight, key_weight, eps = head_norm
+    weight = tl.where(first < query, query_weight, key_weight)
+    x = tl.reshape(acc, (acc.shape[0], acc.shape[1] // HEAD_DIM, HEAD_DIM))
+    scale = 1.0 / tl.sqrt(tl.sum(x * x, 2) / HEAD_DIM + eps)
+    gamma = tl.load(weight + paired_source(tl.arange(0, HEAD_DIM), HEAD_DIM, HALF)).to(acc.dtype)
+    normed = tl.reshape(x * scale[:, :, None] * gamma[None, None, :], acc.shape)
+    return tl.where(first < query + key, normed, acc)

@@ -66,15 +66,6 @@ def precision(dtype):
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
-def rotary(rotation, head_dim):
-    """A rotation (cos, sin, ids, interleaved) as kernels take it, and the layout of its pairs, compiled in."""
-    if rotation is None:
-        return None, {"HEAD_DIM": 0, "HALF": 0}
-    cos, sin, ids, interleaved = rotation
-    (rows, half), period = cos.shape, cos.shape[0] if ids is None else ids.numel()
-    return (*dense(cos, sin, ids), period, rows, half), {"HEAD_DIM": head_dim, "HALF": 0 if interleaved else half}
-
-
 def weight_descriptor(weight, tiles):
     """A TMA descriptor of a projection weight (N, D) and whether it is read as (D, N), as in Conv1D's transposed view."""
     unit = 16 // weight.element_size()  # rows of a descriptor start at multiples of 16 bytes
@@ -100,8 +91,13 @@ def _aligned(dtype, *sizes):
     return all(size * dtype.itemsize % 16 == 0 for size in sizes)
 
 
-def embed_qkv(M, N, D, dtype, device):
-    """Tiles of the kernel that normalises on the way: few tokens, or no norm at all."""
+def embed_qkv(M, N, D, dtype, device, half=0, head=0):
+    """Tiles of the kernel that normalises on the way: few tokens, or no norm at all. half, head: as of embed_qkv_folded."""
+    tiles = _embed_qkv(M, N, D, dtype, device)
+    return tiles if head <= tiles.BLOCK_N else tiles._replace(BLOCK_M=min(tiles.BLOCK_M, 64), BLOCK_N=head)
+
+
+def _embed_qkv(M, N, D, dtype, device):
     deep = 64 if dtype.itemsize == 2 else 16
     stages = 2 if device.shared_memory < 100_000 else 3
     if not _aligned(dtype, D, N):
@@ -118,14 +114,20 @@ def registers(device):
     return {"maxnreg": 255} if isinstance(device.arch, int) else {}
 
 
-def embed_qkv_folded(M, N, D, dtype, device, half=0):
+def embed_qkv_folded(M, N, D, dtype, device, half=0, head=0):
     """Tiles of the kernel that multiplies by the folded weight: many tokens, bound by the tensor cores.
 
-    half: as of rotary(); pairs that do not stand side by side in memory take registers to store."""
+    half: of the pairs of rotary columns, which take registers to store where they do not stand side by side; 0: they do, or
+    none turn. head: width of heads that are normalised, which takes registers too and wants them whole; 0: they are not."""
+    tiles = _embed_qkv_folded(N, D, dtype, device, half or head)
+    return tiles if head <= tiles.BLOCK_N else tiles._replace(BLOCK_M=64, BLOCK_N=head)
+
+
+def _embed_qkv_folded(N, D, dtype, device, crowded):
     if not _aligned(dtype, D, N):
         return Tiles(64, 32, 32, 4, 2)
     if device.arch == 90:
-        return Tiles(128, 128 if half else 256, 64, 8, 4)
+        return Tiles(128, 128 if crowded else 256, 64, 8, 4)
     if device.arch == 80:
         return Tiles(128, 128, 32, 8, 4)
     return Tiles(128, 128, 64, 8, 2 if device.shared_memory < 100_000 else 3)
