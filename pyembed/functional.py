@@ -320,12 +320,11 @@ def embed_qkv(
     num_kv_heads = check_heads(num_heads, num_kv_heads)
     if not (eps >= 0 and head_eps >= 0):
         raise ValueError(f"eps, head_eps: expected numbers of at least 0, got {eps} and {head_eps}")
-    head_dim, rest = divmod(N, num_heads + 2 * num_kv_heads)
-    if rest:
-        raise ValueError(
-            f"weight: expected a multiple of num_heads + 2·num_kv_heads = {num_heads + 2 * num_kv_heads} rows, got {N}"
-        )
-    first, second = check_query_biases(query_biases, num_heads, head_dim, query_norm)
+    total = num_heads + 2 * num_kv_heads
+    head_dim = N // total
+    if N % total:
+        raise ValueError(f"weight: expected a multiple of num_heads + 2·num_kv_heads = {total} rows, got {N}")
+    first, second = check_query_biases(query_biases, num_heads, head_dim, query_norm, rotary)
     _check_shape("query_norm", query_norm, (head_dim,), "head_dim", optional=key_norm is None)
     _check_shape("key_norm", key_norm, (head_dim,), "head_dim", optional=query_norm is None)
     _check_alike(
@@ -384,12 +383,12 @@ def embed_qkv(
     return _run(kernel, eager, token, ids, token, position, position_ids, rotary, segment, segment_ids)
 
 
-def check_query_biases(query_biases, num_heads: int, head_dim: int, query_norm) -> tuple:
+def check_query_biases(query_biases, num_heads: int, head_dim: int, query_norm, rotary) -> tuple:
     """The two of them, or two None."""
     if query_biases is None:
         return None, None
-    if query_norm is not None:
-        raise ValueError("query_biases: expected None where heads are normalised, got a pair: which comes first is not known")
+    if query_norm is not None or rotary is not None:
+        raise ValueError("query_biases: expected None where heads are normalised or turned (which comes first?), got a pair")
     if not isinstance(query_biases, tuple | list) or len(query_biases) != 2:
         raise TypeError(f"query_biases: expected a pair of Tensors or None, got {type(query_biases).__name__}")
     for bias in query_biases:

@@ -252,7 +252,9 @@ class EmbeddingQKV(KeepsTable):
         """What follows the projection, by PyTorch's operators."""
         second = None
         if query_biases is not None:
-            first, second = F.check_query_biases(query_biases, self.num_heads, self._head_dim, self._modules["query_norm"])
+            first, second = F.check_query_biases(
+                query_biases, self.num_heads, self._head_dim, self._modules["query_norm"], rotation
+            )
             found, second = found._replace(query=found.query + first), second - first
         if self._modules["query_norm"] is not None:
             found = found._replace(query=self.query_norm(found.query), key=self.key_norm(found.key))

@@ -305,10 +305,10 @@ def _embed_qkv_backward(ctx, grad_hidden, *grads):
         return unpacked(ctx, [None] * 7, needs, places)
     if ctx.heads_first:
         grads = [None if g is None else g.transpose(-3, -2) for g in grads]
-    grads, saved = turned_back(ctx, grads)
     if ctx.has_second and grads[0] is not None:
         grad_second = grads[0][1].flatten(0, -3).sum(0).flatten() if ctx.needs_input_grad[11] else None
         grads = [grads[0].sum(0), *grads[1:]]
+    grads, saved = turned_back(ctx, grads)
     found = embed_qkv_backward(grad_hidden, *grads, *saved, *ctx.heads, ctx.padding_idx, ctx.scale, ctx.dropout, needs)
     return unpacked(ctx, [*found, grad_second], [*needs, True], (*places, 11))
 

@@ -73,8 +73,7 @@ def finish(found, *, query_norm=None, key_norm=None, head_eps=1e-6, second=None,
     if second is not None:
         query = torch.stack([query, query + second.view(query.shape[-2:])])
     if rotation is not None:
-        query = torch.stack([rotate(q, rotation) for q in query]) if second is not None else rotate(query, rotation)
-        key = rotate(key, rotation)
+        query, key = rotate(query, rotation), rotate(key, rotation)
     if heads_first:
         query, key, value = (x.transpose(-3, -2).contiguous() for x in (query, key, value))
     return HiddenQKV(found.hidden, query, key, value)

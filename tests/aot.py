@@ -27,7 +27,7 @@ def target(arch):
     return GPUTarget("cuda", arch, 32) if isinstance(arch, int) else GPUTarget("hip", arch, 64)
 
 
-def _typed(argument, path, types_only=False):
+def _typed(argument):
     """(type, constant, divisible by 16) as Triton specialises an argument."""
     if isinstance(argument, torch.Tensor):
         return f"*{DTYPES[argument.dtype]}", None, argument.data_ptr() % 16 == 0
@@ -54,15 +54,17 @@ class Launch:
             if parameter.is_constexpr:
                 self.signature[parameter.name], self.constants[(index,)] = "constexpr", value
                 continue
-            nested = value if isinstance(value, tuple) else (value,)
-            kinds = [_typed(item, None) for item in nested]
-            self.signature[parameter.name] = tuple(k for k, _, _ in kinds) if isinstance(value, tuple) else kinds[0][0]
-            for place, (kind, constant, divisible) in enumerate(kinds):
-                path = (index, place) if isinstance(value, tuple) else (index,)
-                if kind == "constexpr":
-                    self.constants[path] = constant
-                elif divisible:
-                    self.attributes[path] = [["tt.divisibility", 16]]
+            self.signature[parameter.name] = self._specialise(value, (index,))
+
+    def _specialise(self, value, path):
+        if isinstance(value, tuple):
+            return tuple(self._specialise(item, (*path, place)) for place, item in enumerate(value))
+        kind, constant, divisible = _typed(value)
+        if kind == "constexpr":
+            self.constants[path] = constant
+        elif divisible:
+            self.attributes[path] = [["tt.divisibility", 16]]
+        return kind
 
     def key(self):
         parts = (self.signature, self.constants, self.attributes, self.options)

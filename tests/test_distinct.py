@@ -8,7 +8,7 @@ import torch
 from numerics import Case
 
 import pyembed
-from pyembed import distinct, memory, ops, reference
+from pyembed import distinct, memory, ops_distinct, reference
 from pyembed import functional as F
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -110,7 +110,7 @@ def test_opcheck():
     affine = (p["norm_weight"], p["norm_bias"], 1, 1, "layer", 1e-5, -1)
     arguments = (case.ids, p["token"], p["weight"], p["bias"], p["position"], None, *affine, None, None, False, *F.NO_ROTATION)
     torch.library.opcheck(
-        ops.distinct_qkv, arguments, test_utils=("test_schema", "test_autograd_registration", "test_faketensor")
+        ops_distinct.distinct_qkv, arguments, test_utils=("test_schema", "test_autograd_registration", "test_faketensor")
     )
 
 

@@ -7,7 +7,7 @@ from numerics import Case
 
 import pyembed
 from pyembed import functional as F
-from pyembed import ops
+from pyembed import ops, ops_distinct
 
 VARIANTS = [
     {},
@@ -40,7 +40,7 @@ def forced():
 
 
 def kernels(name="distinct"):
-    return ops._kernels(name, torch.empty(0, device=DEVICE))
+    return ops.kernels_for(name, torch.empty(0, device=DEVICE))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -124,7 +124,7 @@ def test_opcheck():
     arguments = (case.ids, p["token"], p["weight"], p["bias"], p["position"], None, p["norm_weight"], p["norm_bias"])
     utilities = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(
-        ops.distinct_qkv, (*arguments, 1, 1, "layer", 1e-5, -1, None, None, True, *F.NO_ROTATION), test_utils=utilities
+        ops_distinct.distinct_qkv, (*arguments, 1, 1, "layer", 1e-5, -1, None, None, True, *F.NO_ROTATION), test_utils=utilities
     )
 
 

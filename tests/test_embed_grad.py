@@ -12,7 +12,7 @@ from pyembed import ops
 
 
 def table_grad(rows, ids, size, padding_idx=-1):
-    module, running = ops._kernels("embed_grad", rows)
+    module, running = ops.kernels_for("embed_grad", rows)
     with running:
         return module.table_grad(rows, ids, size, padding_idx)
 

@@ -100,7 +100,7 @@ def test_rows_without_variance():
 @pytest.mark.parametrize("programs", [2, 3, 5])
 def test_programs_that_share_rows(programs, norm, monkeypatch):
     """The N tiles of a block of rows split among programs, evenly and not."""
-    module, _ = ops._kernels("embed_qkv", torch.empty(0, device=DEVICE))
+    module, _ = ops.kernels_for("embed_qkv", torch.empty(0, device=DEVICE))
     monkeypatch.setattr(module.tuning, "runs", lambda M, N, tiles, device: programs)
     Case(torch.float32, DEVICE, heads=5, head_dim=11, norm=norm).check(F.embed_qkv)
 
@@ -118,10 +118,10 @@ def test_eps(eps):
 @pytest.mark.parametrize("dtype", [d for d in DTYPES if d.itemsize == 2])
 def test_folded(dtype, norm, position, centre, monkeypatch):
     """The kernel for many tokens, here with few: its weight carries the norm."""
-    kernels, _ = ops._kernels("tuning", torch.empty(0, device=DEVICE))
+    kernels, _ = ops.kernels_for("tuning", torch.empty(0, device=DEVICE))
     monkeypatch.setattr(kernels, "folds", lambda M, dtype: True)
     called = []
-    fold_kernel = ops._kernels("embed_qkv", torch.empty(0, device=DEVICE))[0].fold_kernel
+    fold_kernel = ops.kernels_for("embed_qkv", torch.empty(0, device=DEVICE))[0].fold_kernel
     monkeypatch.setattr(fold_kernel, "run", lambda *a, _run=fold_kernel.run, **k: (called.append(1), _run(*a, **k)))
     for D, bias, affine in ((40, True, True), (70, False, True), (136, True, False)):
         case = Case(dtype, DEVICE, T=37, D=D, head_dim=11, norm=norm, position=position, bias=bias, affine=affine)
@@ -154,7 +154,7 @@ def test_frozen_parameters(frozen, device):
 def test_frozen_costs_nothing(device, monkeypatch):
     """With only the projection trained, no table gradient and no product with the weight is computed."""
     case = Case(torch.float32, device)
-    module, _ = ops._kernels("embed_grad", case.ids)
+    module, _ = ops.kernels_for("embed_grad", case.ids)
     monkeypatch.setattr(module, "table_grad", lambda *a, **k: pytest.fail("a table gradient was computed"))
     monkeypatch.setattr(module, "position_grad", lambda *a, **k: pytest.fail("a position gradient was computed"))
     monkeypatch.setattr(torch.Tensor, "addmm", lambda *a, **k: pytest.fail("a product with the weight was computed"))

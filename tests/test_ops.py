@@ -13,6 +13,9 @@ import pyembed
 from pyembed import functional as F
 from pyembed import ops
 
+NO_TERMS = (None,) * 4  # no segment, its ids, no dropout's seed, no second query
+END = (None, 0.0, *F.NO_ROTATION, None, None, 0.0, False)  # no scale, dropout, rotation, norms of heads; heads behind tokens
+
 
 def inputs(dtype=torch.float32, norm="layer", requires_grad=True):
     def draw(*shape):
@@ -20,7 +23,23 @@ def inputs(dtype=torch.float32, norm="layer", requires_grad=True):
 
     ids = torch.randint(7, (2, 5), device=DEVICE)
     norm_weight, norm_bias = draw(6) if norm != "none" else None, draw(6) if norm == "layer" else None
-    return (ids, draw(7, 6), draw(9, 6), draw(9), draw(5, 6), None, norm_weight, norm_bias, 1, 1, norm, 1e-5, 2, *F.NO_ROTATION)
+    return (
+        ids,
+        draw(7, 6),
+        draw(9, 6),
+        draw(9),
+        draw(5, 6),
+        None,
+        norm_weight,
+        norm_bias,
+        *NO_TERMS,
+        1,
+        1,
+        norm,
+        1e-5,
+        2,
+        *END,
+    )
 
 
 @pytest.mark.parametrize("norm", ["layer", "rms", "none"])
@@ -31,26 +50,40 @@ def test_opcheck_embed_qkv(norm):
     grads = [torch.randn_like(output) for output in outputs]
     ids, token, weight, _, position, position_ids, norm_weight, norm_bias, *_ = args
     needs = [True, True, True, True, norm_weight is not None, norm_bias is not None]
-    tensors = (ids, token, weight, position, position_ids, norm_weight, norm_bias, mean, rstd)
-    opcheck(ops.embed_qkv_backward, (*grads, *tensors, 1, 1, 2, needs))
-    opcheck(ops.embed_qkv_backward, (None, None, *grads[2:], *tensors, 1, 1, 2, [False] * 6))
+    tensors = (ids, token, weight, position, position_ids, norm_weight, norm_bias, None, None, None, mean, rstd)
+    opcheck(ops.embed_qkv_backward, (*grads, *tensors, 1, 1, 2, None, 0.0, [*needs, False]))
+    opcheck(ops.embed_qkv_backward, (None, None, *grads[2:], *tensors, 1, 1, 2, None, 0.0, [False] * 7))
 
 
 def test_opcheck_embed():
     ids, token, _, _, position, *_ = inputs()
-    opcheck(ops.embed, (ids, token, position, None, -1))
-    opcheck(ops.embed, (ids, token, None, None, 1))
-    opcheck(ops.embed_backward, (torch.randn(2, 5, 6, device=DEVICE), ids, None, 7, 5, -1))
+    segment, seed = torch.randn(2, 6, device=DEVICE, requires_grad=True), torch.tensor([7], device=DEVICE)
+    opcheck(ops.embed, (ids, token, position, None, None, None, None, None, 0.0, -1))
+    opcheck(ops.embed, (ids, token, None, None, None, None, None, None, 0.0, 1))
+    opcheck(ops.embed, (ids, token, position, None, segment, ids % 2, seed, 2.0, 0.5, 1))
+    tensors = (ids, token.detach(), position.detach(), None, segment.detach(), ids % 2, seed)
+    opcheck(ops.embed_backward, (torch.randn(2, 5, 6, device=DEVICE), *tensors, 2.0, 0.5, -1, [True] * 3))
+
+
+def test_opcheck_terms_and_epilogue():
+    args = list(inputs())
+    segment, second = (torch.randn(shape, device=DEVICE, requires_grad=True) for shape in ((2, 6), (3,)))
+    args[8:12] = segment, args[0] % 2, torch.tensor([7], device=DEVICE), second
+    args[17:19], args[-1] = (2.0, 0.5), True
+    opcheck(ops.embed_qkv, tuple(args))
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the compiled kernels have no float64; the interpreter checks the formulas")
 @pytest.mark.parametrize("norm", ["layer", "rms", "none"])
 def test_gradcheck(norm):
     ids, token, weight, bias, position, _, norm_weight, norm_bias, *_ = inputs(torch.float64, norm)
-    leaves = [t for t in (token, weight, bias, position, norm_weight, norm_bias) if t is not None]
+    segment, second = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 6), (3,)))
+    terms = (segment, ids % 2, torch.tensor([7]))
+    leaves = [t for t in (token, weight, bias, position, norm_weight, norm_bias, segment, second) if t is not None]
 
     def function(*_):
-        arguments = (ids, token, weight, bias, position, None, norm_weight, norm_bias, 1, 1, norm, 1e-5, -1, *F.NO_ROTATION)
+        arguments = (ids, token, weight, bias, position, None, norm_weight, norm_bias, *terms, second, 1, 1, norm, 1e-5, -1)
+        arguments += (2.0, 0.5, *END[2:-1], True)
         return ops.embed_qkv(*arguments)[:4]
 
     assert torch.autograd.gradcheck(function, leaves, fast_mode=True)
@@ -60,7 +93,12 @@ def test_gradcheck(norm):
 def test_gradcheck_embed():
     ids, token, _, _, position, *_ = inputs(torch.float64)
     places = torch.randint(5, (2, 5))
-    assert torch.autograd.gradcheck(lambda *t: ops.embed(ids, *t, places, -1), (token, position), fast_mode=True)
+    segment, seed = torch.randn(2, 6, dtype=torch.float64, requires_grad=True), torch.tensor([7])
+
+    def function(token, position, segment):
+        return ops.embed(ids, token, position, places, segment, ids % 2, seed, 2.0, 0.5, -1)
+
+    assert torch.autograd.gradcheck(function, (token, position, segment), fast_mode=True)
 
 
 def test_second_derivatives_are_refused():
@@ -147,6 +185,7 @@ def test_interpreter_leaves_the_compiler_alone(monkeypatch):
     import aot
     import triton
     from pyembed.kernels import embed_qkv, interpreter, tuning
+    from pyembed.kernels.arguments import Terms
 
     with pyembed.backend("triton"):
         pyembed.EmbeddingQKV(7, 16, 1)(torch.tensor([[1, 2]]))
@@ -156,7 +195,7 @@ def test_interpreter_leaves_the_compiler_alone(monkeypatch):
     ids, vector = torch.empty(1, 40, dtype=torch.long, device="meta"), torch.empty(64, **meta)
     (launch,) = aot.record(
         monkeypatch, tuning, tuning.H100,
-        lambda: embed_qkv.embed_qkv(ids, *arguments, None, None, "layer", vector, vector, 1e-5, (1, 1, 1)),
+        lambda: embed_qkv.embed_qkv(ids, *arguments, Terms(), "layer", vector, vector, 1e-5, (1, 1, 1)),
     )  # fmt: skip
     monkeypatch.setattr(triton.knobs.compilation, "always_compile", True)
     assert launch.compile(90).asm["cubin"]

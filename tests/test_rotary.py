@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import DEVICE
 from numerics import Case
+from pyembed.kernels.arguments import Epilogue, Terms
 from torch import nn
 
 import pyembed
@@ -90,12 +91,12 @@ def test_folded_kernel(layout, norm):
     """The kernel of many tokens, whose folded weight has the pairs side by side."""
     case = Case(torch.float32, DEVICE, B=3, T=50, D=24, heads=4, kv_heads=2, head_dim=LAYOUTS[layout]["head_dim"], norm=norm)
     rotation = rotary_of(layout).rotation(case.ids, None)
-    module, running = ops._kernels("embed_qkv", case.ids)
+    module, running = ops.kernels_for("embed_qkv", case.ids)
     p = case.parameters
     with running:
         outputs = module.embed_qkv(
-            case.ids, p["token"], p["weight"], p["bias"], p["position"], None, norm, p["norm_weight"], p["norm_bias"], 1e-5,
-            (4, 2, 2), rotary=rotation, folds=True,
+            case.ids, p["token"], p["weight"], p["bias"], Terms(p["position"]), norm, p["norm_weight"], p["norm_bias"], 1e-5,
+            (4, 2, 2), Epilogue(rotary=rotation), folds=True,
         )  # fmt: skip
     expected = F.embed_qkv(case.ids, **p, **case.options)
     torch.testing.assert_close(outputs[1], rotate(expected.query, rotation), rtol=1e-4, atol=1e-4)
@@ -232,15 +233,16 @@ def test_a_place_without_a_row_is_nan_by_the_kernel(plan):
     """On a GPU nothing looks at ids: their heads become NaN there, and no other row's."""
     ids, token, weight = (t.to(DEVICE) for t in (torch.tensor([[0, 0, 0, 3]]), torch.randn(3, 6), torch.randn(24, 6)))
     rotation = Rotary(8, 4).to(DEVICE).rotation(ids, torch.tensor([[1, 4, -1, 1]], device=DEVICE))
-    module, running = ops._kernels("distinct" if plan == "distinct" else "embed_qkv", ids)
+    module, running = ops.kernels_for("distinct" if plan == "distinct" else "embed_qkv", ids)
     heads, gamma = (1, 1, 1), torch.ones(6, device=DEVICE)
     with running:
         if plan == "distinct":
             results = module.forward(ids, token, weight, None, None, None, gamma, None, heads, "rms", 1e-5, rotary=rotation)
         else:
             results = module.embed_qkv(
-                ids, token, weight, None, None, None, "rms", gamma, None, 1e-5, heads, rotary=rotation, folds=plan == "folded"
-            )
+                ids, token, weight, None, Terms(), "rms", gamma, None, 1e-5, heads, Epilogue(rotary=rotation),
+                folds=plan == "folded",
+            )  # fmt: skip
     query = results[1]
     assert query[0, 0].isfinite().all() and query[0, 1:].isnan().all()
 

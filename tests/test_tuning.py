@@ -8,6 +8,7 @@ from aot import record, report
 
 pytest.importorskip("triton")
 from pyembed.kernels import distinct, distinct_grad, embed, embed_grad, embed_qkv, expand, rotary, tuning
+from pyembed.kernels.arguments import Epilogue, Terms
 
 HALF, FULL = (torch.bfloat16, torch.float16), (torch.float32,)
 
@@ -22,7 +23,7 @@ def front_end(dtype, M, D, N, norm, position, bias=True, affine=True, ids=torch.
     vector = meta(D, dtype=dtype)
     embed_qkv.embed_qkv(
         meta(1, M, dtype=ids), meta(50257, D, dtype=dtype), weight, meta(N, dtype=dtype) if bias else None,
-        meta(8192, D, dtype=dtype) if position else None, meta(1, M, dtype=ids) if position == "ids" else None, norm,
+        Terms(meta(8192, D, dtype=dtype) if position else None, meta(1, M, dtype=ids) if position == "ids" else None), norm,
         vector if affine and norm != "none" else None, vector if affine and norm == "layer" else None, 1e-5, (1, 1, 1),
     )  # fmt: skip
 
@@ -32,11 +33,11 @@ def backward(dtype, M, D, norm, position):
     mean, rstd = meta(M if norm == "layer" else 0, dtype=torch.float32), meta(M, dtype=torch.float32)
     for wanted in (rows, None):  # with frozen tables and norm, only normed is computed
         embed_grad.norm_backward(
-            meta(1, M), meta(50257, D, dtype=dtype), meta(8192, D, dtype=dtype) if position else None, None, vector,
+            meta(1, M), meta(50257, D, dtype=dtype), Terms(meta(8192, D, dtype=dtype) if position else None), vector,
             vector if norm == "layer" else None, mean, rstd, wanted, wanted, wanted is not None, True,
         )  # fmt: skip
     embed_grad.table_grad(rows, meta(M), 50257)
-    embed.embed(meta(1, M), meta(50257, D, dtype=dtype), meta(8192, D, dtype=dtype) if position else None, None)
+    embed.embed(meta(1, M), meta(50257, D, dtype=dtype), Terms(meta(8192, D, dtype=dtype) if position else None))
 
 
 def distinct_rows(dtype, M, D, N, norm, position, trains=True, affine=True, index=None, transposed=False):
@@ -78,13 +79,44 @@ def turned(dtype, M, rotary_dim, interleaved, given=False, many=True):
     rotation = (cos, cos, None if given else meta(M), interleaved)
     token, weight, vector = meta(50257, 768, dtype=dtype), meta(2304, 768, dtype=dtype), meta(768, dtype=dtype)
     heads, ids = (12, 12, 12), meta(1, M)
-    embed_qkv.embed_qkv(ids, token, weight, None, None, None, "rms", vector, None, 1e-5, heads, rotary=rotation)
+    embed_qkv.embed_qkv(ids, token, weight, None, Terms(), "rms", vector, None, 1e-5, heads, Epilogue(rotary=rotation))
     if many:
         distinct.forward(ids, token, weight, None, None, None, vector, None, heads, "rms", 1e-5, rotary=rotation)
         projected, offset = meta(50257 + 1024, 2304, dtype=dtype), meta(2304, dtype=torch.float32)
         position = meta(1024, 768, dtype=dtype)
         expand.look_up(ids, token, position, None, projected, offset, "layer", 1e-5, heads, 1.0, rotation)
         rotary.turn_back(meta(1, M, 12, 64, dtype=dtype), rotation)
+
+
+def terms(dtype, M, norm):
+    """Hidden of many terms, forward and backward: segments, scale and dropout, with a table of positions or computed ones."""
+    token, segment, seed = meta(50257, 768, dtype=dtype), meta(2, 768, dtype=dtype), meta(1)
+    weight, vector, ids = meta(2304, 768, dtype=dtype), meta(768, dtype=dtype), meta(2, M // 2)
+    affine = (vector if norm != "none" else None, vector if norm == "layer" else None)
+    several = [
+        Terms(meta(8192, 768, dtype=dtype), None, segment, ids, None, seed, 0.1),
+        Terms(meta(2, 768), None, None, None, 27.7),
+        Terms(meta(2, 768), ids, segment, None, 27.7, seed, 0.1),
+    ]
+    for each in several:
+        embed.embed(ids, token, each)
+        *_, mean, rstd = embed_qkv.embed_qkv(ids, token, weight, None, each, norm, *affine, 1e-5, (12, 12, 12))
+        if norm != "none":
+            rows = meta(M, 768, dtype=dtype)
+            embed_grad.norm_backward(ids, token, each, *affine, mean, rstd, rows, rows, True, True)
+        elif each.dropout:
+            embed.drop_again(meta(M, 768, dtype=dtype), each.dropout)
+
+
+def ends(dtype, M, head_dim, norms, second, interleaved, first, norm="rms"):
+    """Epilogues: heads normalised, a second query, turns and heads before tokens, as they may come together."""
+    token, weight, vector = meta(50257, 768, dtype=dtype), meta(48 * head_dim, 768, dtype=dtype), meta(768, dtype=dtype)
+    cos, head = meta(8192, head_dim // 2, dtype=torch.float32), meta(head_dim, dtype=dtype) if norms else None
+    rotation = None if interleaved is None else (cos, cos, None, interleaved)
+    more = meta(16 * head_dim, dtype=dtype) if second else None
+    epilogue = Epilogue(head, head, 1e-6, more, rotation, first)
+    affine = None if norm == "none" else vector
+    embed_qkv.embed_qkv(meta(2, M // 2), token, weight, None, Terms(), norm, affine, None, 1e-5, (16,) * 3, epilogue)
 
 
 def launches(device):
@@ -134,6 +166,17 @@ def launches(device):
             for M in (1, 17, 199, 513, 4097):
                 calls.append((False, turned, dtype, M, rotary_dim, interleaved, False, M in (1, 4097)))
         calls.append((False, turned, torch.float16, 513, 64, False, True))
+        for dtype, M, norm in itertools.product((torch.bfloat16, torch.float32), (2, 200, 4098), ("layer", "rms", "none")):
+            calls.append((False, terms, dtype, M, norm))
+        for dtype, M in itertools.product((torch.bfloat16, torch.float32), (2, 20, 200, 514, 4098)):
+            for head_dim in (64, 128, 256):
+                calls.append((False, ends, dtype, M, head_dim, True, False, None, False))
+                calls.append((False, ends, dtype, M, head_dim, True, False, False, True))
+            calls.append((False, ends, dtype, M, 128, True, False, True, True))
+            calls.append((False, ends, dtype, M, 64, False, True, None, False, "none"))
+            calls.append((False, ends, dtype, M, 64, False, False, None, True))
+            calls.append((False, ends, dtype, M, 64, False, False, False, True))
+            calls.append((False, ends, dtype, M, 64, False, True, None, True))
         for switch, function, *arguments in calls:
             torch.backends.cuda.matmul.allow_tf32 = switch
             for launch in record(patch, tuning, device, lambda f=function, a=arguments: f(*a)):

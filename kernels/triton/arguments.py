@@ -54,7 +54,7 @@ class Epilogue(NamedTuple):
     query_norm: Tensor | None = None  # (d_h,) RMSNorm of each head
     key_norm: Tensor | None = None
     head_eps: float = 0.0
-    second: Tensor | None = None  # (n,) added to query for a second one
+    second: Tensor | None = None  # (n,) added to query for a second one; not with rotary
     rotary: tuple | None = None  # cos, sin (rows, R/2), each token's row (T,) or (M,) or None, whether pairs are neighbours
     heads_first: bool = False  # (..., h, T, d_h)
 
@@ -65,6 +65,11 @@ class Epilogue(NamedTuple):
             own = (*ids_shape[:-1], h, *ids_shape[-1:], head_dim) if self.heads_first else (*ids_shape, h, head_dim)
             shapes.append((2, *own) if self.second is not None and not shapes else own)
         return shapes
+
+    def needs(self, head_dim):
+        """Whether it needs registers beyond those of a bias, and the width of heads that a tile must hold whole."""
+        apart = self.rotary is not None and not self.rotary[3]  # pairs that do not stand side by side
+        return apart or self.heads_first or self.query_norm is not None, head_dim if self.query_norm is not None else 0
 
     def arguments(self, T, head_dim):
         """As kernels take it, and the layout that is compiled in: see tiles.find_pairs."""

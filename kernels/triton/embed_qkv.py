@@ -73,7 +73,7 @@ def embed_qkv_kernel(
     mu, scale = gather_statistics(token, terms, rows, known, hidden, mean, rstd, M, writes, eps, D, BLOCK_M, BLOCK_K)
     if READ_BACK:  # as the folded kernel does: many terms cost more than a row
         tl.debug_barrier()
-        token, terms, rows = hidden, (None, None, None, None, None), (m, tl.minimum(m, M - 1), None, None)
+        token, terms, rows = hidden, (None, None, None, None, None), (m, tl.minimum(m, M - 1), m, m)
 
     tiles = count_tiles(query, key, BLOCK_N)
     for tile in range(run * tiles // runs, (run + 1) * tiles // runs):
@@ -125,8 +125,8 @@ def store_projected(
     turns = first < query + key
     behind = out + tl.cast(M, tl.int64) * width
     if second is not None and first < query:
-        column = paired_source(n0 + tl.arange(0, BLOCK_N), HEAD_DIM, HALF)
-        more = acc + tl.load(second + column, mask=column < width, other=0.0).to(acc.dtype)[None, :]
+        n = n0 + tl.arange(0, BLOCK_N)
+        more = acc + tl.load(second + n, mask=n < width, other=0.0).to(acc.dtype)[None, :]
         store_turned(more, behind, m, M, n0, width, turns, known, rotary, length, HEAD_DIM, HALF, BLOCK_M, BLOCK_N)
     store_turned(acc, out, m, M, n0, width, turns, known, rotary, length, HEAD_DIM, HALF, BLOCK_M, BLOCK_N)
 
@@ -316,7 +316,7 @@ def embed_qkv(
     ends, pairs = epilogue.arguments(T, head_dim)
     if tiles is None:
         choose = tuning.embed_qkv_folded if folds else tuning.embed_qkv
-        tiles = choose(M, N, D, token.dtype, device, pairs["HALF"], head_dim if epilogue.query_norm is not None else 0)
+        tiles = choose(M, N, D, token.dtype, device, *epilogue.needs(head_dim))
     query, key = heads[0] * head_dim, heads[1] * head_dim
     runs = tuning.runs(M, triton.cdiv(query, tiles.BLOCK_N) + 2 * triton.cdiv(key, tiles.BLOCK_N), tiles, device)
     outputs = (hidden, qkv, (mean if norm == "layer" else None, rstd if norm != "none" else None))

@@ -73,6 +73,8 @@ def expand_kernel(
     if rstd is None:
         scale = None
     _, row, place, _ = rows
+    if terms[1] is None:
+        place = None
     slot = row
     if slots is not None:
         slot = tl.load(slots + row, mask=known & (m < M), other=0).to(tl.int64)

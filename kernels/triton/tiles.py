@@ -27,21 +27,19 @@ def load_places(position_ids, m, mask, T, size):
 
 @triton.jit
 def find_rows(ids, terms, m, M, T, V, L):
-    """Rows of the token, position and segment tables that tokens m take (None: no such table), and whether they all exist.
+    """Rows of the token, position and segment tables that tokens m take, and whether they all exist.
 
     terms, here and below: position_ids (T,) or (M,) or None: the place in the sequence; position (L, D), or int64 (2, D) of
     wave(), or None; segment: its ids, their number, table and rows, or None; scale of the token row or None; dropout: seed,
     probability and what is kept is multiplied by, or None."""
     position_ids, position, segment, _, _ = terms
     row, known = load_rows(ids, m, m < M, V)
-    place = None
+    place, kind = m, tl.zeros_like(m)
     if position is not None:
         place, placed = load_places(position_ids, m, m < M, T, L)
         known &= placed
-    kind = None
     if segment is not None:
         kind_ids, period, _, kinds = segment
-        kind = tl.zeros_like(m)
         if kind_ids is not None:
             kind, there = load_rows(kind_ids, m % period, m < M, kinds)
             known &= there
@@ -53,8 +51,15 @@ def wave(steps, place, d, D, ACC: tl.constexpr):
     """Sines of place·steps[0, d] + steps[1, d], in units of 2⁻⁶⁴ turns: integers drop whole turns without an error."""
     step = tl.load(steps + d, mask=d < D, other=0)
     start = tl.load(steps + D + d, mask=d < D, other=0)
-    turn = place.to(tl.int64)[:, None] * step[None, :] + start[None, :]
-    return tl.sin((turn >> 32).to(ACC) * 1.4629180792671596e-09)  # 2π·2⁻³²
+    turn = (place.to(tl.int64)[:, None] * step[None, :] + start[None, :]) >> 32
+    half = tl.full((1, 1), 1 << 31, tl.int64)
+    mirrored = tl.where(turn > 0, half, -half) - turn  # sin(π − x) = sin(x): a quarter of a turn is left
+    x = tl.where(tl.abs(turn) > 1073741824, mirrored, turn).to(ACC) * 9.313225746154785e-10  # in quarters
+    y = x * x
+    # Minimax polynomial of sin(x·π/2) on [−1, 1], error 1.4e-11; tl.sin, ready for any argument, would spill.
+    p = 1.602172462954465e-4 - 3.4182130339566186e-6 * y
+    p = 1.5707963266218756 + y * (-0.6459640926526955 + y * (0.0796925873350185 + y * (-0.0046816203507595855 + y * p)))
+    return tl.minimum(tl.maximum(x * p, -1.0), 1.0)
 
 
 @triton.jit
@@ -231,10 +236,11 @@ def turn(x, y, rotary, row, pair, turns):
 @triton.jit
 def head_offsets(m, n, width, length, HEAD_DIM: tl.constexpr):
     """Where rows m and columns n of query, key or value lie: (M, n), or, of sequences of `length` tokens, (B, H, T, d_h)."""
-    if length is None:
-        return m * width, n
-    n = n.to(tl.int64)
-    return m // length * length * width + m % length * HEAD_DIM, n // HEAD_DIM * length * HEAD_DIM + n % HEAD_DIM
+    rows, columns = m * width, n.to(tl.int64)
+    if length is not None:
+        rows = m // length * length * width + m % length * HEAD_DIM
+        columns = columns // HEAD_DIM * length * HEAD_DIM + columns % HEAD_DIM
+    return rows, columns
 
 
 @triton.jit

@@ -91,10 +91,12 @@ def _aligned(dtype, *sizes):
     return all(size * dtype.itemsize % 16 == 0 for size in sizes)
 
 
-def embed_qkv(M, N, D, dtype, device, half=0, head=0):
-    """Tiles of the kernel that normalises on the way: few tokens, or no norm at all. half, head: as of embed_qkv_folded."""
+def embed_qkv(M, N, D, dtype, device, crowded=False, head=0):
+    """Tiles of the kernel that normalises on the way: few tokens, or no norm at all. head: as of embed_qkv_folded."""
     tiles = _embed_qkv(M, N, D, dtype, device)
-    return tiles if head <= tiles.BLOCK_N else tiles._replace(BLOCK_M=min(tiles.BLOCK_M, 64), BLOCK_N=head)
+    if head <= tiles.BLOCK_N:
+        return tiles
+    return tiles._replace(BLOCK_M=min(tiles.BLOCK_M, 128 // dtype.itemsize), BLOCK_N=head, num_warps=8)
 
 
 def _embed_qkv(M, N, D, dtype, device):
@@ -114,12 +116,12 @@ def registers(device):
     return {"maxnreg": 255} if isinstance(device.arch, int) else {}
 
 
-def embed_qkv_folded(M, N, D, dtype, device, half=0, head=0):
+def embed_qkv_folded(M, N, D, dtype, device, crowded=False, head=0):
     """Tiles of the kernel that multiplies by the folded weight: many tokens, bound by the tensor cores.
 
-    half: of the pairs of rotary columns, which take registers to store where they do not stand side by side; 0: they do, or
-    none turn. head: width of heads that are normalised, which takes registers too and wants them whole; 0: they are not."""
-    tiles = _embed_qkv_folded(N, D, dtype, device, half or head)
+    crowded: whether the epilogue needs more registers than a bias does. head: width of heads that are normalised, which wants
+    them whole; 0: they are not."""
+    tiles = _embed_qkv_folded(N, D, dtype, device, crowded)
     return tiles if head <= tiles.BLOCK_N else tiles._replace(BLOCK_M=64, BLOCK_N=head)
 
 
