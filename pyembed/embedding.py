@@ -24,12 +24,13 @@ class Embedding(nn.Embedding):
 
 
 class TokenPositionEmbedding(nn.Module):
-    """dropout(scale·token(ids) + position(position_ids)): the input of GPT-2 and its like.
+    """dropout(scale·token(ids) + segment(segment_ids) + position(position_ids)): the input of GPT-2, BERT and their like.
 
     position: "learned" (parameter position.weight), "sinusoidal" or "sinusoidal:" and a convention of positions.CONVENTIONS (a
-    buffer outside of state_dict), or None. max_length: rows of the position table. combine: "sum", or "concat", token row
-    before position row, 2·embedding_dim wide. scale: of the token row (√embedding_dim in Vaswani et al. 2017), by PyTorch's
-    operators as "concat" is; None: no product at all. ValueError: another kind, or nothing to concatenate.
+    buffer outside of state_dict), or None. max_length: rows of the position table; None with sines: they are computed, of any
+    position. combine: "sum", or "concat", token row before position row, 2·embedding_dim wide, by PyTorch's operators. scale:
+    of the token row (√embedding_dim in Vaswani et al. 2017). num_segments: rows of segment (BERT's token types), 0: none.
+    ValueError: another kind, or nothing to concatenate.
     """
 
     def __init__(
@@ -42,33 +43,38 @@ class TokenPositionEmbedding(nn.Module):
         dropout=0.0,
         padding_idx=None,
         scale=None,
+        num_segments=0,
         device=None,
         dtype=None,
     ):
         super().__init__()
+        factory = {"device": device, "dtype": dtype}
         if combine not in COMBINES:
             raise ValueError(f"combine: expected one of {COMBINES}, got {combine!r}")
-        if combine == "concat" and position is None:
-            raise ValueError("position: expected a kind where combine is 'concat', got None")
-        self.token = Embedding(num_embeddings, embedding_dim, padding_idx, device=device, dtype=dtype)
-        self.position = positions.make(position, max_length, embedding_dim, device, dtype)
+        if combine == "concat" and (position is None or num_segments):
+            raise ValueError("combine: expected 'sum' where there are no positions, or segments; got 'concat'")
+        self.token = Embedding(num_embeddings, embedding_dim, padding_idx, **factory)
+        self.position = positions.make(position, max_length, embedding_dim, **factory)
+        self.segment = Embedding(num_segments, embedding_dim, **factory) if num_segments else None
         self.dropout = nn.Dropout(dropout)
         self.combine, self.scale = combine, scale
 
-    def forward(self, ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
-        """ids (..., T), position_ids (T,), (1, T) or like ids, None: 0 … T−1 -> hidden (..., T, embedding_dim)."""
-        position = None if self.position is None else self.position.weight
-        if self.combine == "sum" and self.scale is None:
-            return self.dropout(F.embed(ids, self.token.weight, position, position_ids, padding_idx=self.token.padding_idx))
-        F.check_ids(ids, self.token.weight, position, position_ids)
-        rows = self.token(ids) if self.scale is None else self.token(ids) * self.scale
-        if position is None:
-            return self.dropout(rows)
+    def forward(self, ids: Tensor, position_ids: Tensor | None = None, segment_ids: Tensor | None = None) -> Tensor:
+        """ids (..., T), position_ids and segment_ids (T,), (1, T) or like ids, None: 0 … T−1, and 0 -> hidden (..., T,
+        embedding_dim)."""
+        position, segment = (None if module is None else module.weight for module in (self.position, self.segment))
+        token, padding_idx = self.token.weight, self.token.padding_idx
+        if self.combine == "sum":
+            return F.embed(
+                ids, token, position, position_ids, padding_idx=padding_idx, scale=self.scale, segment=segment,
+                segment_ids=segment_ids, dropout=self.dropout.p if self.training else 0.0,
+            )  # fmt: skip
+        F.check_ids(ids, token, position, position_ids, segment_ids=segment_ids)
+        rows = F.embed(ids, token, padding_idx=padding_idx, scale=self.scale)
         if position_ids is None:
             position_ids = positions.from_offset(0, ids.shape[-1], ids.device) if ids.dim() else torch.zeros_like(ids)
-        places = F.embedding(position_ids, position)
-        both = rows + places if self.combine == "sum" else torch.cat([rows, places.expand_as(rows)], -1)
-        return self.dropout(both)
+        places = self.position(position_ids)
+        return self.dropout(torch.cat([rows, places.expand_as(rows)], -1))
 
     def extra_repr(self):
         return f"combine={self.combine!r}" + ("" if self.scale is None else f", scale={self.scale}")

@@ -431,7 +431,7 @@ def test_combine_and_scale(backend, scale, combine, position_ids):
 def test_combine_refuses():
     with pytest.raises(ValueError, match=r"combine: expected one of \('sum', 'concat'\), got 'add'"):
         TokenPositionEmbedding(11, 16, 5, combine="add")
-    with pytest.raises(ValueError, match="position: expected a kind where combine is 'concat', got None"):
+    with pytest.raises(ValueError, match="combine: expected 'sum' where there are no positions"):
         TokenPositionEmbedding(11, 16, 5, combine="concat", position=None)
     assert "combine='concat', scale=4.0" in repr(TokenPositionEmbedding(11, 16, 5, combine="concat", scale=4.0))
     scalar = TokenPositionEmbedding(11, 16, 5, combine="concat")(torch.tensor(3))
