@@ -37,6 +37,33 @@ class Stock(nn.Module):
         heads = self.qkv(self.norm(hidden)).view(*ids.shape, 3 * self.heads, -1)
         return hidden, *heads.split(self.heads, -2)
 
+    def fused(self):
+        return pyembed.EmbeddingQKV.from_modules(self.token, self.position, self.norm, qkv=self.qkv, num_heads=self.heads)
+
+
+class StockRotary(nn.Module):
+    """The same of a Llama of that width: nn.RMSNorm, no biases, grouped heads, and turns as transformers writes them."""
+
+    def __init__(self, V, L, D, heads, dtype):
+        super().__init__()
+        self.heads, self.kv_heads, self.rotary = heads, heads // 3, pyembed.Rotary(D // heads, L)
+        self.token, self.norm = nn.Embedding(V, D, dtype=dtype), nn.RMSNorm(D, dtype=dtype)
+        self.qkv = nn.Linear(D, D + 2 * D // 3, bias=False, dtype=dtype)
+
+    def forward(self, ids):
+        hidden = self.token(ids)
+        heads = self.qkv(self.norm(hidden)).view(*ids.shape, self.heads + 2 * self.kv_heads, -1)
+        query, key, value = heads.split((self.heads, self.kv_heads, self.kv_heads), -2)
+        cos, sin = (table[: ids.shape[1], None].repeat(1, 1, 2) for table in (self.rotary.cos, self.rotary.sin))
+        half = query.shape[-1] // 2
+        query, key = (x * cos + torch.cat([-x[..., half:], x[..., :half]], -1) * sin for x in (query, key))
+        return hidden, query, key, value
+
+    def fused(self):
+        return pyembed.EmbeddingQKV.from_modules(
+            self.token, None, self.norm, qkv=self.qkv, num_heads=self.heads, num_kv_heads=self.kv_heads, rotary=self.rotary
+        )
+
 
 def direction(trains):
     return "forward+backward" if trains else "forward"
@@ -59,10 +86,10 @@ def assert_close(found, expected):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
-def compare(benchmark, case, widths, ids, trains, dtype=torch.float32, plan="auto"):
+def compare(benchmark, case, widths, ids, trains, dtype=torch.float32, plan="auto", kind=Stock):
     torch.manual_seed(0)
-    stock = Stock(**widths, dtype=dtype)
-    ours = pyembed.EmbeddingQKV.from_modules(stock.token, stock.position, stock.norm, qkv=stock.qkv, num_heads=widths["heads"])
+    stock = kind(**widths, dtype=dtype)
+    ours = stock.fused()
     with pyembed.plan(plan):
         with torch.set_grad_enabled(trains):
             chosen = ours.explain(ids)
@@ -96,6 +123,12 @@ def test_auto(benchmark, tokens, B, T, trains):
 def test_auto_on_uniformly_random_ids(benchmark, trains):
     ids = torch.randint(50257, (32, 1024), generator=torch.Generator().manual_seed(0))
     compare(benchmark, "GPT-2 small, 32 × 1024 uniformly random ids", GPT2, ids, trains)
+
+
+@pytest.mark.parametrize("trains", [False, True], ids=direction)
+@pytest.mark.parametrize("B, T", [(1, 1), (8, 256), (8, 1024)])
+def test_rotary(benchmark, tokens, B, T, trains):
+    compare(benchmark, f"Llama of that width, rotary, {B} × {T}", GPT2, tokens[: B * T].view(B, T), trains, kind=StockRotary)
 
 
 @pytest.mark.parametrize("B, T", [(1, 1), (16, 1), (1, 1024), (32, 1024)])

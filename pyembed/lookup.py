@@ -47,7 +47,7 @@ class KeepsTable(nn.Module):
         foreign = self._foreign()
         if foreign:
             raise RuntimeError(f"table: expected modules that are no more than their weights, but {foreign}")
-        refused = planner.refuses(self._position(), self.scale, self._modules["segment"], False)
+        refused = planner.refuses(self._position(), self._scale(), self._modules["segment"], False)
         if refused:
             raise RuntimeError(f"table: expected token and position rows as they are, but {refused}")
         self._table = None  # its memory comes first

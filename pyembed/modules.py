@@ -35,7 +35,7 @@ class EmbeddingQKV(KeepsTable):
     """
 
     _groups = position_offset = 0
-    scale, combine, heads_first = None, "sum", False
+    scale, combine, heads_first, _scales = None, "sum", False, None
 
     def __init__(
         self,
@@ -102,6 +102,9 @@ class EmbeddingQKV(KeepsTable):
             raise ValueError("combine: expected 'sum' where there are no positions, or segments; got 'concat'")
         if scale is not None and not isinstance(scale, int | float):
             raise TypeError(f"scale: expected a number or None, got {type(scale).__name__}")
+        self._scales = parts.own_scale(self.token)
+        if scale is not None and self._scales is not None:
+            raise ValueError(f"scale: expected None where token multiplies its rows itself, got {scale}")
         self.scale, self.combine, self.position_offset, self.heads_first = scale, combine, position_offset, heads_first
 
     @classmethod
@@ -126,7 +129,7 @@ class EmbeddingQKV(KeepsTable):
     ):
         """A front end over modules that a model already has: it holds them, copies nothing, and trains what they hold.
 
-        token, position, segment: nn.Embedding; that of OPT and BART, which has an `offset`, too. norm: nn.LayerNorm, nn.RMSNorm
+        token, position, segment: nn.Embedding, or Gemma's and BART's, with scale or `offset`. norm: nn.LayerNorm, nn.RMSNorm
         or Hugging Face's RMSNorm of Llama, Gemma and their like, or None; query_norm and key_norm the same, of a head.
         qkv: one nn.Linear or Hugging Face Conv1D whose output is query, key, value in that order, or a (query, key, value)
         tuple of nn.Linear. per_head: the output of one module is not all queries, all keys, all values, but those of each head
@@ -312,7 +315,7 @@ class EmbeddingQKV(KeepsTable):
 
     def _refuses_plans(self):
         """Why one_pass alone can run a call; None: other plans can."""
-        return planner.refuses(self._position(), self.scale, self._modules["segment"], self._drops())
+        return planner.refuses(self._position(), self._scale(), self._modules["segment"], self._drops())
 
     def _position(self):
         module = self._modules["position"]
@@ -326,8 +329,8 @@ class EmbeddingQKV(KeepsTable):
     def _extras(self):
         """What few front ends have, as functional.embed_qkv takes it."""
         segment, extras = self._modules["segment"], {}
-        if self.scale is not None:
-            extras["scale"] = self.scale
+        if self.scale is not None or self._scales is not None:
+            extras["scale"] = self._scale()
         if segment is not None:
             extras["segment"] = segment.weight
         if self._drops():
@@ -339,6 +342,9 @@ class EmbeddingQKV(KeepsTable):
             query, key = (parts.norm_arguments(self._modules[name], dtype) for name in ("query_norm", "key_norm"))
             extras |= {"query_norm": query["norm_weight"], "key_norm": key["norm_weight"], "head_eps": query["eps"]}
         return extras
+
+    def _scale(self):
+        return self.scale if self._scales is None else self._scales.get(self._modules["token"].weight.dtype)
 
     def _drops(self):
         return self.training and self._modules["dropout"].p > 0

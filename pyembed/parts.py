@@ -31,6 +31,18 @@ def position_offset(position):
     return getattr(position, "offset", 0) if learned else 0
 
 
+def own_scale(token):
+    """By what Gemma's and BART's token embeddings multiply their rows, for each dtype that these may have; None: by nothing.
+
+    Gemma rounds it to the rows' dtype, BART does not."""
+    if "ScaledWordEmbedding" not in type(token).__name__ or not hasattr(token, "embed_scale"):
+        return None
+    rounds = hasattr(token, "scalar_embed_scale")
+    scale = float(token.scalar_embed_scale if rounds else token.embed_scale)
+    dtypes = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    return {dtype: torch.tensor(scale, dtype=dtype).item() if rounds else scale for dtype in dtypes}
+
+
 def _has_stock_forward(kind):
     return kind in _STOCK or any(kind.forward is stock.forward for stock in _STOCK if issubclass(kind, stock))
 
@@ -52,6 +64,7 @@ def foreign(modules):
             kind = type(part)
             copied = is_llama_norm(part) or is_gemma_norm(part) if "norm" in name else name == "qkv" and is_conv1d(part)
             stock = _has_stock_forward(kind) or copied or name == "position" and position_offset(part)
+            stock = stock or name == "token" and own_scale(part) is not None
             if not stock or "forward" in part.__dict__:
                 return f"{name}, a {kind.__name__}, has a forward of its own"
     query, key = modules["query_norm"], modules["key_norm"]

@@ -131,6 +131,23 @@ def test_modules(backend, plan, qk_norm):
         assert ours.is_contiguous()
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_transformer_xl(backend):
+    """Both queries at once are those of TransformerXLBias.queries."""
+    front = pyembed.EmbeddingQKV(31, 32, 4, position=None, norm=None, heads_first=True).to(DEVICE)
+    relative = pyembed.relative.TransformerXLBias(4, 8).to(DEVICE)
+    ids = torch.randint(31, (2, 9), device=DEVICE)
+    with pyembed.backend(backend):
+        plain, found = front(ids), front(ids, query_biases=(relative.u, relative.v))
+        with torch.no_grad(), pyembed.plan("table"):
+            looked_up = front(ids, query_biases=(relative.u, relative.v))
+    for query in (found.query, looked_up.query):
+        for ours, theirs in zip(query, relative.queries(plain.query), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    relative(found.query[1], found.key).sum().backward()
+    assert relative.v.grad.any()
+
+
 def test_bad_ends():
     ids, token, weight = torch.tensor([[0, 1]]), torch.randn(3, 4), torch.randn(12, 4)
     norm, pair = torch.ones(4), (torch.zeros(1, 4),) * 2
