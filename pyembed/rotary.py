@@ -89,8 +89,12 @@ def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     cos, sin = (table if rotation.ids is None else table[rotation.ids] for table in rotation[:2])
     heads = x.reshape(-1, len(cos), *x.shape[-2:])  # sequences of as many tokens as there are rows
     cos, sin, half = cos.to(x.dtype)[:, None], sin.to(x.dtype)[:, None], cos.shape[-1]
-    a, b = heads[..., : 2 * half].unflatten(-1, (half, 2)).unbind(-1) if rotation.interleaved else (
-        heads[..., :half], heads[..., half : 2 * half]
+    first, second = (slice(0, 2 * half, 2), slice(1, 2 * half, 2)) if rotation.interleaved else (
+        slice(half), slice(half, 2 * half)
     )  # fmt: skip
-    turned = torch.stack((a * cos - b * sin, b * cos + a * sin), -1 if rotation.interleaved else -2).flatten(-2)
-    return torch.cat([turned, heads[..., 2 * half :]], -1).view(x.shape)
+    a, b = heads[..., first], heads[..., second]
+    turned = torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)
+    if rotation.interleaved:
+        turned = (torch.stack(turned, -1).flatten(-2),)
+    rest = () if 2 * half == heads.shape[-1] else (heads[..., 2 * half :],)
+    return torch.cat((*turned, *rest), -1).view(x.shape)

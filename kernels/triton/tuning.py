@@ -93,10 +93,15 @@ def _aligned(dtype, *sizes):
 
 def embed_qkv(M, N, D, dtype, device, crowded=False, head=0):
     """Tiles of the kernel that normalises on the way: few tokens, or no norm at all. head: as of embed_qkv_folded."""
-    tiles = _embed_qkv(M, N, D, dtype, device)
+    return _with_heads(_embed_qkv(M, N, D, dtype, device), head, dtype)
+
+
+def _with_heads(tiles, head, dtype):
+    """Tiles that hold heads whole; fewer rows and columns of the sum, so that registers and shared memory hold them."""
     if head <= tiles.BLOCK_N:
         return tiles
-    return tiles._replace(BLOCK_M=min(tiles.BLOCK_M, 128 // dtype.itemsize), BLOCK_N=head, num_warps=8)
+    rows, deep = 64 if dtype.itemsize == 2 else 4096 // head, 16384 // (head * dtype.itemsize)
+    return Tiles(min(tiles.BLOCK_M, rows), head, min(tiles.BLOCK_K, deep), 8, tiles.num_stages)
 
 
 def _embed_qkv(M, N, D, dtype, device):
@@ -122,7 +127,9 @@ def embed_qkv_folded(M, N, D, dtype, device, crowded=False, head=0):
     crowded: whether the epilogue needs more registers than a bias does. head: width of heads that are normalised, which wants
     them whole; 0: they are not."""
     tiles = _embed_qkv_folded(N, D, dtype, device, crowded)
-    return tiles if head <= tiles.BLOCK_N else tiles._replace(BLOCK_M=64, BLOCK_N=head)
+    if head and device.arch == 100:
+        tiles = tiles._replace(BLOCK_K=32)  # 64 spill
+    return _with_heads(tiles, head, dtype)
 
 
 def _embed_qkv_folded(N, D, dtype, device, crowded):
