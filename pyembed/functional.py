@@ -318,8 +318,9 @@ def embed_qkv(
     if norm is None and norm_weight is not None or norm != "layer" and norm_bias is not None:
         raise ValueError(f"norm_weight, norm_bias: norm {norm!r} takes no such parameter, got one")
     num_kv_heads = check_heads(num_heads, num_kv_heads)
-    if not (eps >= 0 and head_eps >= 0):
-        raise ValueError(f"eps, head_eps: expected numbers of at least 0, got {eps} and {head_eps}")
+    for name, value in (("eps", eps), ("head_eps", head_eps)):
+        if not value >= 0:
+            raise ValueError(f"{name}: expected a number of at least 0, got {value}")
     total = num_heads + 2 * num_kv_heads
     head_dim = N // total
     if N % total:

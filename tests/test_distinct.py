@@ -234,6 +234,7 @@ def test_a_forked_process_has_its_own_results():
     result = memory.empty(2048, 1024, dtype=torch.float32).fill_(1.0)
     child = os.fork()
     if child == 0:
+        torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
         result.zero_()
         os._exit(0 if not memory._buffers else 1)
     assert os.waitpid(child, 0)[1] == 0

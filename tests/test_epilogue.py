@@ -156,7 +156,7 @@ def test_bad_ends():
         "query_norm: expected a Tensor": {"key_norm": norm},
         "query_norm: expected shape": {"query_norm": norm[:3], "key_norm": norm},
         "query_norm: expected dtype": {"query_norm": norm.half(), "key_norm": norm},
-        "eps, head_eps: expected numbers of at least 0": {"head_eps": -1.0},
+        "head_eps: expected a number of at least 0, got -1.0": {"head_eps": -1.0},
         "query_biases: expected a pair": {"query_biases": norm},
         "query_biases: expected shape": {"query_biases": (norm, norm)},
         "query_biases: expected None": {"query_biases": pair, "query_norm": norm, "key_norm": norm},

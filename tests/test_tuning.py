@@ -166,17 +166,18 @@ def launches(device):
             for M in (1, 17, 199, 513, 4097):
                 calls.append((False, turned, dtype, M, rotary_dim, interleaved, False, M in (1, 4097)))
         calls.append((False, turned, torch.float16, 513, 64, False, True))
-        for dtype, M, norm in itertools.product((torch.bfloat16, torch.float32), (2, 200, 4098), ("layer", "rms", "none")):
-            calls.append((False, terms, dtype, M, norm))
+        for dtype, M in itertools.product((torch.bfloat16, torch.float32), (2, 4098)):
+            calls += [(False, terms, dtype, M, norm) for norm in ("layer", "rms", "none")]
+        calls.append((False, terms, torch.bfloat16, 200, "layer"))
         for dtype, M in itertools.product((torch.bfloat16, torch.float32), (2, 20, 200, 514, 4098)):
             for head_dim in (64, 128, 256):
-                calls.append((False, ends, dtype, M, head_dim, True, False, None, False))
                 calls.append((False, ends, dtype, M, head_dim, True, False, False, True))
+            calls.append((False, ends, dtype, M, 64, False, True, None, True))
+        for dtype, M in itertools.product((torch.bfloat16, torch.float32), (2, 4098)):
+            calls += [(False, ends, dtype, M, head_dim, True, False, None, False) for head_dim in (128, 256)]
             calls.append((False, ends, dtype, M, 128, True, False, True, True))
             calls.append((False, ends, dtype, M, 64, False, True, None, False, "none"))
-            calls.append((False, ends, dtype, M, 64, False, False, None, True))
             calls.append((False, ends, dtype, M, 64, False, False, False, True))
-            calls.append((False, ends, dtype, M, 64, False, True, None, True))
         for switch, function, *arguments in calls:
             torch.backends.cuda.matmul.allow_tf32 = switch
             for launch in record(patch, tuning, device, lambda f=function, a=arguments: f(*a)):
