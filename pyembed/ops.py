@@ -4,52 +4,13 @@ CUDA tensors run the compiled kernels, CPU tensors the same kernels in Triton's 
 first call, so that `import pyembed` works where triton is missing.
 """
 
-import contextlib
-import importlib
-
 import torch
 from torch import Tensor
 
 from . import distinct
-
-
-def _kernels(name, tensor):
-    """A module of pyembed.kernels for this tensor's device, and the context its launches need."""
-    if tensor.is_cuda:
-        return importlib.import_module(f"pyembed.kernels.{name}"), contextlib.nullcontext()
-    interpreter = importlib.import_module("pyembed.kernels.interpreter")
-    return interpreter.load(name), interpreter.running()
-
-
-@torch.library.custom_op("pyembed::embed", mutates_args=())
-def embed(ids: Tensor, token: Tensor, position: Tensor | None, position_ids: Tensor | None, padding_idx: int) -> Tensor:
-    module, running = _kernels("embed", token)
-    with running:
-        return module.embed(ids, token, position, position_ids)
-
-
-@embed.register_fake
-def _(ids, token, position, position_ids, padding_idx):
-    return token.new_empty(*ids.shape, token.shape[1])
-
-
-@torch.library.custom_op("pyembed::embed_backward", mutates_args=())
-def embed_backward(
-    grad: Tensor, ids: Tensor, position_ids: Tensor | None, rows: int, places: int, padding_idx: int
-) -> tuple[Tensor, Tensor]:
-    """Gradients of a token table of `rows` rows and a position table of `places` rows; 0 rows: not wanted."""
-    module, running = _kernels("embed_grad", grad)
-    grad = grad.reshape(ids.numel(), grad.shape[-1])
-    empty = grad.new_empty(0, grad.shape[-1])
-    with running:
-        token = module.table_grad(grad, ids.reshape(-1), rows, padding_idx) if rows else empty
-        position = module.position_grad(grad, tuple(ids.shape), position_ids, places) if places else empty.clone()
-        return token, position
-
-
-@embed_backward.register_fake
-def _(grad, ids, position_ids, rows, places, padding_idx):
-    return grad.new_empty(rows, grad.shape[-1]), grad.new_empty(places, grad.shape[-1])
+from .lookup import embed as embed
+from .lookup import embed_backward as embed_backward
+from .lookup import kernels_of as _kernels
 
 
 def _no_double_backward(ctx, *grads):
@@ -57,24 +18,6 @@ def _no_double_backward(ctx, *grads):
         "pyembed has no gradients of gradients by this plan: run the forward within pyembed.backend('torch') and "
         "pyembed.plan('one_pass')"
     )
-
-
-def _embed_setup(ctx, inputs, output):
-    ids, token, position, position_ids, ctx.padding_idx = inputs
-    ctx.rows, ctx.places = token.shape[0], 0 if position is None else position.shape[0]
-    ctx.save_for_backward(ids, position_ids)
-
-
-def _embed_backward(ctx, grad):
-    ids, position_ids = ctx.saved_tensors
-    _, needs_token, needs_position, *_ = ctx.needs_input_grad
-    token, position = embed_backward(
-        grad, ids, position_ids, ctx.rows if needs_token else 0, ctx.places if needs_position else 0, ctx.padding_idx
-    )
-    return None, token if needs_token else None, position if needs_position else None, None, None
-
-
-embed.register_autograd(_embed_backward, setup_context=_embed_setup)
 
 
 def _projected_shapes(ids, weight, num_heads, num_kv_heads):
@@ -394,5 +337,5 @@ def _distinct_backward(ctx, grad_hidden, *grads):
 
 distinct_qkv.register_autograd(_distinct_backward, setup_context=_distinct_setup)
 
-for _operator in (embed_backward, embed_qkv_backward, distinct_qkv_backward, turn_back):
+for _operator in (embed_qkv_backward, distinct_qkv_backward, turn_back):
     _operator.register_autograd(_no_double_backward)
