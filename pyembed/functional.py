@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import ops, planner, reference
 from .distinct import DistinctIds
@@ -172,13 +173,46 @@ def _run(kernel, eager, token, ids, position, position_ids, rotary=None):
         raise
 
 
-def embedding(ids: Tensor, weight: Tensor, padding_idx: int | None = None) -> Tensor:
+def embedding(
+    ids: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
     """Rows of a table: ids (...) int32 or int64, weight (V, D) -> (..., D), bit for bit torch.nn.functional.embedding's.
 
-    The row padding_idx (negative counts from the end) is returned like any other and gets no gradient.
+    The row padding_idx (negative counts from the end) is returned like any other and gets no gradient. max_norm (which changes
+    weight in place), norm_type, scale_grad_by_freq and sparse are PyTorch's, and with them, or over a table of a dtype that has
+    no kernel, PyTorch's operator serves, whatever the backend: unkernelled says why. Differentiable any number of times.
     IndexError: an id outside [0, V), on the CPU at once; on a GPU its row is NaN. TypeError, ValueError: other arguments.
     """
-    return embed(ids, weight, padding_idx=padding_idx)
+    if unkernelled(ids, weight, max_norm, scale_grad_by_freq, sparse) is None and planner.uses_triton(weight):
+        return embed(ids, weight, padding_idx=padding_idx)
+    try:
+        return torch.nn.functional.embedding(ids, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
+    except (AssertionError, IndexError):  # PyTorch's message lacks what is wrong where
+        padding_row(padding_idx, weight.shape[0])
+        _check_ranges(ids, weight, None, None)
+        raise
+
+
+def unkernelled(ids, weight, max_norm=None, scale_grad_by_freq=False, sparse=False) -> str | None:
+    """Why such a lookup has no kernel on any device, so that PyTorch's operator serves it; None: it has one."""
+    if isinstance(ids, torch.fx.Proxy) or isinstance(weight, torch.fx.Proxy):
+        return "torch.fx traces it"
+    check_integers("ids", ids)
+    _check_shape("token", weight, (None, None), "(num_embeddings, embedding_dim)", optional=False)
+    if max_norm is not None or scale_grad_by_freq or sparse:
+        return "max_norm, scale_grad_by_freq and sparse have no kernel"
+    for tensor in (ids, weight):
+        if is_traceable_wrapper_subclass(tensor):
+            return f"a {type(tensor).__name__} brings operators of its own"
+    if not planner.takes(weight):
+        return f"{weight.dtype} on {weight.device} has no kernel"
+    return None
 
 
 def embed(
