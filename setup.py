@@ -25,7 +25,7 @@ setup(
             "typer",
             "matplotlib",
         ],
-        "test": ["pyembed[demo]", "pytest", "pytest-xdist", "hypothesis", "ruff", "transformers"],
+        "test": ["pyembed[demo]", "pytest", "pytest-xdist", "hypothesis", "ruff", "expecttest", "transformers"],
         "bench": ["pyembed[demo]", "pytest", "pytest-benchmark"],
     },
     entry_points={"console_scripts": ["pyembed=pyembed.cli:main"]},

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from . import checks, planner, positions
 from . import functional as F
-from . import positions
 
 COMBINES = ("sum", "concat")
 
@@ -12,15 +12,28 @@ COMBINES = ("sum", "concat")
 class Embedding(nn.Embedding):
     """torch.nn.Embedding: same constructor, same weights from the same seed, same state_dict, same result.
 
-    What the kernels do not serve (max_norm, scale_grad_by_freq, sparse, integer tables) runs by PyTorch's operator.
+    What the kernels do not serve (max_norm, scale_grad_by_freq, sparse, other dtypes) runs by PyTorch's operator; explain
+    says which serves.
     """
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """ids (...) int32 or int64 -> (..., embedding_dim). IndexError: an id outside the table."""
-        plain = self.max_norm is None and not self.scale_grad_by_freq and not self.sparse
-        if plain and self.weight.is_floating_point():
-            return F.embedding(ids, self.weight, self.padding_idx)
-        return super().forward(ids)
+    def forward(self, input: Tensor) -> Tensor:
+        """input: ids (...) int32 or int64 -> (..., embedding_dim). IndexError: an id outside the table."""
+        if torch.jit.is_scripting():
+            return nn.functional.embedding(
+                input, self.weight, self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse
+            )
+        return F.embedding(
+            input, self.weight, self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse
+        )
+
+    def explain(self, ids: Tensor) -> planner.Plan:
+        """Which operator a call with these ids would run now, "triton" (pyembed::embed) or "torch" (aten::embedding), and why.
+
+        Nothing runs. Errors as in forward, but for ids outside the table.
+        """
+        weight = self.weight
+        why = F.unkernelled(ids, weight, self.max_norm, self.scale_grad_by_freq, self.sparse) or planner.why_torch(weight)
+        return planner.Plan("torch", why, {}) if why else planner.Plan("triton", f"a kernel for {weight.dtype}", {})
 
 
 class TokenPositionEmbedding(nn.Module):
@@ -69,7 +82,7 @@ class TokenPositionEmbedding(nn.Module):
                 ids, token, position, position_ids, padding_idx=padding_idx, scale=self.scale, segment=segment,
                 segment_ids=segment_ids, dropout=self.dropout.p if self.training else 0.0,
             )  # fmt: skip
-        F.check_ids(ids, token, position, position_ids, segment_ids=segment_ids)
+        checks.check_ids(ids, token, position, position_ids, segment_ids=segment_ids)
         rows = F.embed(ids, token, padding_idx=padding_idx, scale=self.scale)
         if position_ids is None:
             position_ids = positions.from_offset(0, ids.shape[-1], ids.device) if ids.dim() else torch.zeros_like(ids)

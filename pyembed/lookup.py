@@ -7,8 +7,7 @@ import warnings
 import torch
 from torch import nn
 
-from . import functional as F
-from . import parts, planner, table
+from . import checks, parts, planner, table
 
 logger = logging.getLogger(__name__)
 _building = threading.RLock()  # one table at a time: two would take twice the memory
@@ -71,7 +70,7 @@ class KeepsTable(nn.Module):
             return None
         if position_ids is not None or distinct is not None:
             self._check(ids, position_ids)
-            F.check_distinct(distinct, ids)
+            checks.check_distinct(distinct, ids)
         if segment_ids is not None:
             self._check(ids, position_ids, segment_ids)
         turns = rotary is not None or self._modules["rotary"] is not None

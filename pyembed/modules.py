@@ -5,8 +5,8 @@ import contextlib
 import torch
 from torch import Tensor, nn
 
+from . import checks, parts, planner, positions, table
 from . import functional as F
-from . import parts, planner, positions, table
 from .distinct import DistinctIds
 from .embedding import COMBINES
 from .lookup import KeepsTable
@@ -64,7 +64,7 @@ class EmbeddingQKV(KeepsTable):
     ):
         super().__init__()
         factory = {"device": device, "dtype": dtype}
-        num_kv_heads = F.check_heads(num_heads, num_kv_heads)
+        num_kv_heads = checks.check_heads(num_heads, num_kv_heads)
         sizes = {"num_embeddings": num_embeddings, "embedding_dim": embedding_dim, "max_length": max_length}
         if max_length is None and str(position).startswith("sinusoidal"):
             del sizes["max_length"]
@@ -73,7 +73,7 @@ class EmbeddingQKV(KeepsTable):
                 raise ValueError(f"{name}: expected a positive number, got {size}")
         if head_dim is not None and head_dim < 1:
             raise ValueError(f"head_dim: expected a positive number, got {head_dim}")
-        F.padding_row(padding_idx, num_embeddings)
+        checks.padding_row(padding_idx, num_embeddings)
         if head_dim is None and embedding_dim % num_heads:
             raise ValueError(f"embedding_dim: expected a multiple of num_heads ({num_heads}), got {embedding_dim}")
         if position_offset and position != "learned":
@@ -160,7 +160,7 @@ class EmbeddingQKV(KeepsTable):
             qkv = nn.ModuleList(qkv)
         self = cls.__new__(cls)
         nn.Module.__init__(self)
-        self.num_heads, self.num_kv_heads = num_heads, F.check_heads(num_heads, num_kv_heads)
+        self.num_heads, self.num_kv_heads = num_heads, checks.check_heads(num_heads, num_kv_heads)
         for name, module in {"token": token, "position": position, "segment": segment, **norms, "qkv": qkv}.items():
             self.register_module(name, module)
         self.dropout = nn.Dropout(dropout)
@@ -206,7 +206,7 @@ class EmbeddingQKV(KeepsTable):
         if rotary is None:
             rotary = self._modules["rotary"]
         else:
-            F.check_rotary(rotary, ids, self._head_dim)
+            checks.check_rotary(rotary, ids, self._head_dim)
         arguments = {"position": position, "padding_idx": padding_idx, "rotary": rotary, **options}
         usual = position_ids is None and distinct is None and segment_ids is None and query_biases is None
         if usual and planner.is_trivial(ids, token, weight):
@@ -255,7 +255,7 @@ class EmbeddingQKV(KeepsTable):
         """What follows the projection, by PyTorch's operators."""
         second = None
         if query_biases is not None:
-            first, second = F.check_query_biases(
+            first, second = checks.check_query_biases(
                 query_biases, self.num_heads, self._head_dim, self._modules["query_norm"], rotation
             )
             found, second = found._replace(query=found.query + first), second - first
@@ -267,7 +267,7 @@ class EmbeddingQKV(KeepsTable):
         """What turns the heads of a call, its arguments checked."""
         rotary = self._modules["rotary"] if rotary is None else rotary
         self._check(ids, position_ids)
-        F.check_rotary(rotary, ids, self._head_dim)
+        checks.check_rotary(rotary, ids, self._head_dim)
         return None if rotary is None else as_rotation(rotary, ids, position_ids)
 
     def explain(self, ids: Tensor, position_ids: Tensor | None = None, distinct: DistinctIds | None = None) -> planner.Plan:
@@ -276,7 +276,7 @@ class EmbeddingQKV(KeepsTable):
         Nothing runs and no table is built; its str() is a line to read. On a GPU it waits for the ids to be counted.
         """
         self._check(ids, position_ids)
-        F.check_distinct(distinct, ids)
+        checks.check_distinct(distinct, ids)
         foreign = self._foreign()
         if foreign:
             return planner.Plan("one_pass", f"by the modules themselves, since {foreign}", {})
@@ -304,7 +304,7 @@ class EmbeddingQKV(KeepsTable):
 
     def _check(self, ids, position_ids, segment_ids=None):
         segment = self._modules["segment"]
-        F.check_ids(
+        checks.check_ids(
             ids, self._modules["token"].weight, self._position(), position_ids, self._modules["rotary"],
             None if segment is None else segment.weight, segment_ids,
         )  # fmt: skip

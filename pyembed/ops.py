@@ -29,78 +29,11 @@ def terms_of(position, position_ids, segment=None, segment_ids=None, seed=None, 
     return _arguments().Terms(position, position_ids, segment, segment_ids, scale, seed, dropout)
 
 
-@torch.library.custom_op("pyembed::embed", mutates_args=())
-def embed(
-    ids: Tensor,
-    token: Tensor,
-    position: Tensor | None,
-    position_ids: Tensor | None,
-    segment: Tensor | None,
-    segment_ids: Tensor | None,
-    seed: Tensor | None,
-    scale: float | None,
-    dropout: float,
-    padding_idx: int,
-) -> Tensor:
-    """The terms are those of kernels/triton/arguments.py."""
-    module, running = kernels_for("embed", token)
-    with running:
-        return module.embed(ids, token, terms_of(position, position_ids, segment, segment_ids, seed, scale, dropout))
-
-
-@embed.register_fake
-def _(ids, token, *others):
-    return token.new_empty(*ids.shape, token.shape[1])
-
-
-@torch.library.custom_op("pyembed::embed_backward", mutates_args=())
-def embed_backward(
-    grad: Tensor,
-    ids: Tensor,
-    token: Tensor,
-    position: Tensor | None,
-    position_ids: Tensor | None,
-    segment: Tensor | None,
-    segment_ids: Tensor | None,
-    seed: Tensor | None,
-    scale: float | None,
-    dropout: float,
-    padding_idx: int,
-    needs: list[bool],
-) -> list[Tensor]:
-    """Gradients of (token, position, segment), empty where `needs` says no."""
-    module, running = kernels_for("embed_grad", grad)
-    terms = terms_of(position, position_ids, segment, segment_ids, seed, scale, dropout)
-    with running:
-        found = module.embed_backward(grad.reshape(ids.numel(), grad.shape[-1]), ids, token, terms, padding_idx, needs)
-    return packed(found, needs, [_like(t, token) for t in (token, position, segment)], token)
-
-
-@embed_backward.register_fake
-def _(grad, ids, token, position, position_ids, segment, segment_ids, seed, scale, dropout, padding_idx, needs):
-    return fake_grads(token, needs, [_like(t, token) for t in (token, position, segment)])
-
-
 def refuse_double_backward(ctx, *grads):
     raise RuntimeError(
         "pyembed has no gradients of gradients by this plan: run the forward within pyembed.backend('torch') and "
         "pyembed.plan('one_pass')"
     )
-
-
-def _embed_setup(ctx, inputs, output):
-    *tensors, ctx.scale, ctx.dropout, ctx.padding_idx = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _embed_backward(ctx, grad):
-    needs = [ctx.needs_input_grad[place] for place in (1, 2, 4)]
-    found = embed_backward(grad, *ctx.saved_tensors, ctx.scale, ctx.dropout, ctx.padding_idx, needs)
-    token, position, segment = (g if need else None for g, need in zip(found, needs, strict=True))
-    return None, token, position, None, segment, *(None,) * 5
-
-
-embed.register_autograd(_embed_backward, setup_context=_embed_setup)
 
 
 def projected_shapes(ids, weight, num_heads, num_kv_heads):
@@ -192,7 +125,7 @@ def embed_qkv_backward(
     scale: float | None,
     dropout: float,
     needs: list[bool],
-) -> list[Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of (token, weight, bias, position, norm_weight, norm_bias, segment), empty where `needs` says no."""
     module, running = kernels_for("embed_grad", token)
     grad_hidden, *grads = rows_of(ids, grad_hidden, grad_query, grad_key, grad_value)
@@ -219,26 +152,27 @@ def rows_of(ids, *grads):
     return [None if g is None else g.reshape(M, -1 if M else g.shape[ids.dim() :].numel()) for g in grads]
 
 
-def _like(tensor, token):
+def like_of(tensor, token):
     return ((), token.dtype) if tensor is None else (tensor.shape, tensor.dtype)
 
 
 def grads_like(token, weight, *optional):
     """(shape, dtype) of the gradients of token, weight and bias, and of what is optional."""
     bias = (weight.shape[0],), weight.dtype
-    return [_like(token, token), _like(weight, token), bias, *(_like(t, token) for t in optional)]
+    return [like_of(token, token), like_of(weight, token), bias, *(like_of(t, token) for t in optional)]
 
 
 def fake_grads(token, needs, likes):
-    return [token.new_empty(shape if need else (0,), dtype=dtype) for need, (shape, dtype) in zip(needs, likes, strict=True)]
+    wanted = zip(needs, likes, strict=True)
+    return tuple(token.new_empty(shape if need else (0,), dtype=dtype) for need, (shape, dtype) in wanted)
 
 
 def packed(grads, needs, likes, token):
     """An operator returns tensors only: an empty one for a gradient that is not wanted, zeros for one that nothing reached."""
-    return [
+    return tuple(
         token.new_empty(0, dtype=dtype) if not need else token.new_zeros(shape, dtype=dtype) if grad is None else grad
         for grad, need, (shape, dtype) in zip(grads, needs, likes, strict=True)
-    ]
+    )
 
 
 WEIGHTS = (1, 2, 3, 4, 6, 7)  # of the operators' inputs: token, weight, bias, position, norm_weight, norm_bias
@@ -315,5 +249,5 @@ def _embed_qkv_backward(ctx, grad_hidden, *grads):
 
 embed_qkv.register_autograd(_embed_qkv_backward, setup_context=_embed_qkv_setup)
 
-for _operator in (embed_backward, embed_qkv_backward, turn_back):
+for _operator in (embed_qkv_backward, turn_back):
     _operator.register_autograd(refuse_double_backward)

@@ -122,7 +122,7 @@ def distinct_qkv_backward(
     padding_idx: int,
     kernels: bool,
     needs: list[bool],
-) -> list[Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of (token, weight, bias, position, norm_weight, norm_bias), empty where `needs` says no."""
     grad_hidden, *grads = rows_of(ids, grad_hidden, grad_query, grad_key, grad_value)
     tensors = (ids, token, weight, position, position_ids, norm_weight, norm_bias)

@@ -10,6 +10,7 @@ import importlib.util
 from typing import NamedTuple
 
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import memory, ops_distinct, rates
@@ -21,6 +22,7 @@ BACKENDS = ("auto", "triton", "torch")
 PLANS = ("auto", "one_pass", "distinct", "table")
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 _COMPILED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_INTERPRETED_DTYPES = (torch.float32, torch.float16, torch.float64)
 
 
 @contextlib.contextmanager
@@ -82,22 +84,39 @@ def debug():
 
 def looks(tensor):
     """Whether a check may look at the values of this tensor: where that costs no synchronisation, or one was asked for."""
-    return (tensor.device.type == "cpu" or _debug and tensor.is_cuda) and not torch.compiler.is_compiling()
+    here = tensor.device.type == "cpu" or _debug and tensor.is_cuda
+    if not here or torch.compiler.is_compiling() or is_traceable_wrapper_subclass(tensor):
+        return False
+    return not is_traced() and not is_transformed()
+
+
+def takes(token):
+    """Whether a table of this dtype has a kernel on its device."""
+    return token.dtype in (_INTERPRETED_DTYPES if token.device.type == "cpu" else _COMPILED_DTYPES)
 
 
 def uses_triton(token):
     """Whether a call over this table runs in Triton. RuntimeError, TypeError: it was asked to and cannot."""
+    return why_torch(token) is None
+
+
+def why_torch(token):
+    """Why PyTorch's operators run a call over this table; None: Triton does. Errors as in uses_triton."""
     if _backend == "torch":
-        return False
-    if _backend == "auto":
-        return token.is_cuda and token.dtype in _COMPILED_DTYPES and HAS_TRITON
+        return "pyembed.backend('torch') is set"
+    if _backend == "auto" and not token.is_cuda:
+        return f"kernels are for GPUs, and the table is on {token.device}"
+    if _backend == "auto" and not (HAS_TRITON and takes(token)):
+        return f"{token.dtype} has no kernel" if HAS_TRITON else "triton is not installed"
+    if is_transformed():
+        return "torch.func and forward-mode AD are PyTorch's operators' alone"
     if not HAS_TRITON:
         raise RuntimeError("backend: 'triton' needs the package triton, which is not installed (pip install triton)")
     if token.dtype == torch.bfloat16 and token.device.type == "cpu":
         raise TypeError("token: Triton's interpreter has no bfloat16 arithmetic; take float32 or float16, or a GPU")
-    if token.dtype not in _COMPILED_DTYPES and token.is_cuda:
+    if not takes(token) and not token.is_meta:
         raise TypeError(f"token: the kernels take float32, float16 or bfloat16, got {token.dtype}")
-    return True
+    return None
 
 
 class Plan(NamedTuple):
@@ -138,11 +157,18 @@ def is_plain_eager():
     """No compiler, tracer, autocast, torch.func transform or forward-mode AD is at work, which our operators would miss."""
     if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return False
+    return not is_traced() and not is_transformed()
+
+
+def is_traced():
+    """Whether tensors are fake, proxies or functional ones: without values."""
     modes = torch._C._TorchDispatchModeKey
-    if any(torch._C._get_dispatch_mode(key) is not None for key in (modes.FAKE, modes.PROXY, modes.FUNCTIONAL)):
-        return False
-    transformed = torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
-    return not transformed
+    return any(torch._C._get_dispatch_mode(key) is not None for key in (modes.FAKE, modes.PROXY, modes.FUNCTIONAL))
+
+
+def is_transformed():
+    """Whether torch.func or forward-mode AD is at work: an operator's rules are for reverse mode alone, and its tangents 0."""
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
 def refuses(position, scale, segment, dropout):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import planner
-from .functional import check_integers, padding_row
+from .checks import check_integers, padding_row
 from .reference import sinusoids
 
 KINDS = ("learned", "sinusoidal")

@@ -145,7 +145,7 @@ def test_outputs_may_be_changed_in_place(run):
 
 def test_interpreter_refuses_bf16():
     with pyembed.backend("triton"), pytest.raises(TypeError, match="token: Triton's interpreter has no bfloat16"):
-        F.embedding(torch.tensor([0]), torch.randn(3, 4, dtype=torch.bfloat16))
+        F.embed(torch.tensor([0]), torch.randn(3, 4, dtype=torch.bfloat16))
 
 
 def test_given_distinct_ids_are_checked():

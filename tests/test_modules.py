@@ -12,49 +12,6 @@ import pyembed
 from pyembed import EmbeddingQKV, TokenPositionEmbedding
 
 
-def test_embedding_holds_torchs_weights():
-    torch.manual_seed(3)
-    theirs = nn.Embedding(6, 3)
-    torch.manual_seed(3)
-    ours = pyembed.Embedding(6, 3)
-    assert torch.equal(ours.weight, theirs.weight) and isinstance(ours, nn.Embedding)
-    ours.load_state_dict(nn.Embedding(6, 3, _weight=theirs.weight + 1).state_dict())
-    theirs.load_state_dict(ours.state_dict())
-    assert torch.equal(ours.weight, theirs.weight)
-
-
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"padding_idx": -1}, {"max_norm": 0.5}, {"scale_grad_by_freq": True}, {"sparse": True}, {"norm_type": 1.0}],
-    ids=str,
-)
-def test_embedding_is_torchs(options, backend):
-    torch.manual_seed(0)
-    ours = pyembed.Embedding(6, 3, **options).to(DEVICE)
-    theirs = nn.Embedding(6, 3, **options).to(DEVICE)
-    theirs.load_state_dict(ours.state_dict())
-    ids = torch.tensor([[0, 5, 5], [1, 2, 5]], device=DEVICE)
-    grad = torch.randn(2, 3, 3, device=DEVICE)
-    with pyembed.backend(backend):
-        out = ours(ids)
-        out.backward(grad)
-    expected = theirs(ids)
-    expected.backward(grad)
-    assert torch.equal(out, expected)
-    torch.testing.assert_close(ours.weight.grad.to_dense(), theirs.weight.grad.to_dense())
-    assert repr(ours).startswith("Embedding(6, 3")
-
-
-def test_embedding_class_methods():
-    table = torch.randn(4, 2)
-    frozen = pyembed.Embedding.from_pretrained(table)
-    assert type(frozen) is pyembed.Embedding and not frozen.weight.requires_grad
-    assert torch.equal(frozen(torch.tensor([3])), table[3:])
-    integers = pyembed.Embedding(3, 2, _weight=torch.arange(6).view(3, 2), _freeze=True)
-    assert integers(torch.tensor([1])).tolist() == [[2, 3]]
-
-
 def test_state_dict_keys():
     assert list(EmbeddingQKV(9, 8, 2).state_dict()) == [
         "token.weight", "position.weight", "norm.weight", "norm.bias", "qkv.weight", "qkv.bias",

@@ -11,7 +11,7 @@ from torch.library import opcheck
 
 import pyembed
 from pyembed import functional as F
-from pyembed import ops
+from pyembed import ops, ops_embed
 
 NO_TERMS = (None,) * 4  # no segment, its ids, no dropout's seed, no second query
 END = (None, 0.0, *F.NO_ROTATION, None, None, 0.0, False)  # no scale, dropout, rotation, norms of heads; heads behind tokens
@@ -58,11 +58,11 @@ def test_opcheck_embed_qkv(norm):
 def test_opcheck_embed():
     ids, token, _, _, position, *_ = inputs()
     segment, seed = torch.randn(2, 6, device=DEVICE, requires_grad=True), torch.tensor([7], device=DEVICE)
-    opcheck(ops.embed, (ids, token, position, None, None, None, None, None, 0.0, -1))
-    opcheck(ops.embed, (ids, token, None, None, None, None, None, None, 0.0, 1))
-    opcheck(ops.embed, (ids, token, position, None, segment, ids % 2, seed, 2.0, 0.5, 1))
-    tensors = (ids, token.detach(), position.detach(), None, segment.detach(), ids % 2, seed)
-    opcheck(ops.embed_backward, (torch.randn(2, 5, 6, device=DEVICE), *tensors, 2.0, 0.5, -1, [True] * 3))
+    opcheck(ops_embed.embed, (ids, token, position, None, None, None, None, None, 0.0, -1))
+    opcheck(ops_embed.embed, (ids, token, None, None, None, None, None, None, 0.0, 1))
+    opcheck(ops_embed.embed, (ids, token, position, None, segment, ids % 2, seed, 2.0, 0.5, 1))
+    grad = torch.randn(2, 5, 6, device=DEVICE)
+    opcheck(ops_embed.embed_backward, (grad, ids, None, ids % 2, seed, 2.0, 0.5, 7, 5, 2, -1))
 
 
 def test_opcheck_terms_and_epilogue():
@@ -96,7 +96,7 @@ def test_gradcheck_embed():
     segment, seed = torch.randn(2, 6, dtype=torch.float64, requires_grad=True), torch.tensor([7])
 
     def function(token, position, segment):
-        return ops.embed(ids, token, position, places, segment, ids % 2, seed, 2.0, 0.5, -1)
+        return ops_embed.embed(ids, token, position, places, segment, ids % 2, seed, 2.0, 0.5, -1)
 
     assert torch.autograd.gradcheck(function, (token, position, segment), fast_mode=True)
 

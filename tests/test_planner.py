@@ -49,7 +49,7 @@ def test_unknown_backend():
 @pytest.mark.gpu
 def test_kernels_refuse_float64():
     with pyembed.backend("triton"), pytest.raises(TypeError, match=r"token: .* got torch.float64"):
-        F.embedding(torch.tensor([0], device="cuda"), torch.randn(3, 2, dtype=torch.float64, device="cuda"))
+        F.embed(torch.tensor([0], device="cuda"), torch.randn(3, 2, dtype=torch.float64, device="cuda"))
 
 
 def chosen(ids, V=50257, D=768, N=2304, trains=False, position=None, dtype=torch.float32):

@@ -254,25 +254,23 @@ def packed(grads, widths):
     return torch.cat(tuple(zeros), 1)
 
 
-def tables_grad(grad_sum, ids, token, terms, padding_idx, needs):
-    """Gradients of (token, position, segment) by that of hidden before its dropout (M, D), or None."""
-    if grad_sum is None:
-        return None, None, None
-    needs_token, needs_position, needs_segment = needs
-    shape, rows, weights = tuple(ids.shape), grad_sum.shape[0], None
-    if needs_token and terms.scale is not None:
-        weights = grad_sum.new_full((rows,), terms.scale, dtype=torch.promote_types(grad_sum.dtype, torch.float32))
+def tables_grad(grad_sum, ids, terms, padding_idx, sizes):
+    """Gradients of tables of tokens, positions and segments of these sizes (0: not wanted, None), by that of hidden before its
+    dropout (M, D)."""
+    rows, places, kinds = sizes
+    shape, M, weights = tuple(ids.shape), grad_sum.shape[0], None
+    if rows and terms.scale is not None:
+        weights = grad_sum.new_full((M,), terms.scale, dtype=torch.promote_types(grad_sum.dtype, torch.float32))
     return (
-        table_grad(grad_sum, ids.reshape(-1), token.shape[0], padding_idx, weights=weights) if needs_token else None,
-        position_grad(grad_sum, shape, terms.position_ids, terms.places) if needs_position else None,
-        segment_grad(grad_sum, shape, terms.segment_ids, terms.segment.shape[0]) if needs_segment else None,
+        table_grad(grad_sum, ids.reshape(-1), rows, padding_idx, weights=weights) if rows else None,
+        position_grad(grad_sum, shape, terms.position_ids, places) if places else None,
+        segment_grad(grad_sum, shape, terms.segment_ids, kinds) if kinds else None,
     )
 
 
-def embed_backward(grad, ids, token, terms, padding_idx, needs):
-    """Gradients of (token, position, segment), None where `needs` says no, by that of hidden (M, D)."""
-    grad = grad if terms.dropout is None else drop_again(grad, terms.dropout)
-    return tables_grad(grad, ids, token, terms, padding_idx, needs)
+def embed_backward(grad, ids, terms, padding_idx, sizes):
+    """Gradients of tables as tables_grad has them, by that of hidden (M, D)."""
+    return tables_grad(grad if terms.dropout is None else drop_again(grad, terms.dropout), ids, terms, padding_idx, sizes)
 
 
 def embed_qkv_backward(
@@ -306,8 +304,12 @@ def embed_qkv_backward(
                 grad_sum = grad_qkv @ weight if grad_sum is None else torch.addmm(grad_sum, grad_qkv, weight)
         grad_weight = grad_qkv.t() @ normed if needs_weight else None
         grad_bias = grad_qkv.sum(0) if needs_bias else None
-    if drops and grad_sum is not None:
-        grad_sum = drop_again(grad_sum, terms.dropout)
-    needed = (needs_token, needs_position, needs_segment)
-    grad_token, grad_position, grad_segment = tables_grad(grad_sum, ids, token, terms, padding_idx, needed)
+    grad_token = grad_position = grad_segment = None
+    if grad_sum is not None:
+        if drops:
+            grad_sum = drop_again(grad_sum, terms.dropout)
+        sizes = (token.shape[0], terms.places, 0 if terms.segment is None else terms.segment.shape[0])
+        needed = (needs_token, needs_position, needs_segment)
+        sizes = [size if need else 0 for size, need in zip(sizes, needed, strict=True)]
+        grad_token, grad_position, grad_segment = tables_grad(grad_sum, ids, terms, padding_idx, sizes)
     return grad_token, grad_weight, grad_bias, grad_position, grad_norm_weight, grad_norm_bias, grad_segment

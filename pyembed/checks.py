@@ -1,0 +1,206 @@
+"""What arguments must be. Every error names the argument, what was expected and what came."""
+
+import torch
+from torch import Tensor
+
+from . import planner
+from .distinct import DistinctIds
+from .rotary import Rotary
+
+
+def check_integers(name: str, ids: Tensor):
+    """ids of one of the dtypes that PyTorch takes."""
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(ids).__name__}")
+    if ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name}: expected dtype torch.int32 or torch.int64, got {ids.dtype}")
+
+
+def check_shape(name: str, tensor: Tensor | None, shape: tuple, meaning: str, optional=True):
+    """shape holds None where any size will do."""
+    if tensor is None and optional:
+        return
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
+    if tensor.dim() != len(shape) or any(want not in (None, got) for want, got in zip(shape, tensor.shape, strict=True)):
+        wanted = str(tuple("any" if size is None else size for size in shape)).replace("'", "")
+        raise ValueError(f"{name}: expected shape {wanted}, {meaning}; got {tuple(tensor.shape)}")
+
+
+def check_alike(token: Tensor, ids: Tensor, **others: Tensor | None):
+    """All tensors on the table's device, all floating ones of its dtype."""
+    if not token.is_floating_point():
+        raise TypeError(f"token: expected a floating dtype, got {token.dtype}")
+    for name, tensor in {"ids": ids, **others}.items():
+        if tensor is None:
+            continue
+        if tensor.device != token.device:
+            raise ValueError(f"{name}: expected device {token.device}, that of token; got {tensor.device}")
+        dtypes = {token.dtype}
+        if "norm" in name:
+            dtypes.add(torch.promote_types(token.dtype, torch.float32))
+        if name == "position":
+            dtypes.add(torch.int64)  # positions.sinusoidal_steps
+        if not name.endswith("ids") and tensor.dtype not in dtypes:
+            raise TypeError(f"{name}: expected dtype {token.dtype}, that of token; got {tensor.dtype}")
+
+
+def check_positions(ids: Tensor, position: Tensor | None, position_ids: Tensor | None, rotary=None):
+    tables = [("position", position), ("rotary", rotary.cos if isinstance(rotary, Rotary) else None)]
+    tables = [(name, _places(table)) for name, table in tables if table is not None]
+    if not tables:
+        if position_ids is not None:
+            raise ValueError("position_ids: expected None where there is no table of positions, got a Tensor")
+        return
+    T = ids.shape[-1] if ids.dim() else 1
+    if position_ids is None:
+        for name, rows in tables:
+            if rows < T:
+                raise IndexError(f"ids: sequence length {T} needs positions up to {T - 1}, {name} has {rows} rows")
+        return
+    _check_like_ids("position_ids", position_ids, ids)
+
+
+def _places(position: Tensor) -> int:
+    """Rows of a table of positions; those that are computed never end."""
+    return position.shape[0] if position.is_floating_point() else 2**31 - 1
+
+
+def _check_like_ids(name: str, tensor: Tensor, ids: Tensor):
+    shapes = {tuple(ids.shape), tuple(ids.shape[-1:]), (1,) * (ids.dim() - 1) + tuple(ids.shape[-1:])}
+    if tuple(tensor.shape) not in shapes:
+        wanted = " or ".join(map(str, sorted(shapes, key=len)))
+        raise ValueError(f"{name}: expected shape {wanted} for ids {tuple(ids.shape)}, got {tuple(tensor.shape)}")
+
+
+def check_terms(ids: Tensor, token: Tensor, position, position_ids, segment, segment_ids, scale, dropout):
+    """What hidden is the sum of."""
+    check_integers("ids", ids)
+    check_shape("token", token, (None, None), "(num_embeddings, embedding_dim)", optional=False)
+    if isinstance(position, Tensor) and position.dtype == torch.int64:
+        check_shape("position", position, (2, token.shape[1]), "steps and beginnings, as positions.sinusoidal_steps has them")
+    check_shape("position", position, (None, token.shape[1]), "(max_length, embedding_dim of token)")
+    check_shape("segment", segment, (None, token.shape[1]), "(segments, embedding_dim of token)")
+    for name, tensor in (("position_ids", position_ids), ("segment_ids", segment_ids)):
+        if tensor is not None:
+            check_integers(name, tensor)
+    if segment_ids is not None:
+        if segment is None:
+            raise ValueError("segment_ids: expected None where there is no table of segments, got a Tensor")
+        _check_like_ids("segment_ids", segment_ids, ids)
+    if scale is not None and not isinstance(scale, int | float):
+        raise TypeError(f"scale: expected a number or None, got {type(scale).__name__}")
+    if not 0 <= dropout <= 1:
+        raise ValueError(f"dropout: expected a probability in [0, 1], got {dropout}")
+
+
+def check_rotary(rotary, ids: Tensor, head_dim: int):
+    """A Rotary, or cosines and sines of each token, that fits the heads."""
+    if rotary is None:
+        return
+    if isinstance(rotary, Rotary):
+        width, cos = rotary.rotary_dim, rotary.cos
+    elif isinstance(rotary, tuple | list) and len(rotary) == 2 and all(isinstance(t, Tensor) for t in rotary):
+        (cos, sin), T = rotary, ids.shape[-1] if ids.dim() else 1
+        width = cos.shape[-1] if cos.dim() else 0
+        shapes = {(*ids.shape, width), (T, width), (*(1,) * (ids.dim() - 1), T, width)}
+        if cos.shape != sin.shape or tuple(cos.shape) not in shapes:
+            wanted = " or ".join(map(str, sorted(shapes, key=len)))
+            raise ValueError(f"rotary: expected cos and sin of shape {wanted}, got {tuple(cos.shape)} and {tuple(sin.shape)}")
+        if not cos.is_floating_point() or cos.requires_grad or sin.requires_grad:
+            raise ValueError("rotary: expected floating cos and sin that want no gradient: none is computed")
+    else:
+        raise TypeError(f"rotary: expected a pyembed.Rotary or a (cos, sin) pair of Tensors, got {type(rotary).__name__}")
+    if width % 2 or width == 0 or width > head_dim or head_dim % 2:
+        raise ValueError(f"rotary: expected an even width up to an even head_dim ({head_dim}), got {width}")
+    if cos.device != ids.device:
+        raise ValueError(f"rotary: expected device {ids.device}, that of ids; got {cos.device}")
+
+
+def _check_range(name: str, ids: Tensor | None, table: str, size: int):
+    """IndexError that names the first id without a row, its place and the table's size. CPU tensors only: it looks."""
+    if ids is None or ids.numel() == 0:
+        return
+    low, high = torch.aminmax(ids)
+    if low < 0 or high >= size:
+        place = tuple(((ids < 0) | (ids >= size)).nonzero()[0].tolist())
+        raise IndexError(f"{name}: expected values in [0, {size}), the rows of {table}; got {ids[place].item()} at {place}")
+
+
+def check_distinct(distinct: DistinctIds | None, ids: Tensor):
+    """What a loader counted belongs to these ids: shapes always, values where looking costs no synchronisation."""
+    if distinct is None:
+        return
+    if not isinstance(distinct, DistinctIds):
+        raise TypeError(f"distinct: expected a DistinctIds, got {type(distinct).__name__}")
+    for name, tensor, shape in (("distinct.ids", distinct.ids, (None,)), ("distinct.inverse", distinct.inverse, ids.shape)):
+        check_integers(name, tensor)
+        check_shape(name, tensor, tuple(shape), "sorted ids, and the place of each of the batch's ids among them")
+        if tensor.device != ids.device:
+            raise ValueError(f"{name}: expected device {ids.device}, that of ids; got {tensor.device}")
+    if not planner.looks(ids):
+        return
+    if distinct.ids.numel() > 1 and not (distinct.ids[1:] > distinct.ids[:-1]).all():
+        raise ValueError("distinct.ids: expected each id once, in ascending order, as torch.unique gives them")
+    _check_range("distinct.inverse", distinct.inverse, "distinct.ids", distinct.ids.numel())
+    same = distinct.ids.index_select(0, distinct.inverse.reshape(-1)) == ids.reshape(-1)
+    if not same.all():
+        first = int(same.logical_not().nonzero()[0])
+        place = tuple(int(i) for i in torch.unravel_index(torch.tensor(first), ids.shape))
+        found = distinct.ids[distinct.inverse.reshape(-1)[first]].item()
+        raise ValueError(f"distinct: expected the ids of this batch, {ids[place].item()} at {place}; got {found}")
+
+
+def padding_row(padding_idx: int | None, rows: int) -> int | None:
+    """padding_idx, counted from the table's beginning."""
+    if padding_idx is None:
+        return None
+    if not -rows <= padding_idx < rows:
+        raise ValueError(f"padding_idx: expected a row in [{-rows}, {rows}), got {padding_idx}")
+    return padding_idx % rows
+
+
+def check_heads(num_heads: int, num_kv_heads: int | None) -> int:
+    """num_kv_heads, num_heads where it is None."""
+    num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+    for name, heads in (("num_heads", num_heads), ("num_kv_heads", num_kv_heads)):
+        if not isinstance(heads, int) or heads < 1:
+            raise ValueError(f"{name}: expected a positive int, got {heads!r}")
+    if num_heads % num_kv_heads:
+        raise ValueError(f"num_heads: expected a multiple of num_kv_heads ({num_kv_heads}), got {num_heads}")
+    return num_kv_heads
+
+
+def check_ids(
+    ids: Tensor, token: Tensor, position: Tensor | None, position_ids: Tensor | None, rotary=None, segment=None,
+    segment_ids=None,
+):  # fmt: skip
+    """A front end's ids: types, devices and shapes, and values where looking costs no synchronisation."""
+    check_terms(ids, token, position, position_ids, segment, segment_ids, None, 0.0)
+    check_alike(token, ids, position_ids=position_ids, segment_ids=segment_ids)
+    check_positions(ids, position, position_ids, rotary)
+    check_ranges(ids, token, position, position_ids, rotary, segment, segment_ids)
+
+
+def check_ranges(ids, token, position, position_ids, rotary=None, segment=None, segment_ids=None):
+    if planner.looks(ids):
+        _check_range("ids", ids, "token", token.shape[0])
+        if position is not None:
+            _check_range("position_ids", position_ids, "position", _places(position))
+        if isinstance(rotary, Rotary):
+            _check_range("position_ids", position_ids, "rotary", rotary.cos.shape[0])
+        if segment is not None:
+            _check_range("segment_ids", segment_ids, "segment", segment.shape[0])
+
+
+def check_query_biases(query_biases, num_heads: int, head_dim: int, query_norm, rotary) -> tuple:
+    """The two of them, or two None."""
+    if query_biases is None:
+        return None, None
+    if query_norm is not None or rotary is not None:
+        raise ValueError("query_biases: expected None where heads are normalised or turned (which comes first?), got a pair")
+    if not isinstance(query_biases, tuple | list) or len(query_biases) != 2:
+        raise TypeError(f"query_biases: expected a pair of Tensors or None, got {type(query_biases).__name__}")
+    for bias in query_biases:
+        check_shape("query_biases", bias, (num_heads, head_dim), "(num_heads, head_dim)", optional=False)
+    return query_biases
