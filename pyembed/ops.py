@@ -147,7 +147,7 @@ def embed_qkv_backward(
     num_kv_heads: int,
     padding_idx: int,
     needs: list[bool],
-) -> list[Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of (token, weight, bias, position, norm_weight, norm_bias), empty where `needs` says no."""
     module, running = _kernels("embed_grad", token)
     grad_hidden, *grads = _rows(ids, grad_hidden, grad_query, grad_key, grad_value)
@@ -176,15 +176,15 @@ def _grads_like(token, weight, position, norm_weight, norm_bias):
 def _fake_grads(grad_hidden, grad_query, grad_key, grad_value, ids, token, weight, position, position_ids, *others):
     norm_weight, norm_bias, *_, needs = others
     likes = zip(needs, _grads_like(token, weight, position, norm_weight, norm_bias), strict=True)
-    return [token.new_empty(shape if need else (0,), dtype=dtype) for need, (shape, dtype) in likes]
+    return tuple(token.new_empty(shape if need else (0,), dtype=dtype) for need, (shape, dtype) in likes)
 
 
 def _packed(grads, needs, likes, token):
     """An operator returns tensors only: an empty one for a gradient that is not wanted, zeros for one that nothing reached."""
-    return [
+    return tuple(
         token.new_empty(0, dtype=dtype) if not need else token.new_zeros(shape, dtype=dtype) if grad is None else grad
         for grad, need, (shape, dtype) in zip(grads, needs, likes, strict=True)
-    ]
+    )
 
 
 def _needs(ctx, grads_qkv):
@@ -354,7 +354,7 @@ def distinct_qkv_backward(
     padding_idx: int,
     kernels: bool,
     needs: list[bool],
-) -> list[Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of (token, weight, bias, position, norm_weight, norm_bias), empty where `needs` says no."""
     grad_hidden, *grads = _rows(ids, grad_hidden, grad_query, grad_key, grad_value)
     tensors = (ids, token, weight, position, position_ids, norm_weight, norm_bias)
