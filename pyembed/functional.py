@@ -7,6 +7,7 @@ from . import ops, planner, reference
 from .distinct import DistinctIds
 from .reference import HiddenQKV
 from .rotary import Rotary, as_rotation
+from .spread import over_mesh
 
 NORMS = ("layer", "rms", None)
 NO_ROTATION = (None, None, None, False)
@@ -181,6 +182,7 @@ def embedding(ids: Tensor, weight: Tensor, padding_idx: int | None = None) -> Te
     return embed(ids, weight, padding_idx=padding_idx)
 
 
+@over_mesh
 def embed(
     ids: Tensor,
     token: Tensor,
@@ -209,6 +211,7 @@ def embed(
     )  # fmt: skip
 
 
+@over_mesh
 def embed_qkv(
     ids: Tensor,
     token: Tensor,

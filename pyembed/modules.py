@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import functional as F
-from . import parts, planner, positions, table
+from . import parts, planner, positions, spread, table
 from .distinct import DistinctIds
 from .reference import HiddenQKV, embed_qkv, split_heads, turned
 from .rotary import Rotary, as_rotation
@@ -198,7 +198,7 @@ class EmbeddingQKV(nn.Module):
         hidden = token(ids)
         if position is not None:
             if position_ids is None:
-                position_ids = torch.arange(ids.shape[-1] if ids.dim() else 1, device=ids.device).view(ids.shape[-1:])
+                position_ids = spread.places(ids)
             hidden = hidden + position(position_ids)
         hidden = dropout(hidden)
         normed = hidden if norm is None else norm(hidden)
@@ -220,6 +220,7 @@ class EmbeddingQKV(nn.Module):
 
         Nothing runs and no table is built; its str() is a line to read. On a GPU it waits for the ids to be counted.
         """
+        ids, position_ids = spread.local(ids), spread.local(position_ids)
         self._check(ids, position_ids)
         F.check_distinct(distinct, ids)
         if self._drops():
@@ -272,7 +273,7 @@ class EmbeddingQKV(nn.Module):
 
     @torch.no_grad()
     def _make_table(self):
-        foreign = parts.foreign(self._modules)
+        foreign = parts.foreign(self._modules) or parts.distributed(self._modules)
         if foreign:
             raise RuntimeError(f"table: expected modules that are no more than their weights, but {foreign}")
         self._table = None  # its memory comes first
@@ -349,7 +350,7 @@ class EmbeddingQKV(nn.Module):
             return "gradients are wanted and a table has none; call it within torch.no_grad()"
         if self._drops():
             return "dropout comes between sum and norm; call eval()"
-        foreign = parts.foreign(self._modules)
+        foreign = parts.foreign(self._modules) or parts.distributed(self._modules)
         if foreign:
             return foreign
         if not planner.is_plain_eager():

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from . import positions
+from . import positions, spread
 from .rotary import Rotary
 
 NAMES = ("token", "position", "norm", "qkv")
@@ -12,7 +12,7 @@ _STOCK = (nn.Embedding, nn.LayerNorm, nn.RMSNorm, nn.Linear, positions.Sinusoida
 
 def is_conv1d(qkv):
     """Hugging Face's Conv1D, a linear map of weight (D, N)."""
-    return type(qkv).__name__ == "Conv1D" and getattr(qkv.weight, "ndim", 0) == 2
+    return type(qkv).__name__.removeprefix("Parametrized") == "Conv1D" and getattr(qkv.weight, "ndim", 0) == 2
 
 
 def is_llama_norm(norm):
@@ -46,6 +46,15 @@ def foreign(modules):
             stock = _has_stock_forward(kind) or copied
             if not stock or "forward" in part.__dict__:
                 return f"{name}, a {kind.__name__}, has a forward of its own"
+    return None
+
+
+def distributed(modules):
+    """Why no table can be kept of weights that are spread over devices; None: they are not."""
+    for name in NAMES:
+        for part in () if modules[name] is None else modules[name].modules():
+            if getattr(part, "_is_fsdp_managed_module", False) or spread.is_distributed(*part.parameters(recurse=False)):
+                return f"{name}'s weights are spread over devices (FSDP, DTensor)"
     return None
 
 
