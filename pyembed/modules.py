@@ -183,6 +183,8 @@ class EmbeddingQKV(nn.Module):
             return self._call(ids, position_ids, rotary)
         except (IndexError, RuntimeError, TypeError):
             self._check(ids, position_ids)  # says what is wrong, if it is an argument
+            if spread.is_distributed(ids, self._modules["token"].weight):
+                F.embed(ids, self._modules["token"].weight)  # says which of the two is no DTensor
             raise
 
     def _packs_in_vain(self, ids):

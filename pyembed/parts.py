@@ -51,7 +51,7 @@ def foreign(modules):
 
 def distributed(modules):
     """Why no table can be kept of weights that are spread over devices; None: they are not."""
-    for name in NAMES:
+    for name in NAMES if spread.has_group() else ():
         for part in () if modules[name] is None else modules[name].modules():
             if getattr(part, "_is_fsdp_managed_module", False) or spread.is_distributed(*part.parameters(recurse=False)):
                 return f"{name}'s weights are spread over devices (FSDP, DTensor)"

@@ -8,9 +8,14 @@ import torch
 from torch import Tensor
 
 
+def has_group() -> bool:
+    """Whether there is a process group, without which nothing is spread."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def is_distributed(*values) -> bool:
-    """Whether a value is a DTensor. (None can be made before a process group is.)"""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    """Whether a value is a DTensor."""
+    if not has_group():
         return False
     from torch.distributed.tensor import DTensor
 
@@ -38,5 +43,5 @@ def over_mesh(function):
 def places(ids: Tensor) -> Tensor:
     """0 … T−1 for ids (..., T): (T,), of a DTensor one like ids."""
     if is_distributed(ids):
-        return torch.ones_like(ids).cumsum(-1) - 1
+        return torch.ones_like(ids).cumsum(ids.dim() - 1) - 1  # of a DTensor in shards, cumsum(-1) is wrong in torch 2.13
     return torch.arange(ids.shape[-1] if ids.dim() else 1, device=ids.device).view(ids.shape[-1:])
