@@ -1,146 +1,36 @@
 """On several processes the front end does what it does on one: same loss, same gradients, same state_dict."""
 
 import copy
-import multiprocessing
-import os
-import time
-import traceback
-from datetime import timedelta
-from pathlib import Path
 
+import processes
 import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import torch.multiprocessing as mp
+from processes import INTERPRETED, B, D, T, V, batch, expect_same, loss_of, make, of_model, train_step, whole
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
+from torch.distributed.tensor import Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import parallelize_module
 
 import pyembed
 from pyembed import ops, planner
 from pyembed.parallel import ColwiseQKV
 
-V, D, B, T, DEADLINE = 13, 16, 4, 4, 150
-INTERPRETED = {2: [("triton", "one_pass")], 4: []}  # four interpreters on a few cores take too long
-CHECKS = {}
+CHECKS = []
 
 
 def check(function):
-    CHECKS[function.__name__] = function
+    CHECKS.append(function)
     return function
 
 
-@pytest.mark.parametrize("processes", [2, 4])
-def test_equals_one_process(processes, tmp_path, monkeypatch):
+@pytest.mark.parametrize("count", [2, 4])
+def test_equals_one_process(count, tmp_path, monkeypatch):
     """One start for all checks: it takes seconds."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    multiprocessing.set_forkserver_preload(["pyembed.parallel", "torch.distributed.fsdp", "torch.distributed.checkpoint"])
-    work = (_work, (processes, str(tmp_path)), processes)
-    spawned = mp.start_processes(*work, join=False, start_method="forkserver")
-    end = time.monotonic() + DEADLINE
-    try:
-        while any(process.is_alive() for process in spawned.processes) and time.monotonic() < end:
-            time.sleep(0.1)
-    finally:
-        for process in spawned.processes:
-            process.kill()
-    results = [tmp_path / f"{name}.{rank}" for name in CHECKS for rank in range(processes)]
-    errors = [f"{result.name}\n{result.read_text()}" for result in results if result.exists() and result.stat().st_size]
-    errors += [f"{result.name} was not reached in {DEADLINE} s" for result in results if not result.exists()]
-    if errors:
-        pytest.fail("\n".join(errors[:2]), pytrace=False)
-
-
-def _work(rank, n, folder):
-    torch.set_num_threads(1)
-    options = {"rank": rank, "world_size": n, "timeout": timedelta(seconds=60)}
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", **options)
-    for name, function in CHECKS.items():
-        error = ""
-        try:
-            torch.manual_seed(0)
-            function(rank, n, Path(folder))
-        except Exception:
-            error = traceback.format_exc()
-        Path(folder, f"{name}.{rank}").write_text(error)
-        if error:
-            os._exit(1)  # the others wait for this one no longer
-    dist.destroy_process_group()
-
-
-def whole(tensor):
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def make(rows=V, **options):
-    torch.manual_seed(1)
-    return pyembed.EmbeddingQKV(rows, D, 8, **{"num_kv_heads": 4, "head_dim": 4, "max_length": 12} | options)
-
-
-def batch():
-    g = torch.Generator().manual_seed(2)
-    return torch.randint(V, (B, T), generator=g)
-
-
-def loss_of(out, rows=slice(None), share=(0, 1)):
-    """A loss of the batch's `rows`, and of the heads of rank share[0] of share[1] where these are all that there is."""
-    g, losses = torch.Generator().manual_seed(3), []
-    for x in out:
-        split = share[1] if x.dim() == 4 else 1
-        shape = (B, T, x.shape[2] * split, *x.shape[3:])
-        factor = torch.randn(shape, generator=g)[rows].chunk(split, 2)[share[0] if split > 1 else 0]
-        losses.append((x * factor + x.square() * factor).mean(-1).sum())
-    return sum(losses)
-
-
-def expect_same(module, twin, message, scale=1.0):
-    """Gradients of module, on several processes, are those of twin, on one."""
-    names = dict(twin.named_parameters())
-    found = {name: p for name, p in module.named_parameters() if "parametrizations" not in name}
-    for name in [name for name in names if name not in found]:
-        prefix, last = name.rsplit(".", 1)
-        held = module.get_submodule(prefix).parametrizations[last]
-        grads = [whole(getattr(held, f"original{i}").grad) for i in range(3)]
-        torch.testing.assert_close(torch.cat(grads, held[0].dim) * scale, names[name].grad, msg=f"{message}: {name}")
-    for name, p in found.items():
-        torch.testing.assert_close(whole(p.grad) * scale, names[name].grad, rtol=1e-4, atol=1e-5, msg=f"{message}: {name}")
-
-
-def train_step(module, ids, **options):
-    module.zero_grad()
-    loss = loss_of(module(ids), **options)
-    loss.backward()
-    return loss.detach()
-
-
-def of_model(qkv="linear"):
-    """A model that keeps its front end out of its registered modules."""
-    torch.manual_seed(4)
-    model = nn.Module()
-    model.wte, model.wpe, model.norm = nn.Embedding(V, D), nn.Embedding(12, D), nn.LayerNorm(D)
-    nn.init.normal_(model.norm.bias)
-    if qkv == "three":
-        model.q, model.k, model.v = nn.Linear(D, 32, bias=False), nn.Linear(D, 16), nn.Linear(D, 16)
-        part = (model.q, model.k, model.v)
-    else:
-        model.c_attn = part = Conv1D() if qkv == "conv1d" else nn.Linear(D, 64)
-    heads = {"num_heads": 8, "num_kv_heads": 4, "per_head": qkv == "per head"}
-    model.front = [pyembed.EmbeddingQKV.from_modules(model.wte, model.wpe, model.norm, qkv=part, **heads)]
-    model.forward = lambda *args, **kwargs: model.front[0](*args, **kwargs)
-    return model
-
-
-class Conv1D(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.randn(D, 64)), nn.Parameter(torch.randn(64))
-
-    def forward(self, x):
-        return x @ self.weight + self.bias
+    processes.run(CHECKS, count, tmp_path, monkeypatch)
 
 
 @check
@@ -378,6 +268,7 @@ def tensor_parallel_refuses(rank, n, folder):
     for style in STYLES:
         front = parallelize_module(make(), mesh, ColwiseQKV(**style))
         assert front.explain(batch()).name == "one_pass" and front.table_nbytes() * n == make().table_nbytes()
+        assert ("vocabulary" in front.explain(batch()).reason) == bool(style)
         with pytest.raises(RuntimeError, match=r"table: expected modules .* spread over devices"):
             front.build_table()
         with torch.no_grad(), pyembed.plan("table"), pytest.raises(RuntimeError, match="plan: 'table' cannot run here"):
@@ -431,36 +322,34 @@ def ids_in_shards(rank, n, folder):
 
 @check
 def operators(rank, n, folder):
-    """The operators themselves, by register_sharding."""
+    """The operators themselves, by register_sharding: also where ids and gradients lie as no rank can run them alone."""
     ids, g = batch(), torch.Generator().manual_seed(7)
-    token, position, weight = (torch.randn(s, D, generator=g) for s in (V, 12, 64))
-    norm_weight, norm_bias, bias = (torch.randn(s, generator=g) for s in (D, D, 64))
-    cos, sin = torch.rand(T, 2, generator=g), torch.rand(T, 2, generator=g)
-    places, expected = torch.randint(12, (B, T), generator=g), {}
+    leaves = [torch.randn(shape, generator=g) for shape in ((V, D), (12, D), (64, D), (64,), (D,), (D,))]
+    turns, places = [torch.rand(T, 2, generator=g) for _ in range(2)], torch.randint(12, (B, T), generator=g)
+    grads = [torch.randn(B, T, *shape, generator=g) for shape in ((D,), (8, 4), (4, 4), (4, 4), (D,))]
     mesh = init_device_mesh("cpu", (2, 2) if n == 4 else (n,))
-    cases = [([Shard(0)], False), ([Shard(1)], True), ([Shard(1)], False)]  # the last is no sharding that they take
-    for placements, given in cases if n == 2 else [([Shard(0), Shard(0)], False), ([Shard(0), Shard(1)], True)]:
+    on_two = [([Shard(0)], [Shard(0)], False, True), ([Shard(1)], [Shard(0)], True, False)]
+    on_two += [([Shard(1)], [Shard(1)], True, True), ([Shard(1)], [Replicate()], False, False)]
+    on_four = [([Shard(0)] * 2, [Shard(0)] * 2, False, True), ([Shard(0), Shard(1)], [Shard(1), Shard(0)], True, False)]
+    for of_ids, of_grads, has_places, has_turns in on_two if n == 2 else on_four:
 
-        def run(spread, given=given):
-            leaves = [spread(t).requires_grad_() for t in (token, position, weight, bias, norm_weight, norm_bias)]
-            tables, (w, b, *norm) = leaves[:2], leaves[2:]
-            where = spread(places, True) if given else None
-            turns = (None, None, None, False) if given else (spread(cos), spread(sin), None, False)
-            out = ops.embed(spread(ids, True), *tables, where, 3) if given else spread(token[ids], True)
-            call = (spread(ids, True), tables[0], w, b, tables[1], where, *norm, 8, 4, "layer", 1e-5, 3, *turns)
-            out = out, *ops.embed_qkv(*call)[:4]
-            loss = sum(x.pow(3).mean() for x in out)
-            loss.redistribute(placements=[Replicate()] * mesh.ndim).backward() if spread is over else loss.backward()
-            return out, [leaf.grad for leaf in leaves]
+        def run(spread, of_ids=of_ids, of_grads=of_grads, has_places=has_places, has_turns=has_turns):
+            token, position, w, b, *norm = held = [spread(t).requires_grad_() for t in leaves]
+            where = spread(places, of_ids) if has_places else None
+            turned = *(spread(t) if has_turns else None for t in turns), None, False
+            call = (spread(ids, of_ids), token, w, b, position, where, *norm, 8, 4, "layer", 1e-5, 3, *turned)
+            out = ops.embed_qkv(*call)[:4]
+            if not has_turns:
+                out = *out, ops.embed(call[0], token, position, where, 3)
+            torch.autograd.backward(out, [spread(grad, of_grads) for grad in grads[: len(out)]])
+            return out, [leaf.grad for leaf in held]
 
-        def over(tensor, is_ids=False, placements=placements):
-            return distribute_tensor(tensor.clone(), mesh, placements if is_ids else [Replicate()] * mesh.ndim)
+        def over(tensor, placements=None):
+            return distribute_tensor(tensor.clone(), mesh, placements or [Replicate()] * mesh.ndim)
 
-        def plain(tensor, is_ids=False):
+        def plain(tensor, placements=None):
             return tensor.clone()
 
-        if given not in expected:
-            expected[given] = run(plain)
-        for ours, theirs in zip(run(over), expected[given], strict=True):
+        for ours, theirs in zip(run(over), run(plain), strict=True):
             for a, b in zip(ours, theirs, strict=True):
-                torch.testing.assert_close(whole(a), b, rtol=1e-4, atol=1e-5, msg=f"{placements} {given}")
+                torch.testing.assert_close(whole(a), b, rtol=1e-4, atol=1e-5, msg=f"{of_ids} {has_places} {has_turns}")
