@@ -21,6 +21,7 @@ from .checks import (
 from .distinct import DistinctIds
 from .reference import HiddenQKV
 from .rotary import Rotary, as_rotation
+from .spread import over_mesh
 
 NORMS = ("layer", "rms", None)
 NO_ROTATION = (None, None, None, False)
@@ -86,6 +87,7 @@ def unkernelled(ids, weight, max_norm=None, scale_grad_by_freq=False, sparse=Fal
     return None
 
 
+@over_mesh
 def embed(
     ids: Tensor,
     token: Tensor,
@@ -123,6 +125,7 @@ def embed(
     return _run(kernel, eager, token, ids, token, position, position_ids, None, segment, segment_ids)
 
 
+@over_mesh
 def embed_qkv(
     ids: Tensor,
     token: Tensor,

@@ -43,7 +43,7 @@ class KeepsTable(nn.Module):
 
     @torch.no_grad()
     def _make_table(self):
-        foreign = self._foreign()
+        foreign = self._foreign() or parts.distributed(self._modules)
         if foreign:
             raise RuntimeError(f"table: expected modules that are no more than their weights, but {foreign}")
         refused = planner.refuses(self._position(), self._scale(), self._modules["segment"], False)
@@ -126,7 +126,7 @@ class KeepsTable(nn.Module):
             return "gradients are wanted and a table has none; call it within torch.no_grad()"
         if self._drops():
             return "dropout comes between sum and norm; call eval()"
-        refused = self._foreign() or self._refuses_plans()
+        refused = self._foreign() or self._refuses_plans() or parts.distributed(self._modules)
         if refused:
             return refused
         if not planner.is_plain_eager():

@@ -5,7 +5,7 @@ import contextlib
 import torch
 from torch import Tensor, nn
 
-from . import checks, parts, planner, positions, table
+from . import checks, parts, planner, positions, spread, table
 from . import functional as F
 from .distinct import DistinctIds
 from .embedding import COMBINES
@@ -224,6 +224,8 @@ class EmbeddingQKV(KeepsTable):
             return self._call(ids, *call)
         except (IndexError, RuntimeError, TypeError):
             self._check(ids, call[0], call[2])  # says what is wrong, if it is an argument
+            if spread.is_distributed(ids, self._modules["token"].weight):
+                F.embed(ids, self._modules["token"].weight)  # says which of the two is no DTensor
             raise
 
     def _packs_in_vain(self, ids):
@@ -240,7 +242,7 @@ class EmbeddingQKV(KeepsTable):
             hidden = hidden + self.segment(torch.zeros_like(ids) if segment_ids is None else segment_ids)
         if position is not None:
             if position_ids is None:
-                position_ids = torch.arange(ids.shape[-1] if ids.dim() else 1, device=ids.device).view(ids.shape[-1:])
+                position_ids = spread.places(ids)
             rows = nn.functional.embedding(position_ids, self._position()) if self.position_offset else position(position_ids)
             concat = self.combine == "concat"
             hidden = torch.cat([hidden, rows.expand_as(hidden)], -1) if concat else hidden + rows
@@ -275,6 +277,7 @@ class EmbeddingQKV(KeepsTable):
 
         Nothing runs and no table is built; its str() is a line to read. On a GPU it waits for the ids to be counted.
         """
+        ids, position_ids = spread.local(ids), spread.local(position_ids)
         self._check(ids, position_ids)
         checks.check_distinct(distinct, ids)
         foreign = self._foreign()

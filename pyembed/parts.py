@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from . import positions
+from . import positions, spread
 from .rotary import Rotary
 
 NAMES = ("token", "position", "segment", "norm", "qkv", "query_norm", "key_norm")
@@ -12,7 +12,7 @@ _STOCK = (nn.Embedding, nn.LayerNorm, nn.RMSNorm, nn.Linear, positions.Sinusoida
 
 def is_conv1d(qkv):
     """Hugging Face's Conv1D, a linear map of weight (D, N)."""
-    return type(qkv).__name__ == "Conv1D" and getattr(qkv.weight, "ndim", 0) == 2
+    return type(qkv).__name__.removeprefix("Parametrized") == "Conv1D" and getattr(qkv.weight, "ndim", 0) == 2
 
 
 def is_llama_norm(norm):
@@ -89,6 +89,15 @@ def make_norm(name, kind, width, eps, bias, **factory):
         return nn.RMSNorm(width, eps, **factory)
     if kind is not None:
         raise ValueError(f"{name}: expected one of ('layer', 'rms', None), got {kind!r}")
+    return None
+
+
+def distributed(modules):
+    """Why no table can be kept of weights that are spread over devices; None: they are not."""
+    for name in NAMES if spread.has_group() else ():
+        for part in () if modules[name] is None else modules[name].modules():
+            if getattr(part, "_is_fsdp_managed_module", False) or spread.is_distributed(*part.parameters(recurse=False)):
+                return f"{name}'s weights are spread over devices (FSDP, DTensor)"
     return None
 
 

@@ -13,7 +13,7 @@ import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from . import memory, ops_distinct, rates
+from . import memory, ops_distinct, rates, spread
 
 _backend = "auto"
 _plan = "auto"
@@ -146,7 +146,7 @@ def is_trivial(ids, token, weight):
 
     No call is, which will make a dense gradient of a large table: to fill fresh memory with zeros costs more than all else.
     """
-    if torch.compiler.is_compiling() or ids.is_cuda or _plan != "auto" or _backend == "triton":
+    if torch.compiler.is_compiling() or ids.is_cuda or _plan != "auto" or _backend == "triton" or spread.is_distributed(ids):
         return False
     if token.requires_grad and torch.is_grad_enabled() and token.numel() * token.element_size() >= memory.SMALL_BYTES:
         return False
@@ -298,9 +298,13 @@ _seen = WeakTensorKeyDictionary()
 LOOK_EVERY = 16  # calls by one_pass from one count of distinct ids to the next
 
 
+def _table_of(token):
+    return token if token._base is None else token._base  # a DTensor's own tensor is a new view at each call
+
+
 def _seen_distinct(ids, token):
     """What is known of the ids that this table is called with, without waiting; now and then they are counted."""
-    seen = _seen.setdefault(token, _Seen())
+    seen = _seen.setdefault(_table_of(token), _Seen())
     found = seen.expect(ids.numel())
     if seen.pending is None and seen.calls % LOOK_EVERY == 0 and not torch.cuda.is_current_stream_capturing():
         seen.look(ops_distinct.count_distinct(ids, token.shape[0]), ids.numel())
@@ -311,4 +315,4 @@ def _seen_distinct(ids, token):
 def saw(token, count, tokens):
     """A call by `distinct` counted its ids: count (1,) on the device, out of so many tokens."""
     if count.is_cuda and not torch.compiler.is_compiling():
-        _seen.setdefault(token, _Seen()).look(count, tokens)
+        _seen.setdefault(_table_of(token), _Seen()).look(count, tokens)

@@ -214,7 +214,7 @@ def test_bytes_are_reported_first(caplog, monkeypatch):
     assert module.table_nbytes() == (11 + 24) * 63 * 4
     monkeypatch.setattr(table.Table, "_build", lambda *a: pytest.fail("built") if "8,820" not in caplog.text else None)
     monkeypatch.setattr(table.Table, "error", 0.0, raising=False)
-    with caplog.at_level("INFO", "pyembed.modules"):
+    with caplog.at_level("INFO", "pyembed.lookup"):
         module.build_table()
 
 

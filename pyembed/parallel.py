@@ -1,0 +1,291 @@
+"""Tensor parallelism of the front end: heads over the ranks of a mesh, and the vocabulary if asked for.
+
+Each rank runs the library's own operators on what it holds. What ranks exchange in a step of M tokens: the gradients of
+min(M, V) token rows, of positions and of the norm; M rows before the norm too, where the vocabulary V is sharded.
+"""
+
+import functools
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import _functional_collectives as collectives
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ParallelStyle
+from torch.nn.utils import parametrize
+
+from . import checks, parts, planner, sharding, spread  # noqa: F401  sharding: registers the operators
+from . import functional as F
+from .distinct import DistinctIds
+from .modules import EmbeddingQKV
+from .reference import HiddenQKV
+from .rotary import Rotary
+
+
+class ColwiseQKV(ParallelStyle):
+    """Tensor parallelism of an EmbeddingQKV: parallelize_module(front, mesh, ColwiseQKV()), mesh of one dimension, n ranks.
+
+    Every rank returns its own heads, query (..., T, num_heads / n, head_dim), key and value (..., T, num_kv_heads / n,
+    head_dim), in one pass over all tokens, and all of hidden (..., T, D), whose gradient must be the same on every rank.
+    input_layouts: Shard(dim) where each rank passes its part of ids (and of position_ids like ids), all of one size; these are
+    gathered. hidden_layouts: Shard(dim) for its part of hidden. use_local_output: False for DTensors.
+    shard_vocabulary: each rank holds its rows of the token table alone; rows of the tokens are summed before the norm.
+    Parameters become DTensors; tie weights after this. One packed projection is held as query's, key's and value's rows, and is
+    one again in state_dict, which every rank must call; load_state_dict takes DTensors and one process's whole tensors.
+    At each call these rows are copied together. Dropout draws one mask if the ranks' generators agree. No table can be built.
+    TypeError: no EmbeddingQKV. ValueError: heads or rows that the ranks cannot share, modules that are more than their weights.
+    """
+
+    def __init__(self, *, shard_vocabulary=False, input_layouts=None, hidden_layouts=None, use_local_output=True):
+        super().__init__()
+        for name, layout in {"input_layouts": input_layouts, "hidden_layouts": hidden_layouts}.items():
+            if not isinstance(layout, Shard | Replicate | None):
+                raise TypeError(f"{name}: expected Shard, Replicate or None, got {layout!r}")
+        self.shard_vocabulary, self.use_local_output = shard_vocabulary, use_local_output
+        self.input_layouts, self.hidden_layouts = input_layouts or Replicate(), hidden_layouts or Replicate()
+
+    def _apply(self, module, device_mesh):
+        n = device_mesh.size()
+        if not isinstance(module, EmbeddingQKV):
+            raise TypeError(f"module: expected an EmbeddingQKV, got {type(module).__name__}")
+        if device_mesh.ndim != 1:
+            raise ValueError(f"device_mesh: expected one dimension, got {device_mesh.ndim}")
+        if module.num_kv_heads % n:
+            raise ValueError(f"num_kv_heads: expected a multiple of the mesh's size ({n}), got {module.num_kv_heads}")
+        token, qkv, rows = module.token, module.qkv, module.token.num_embeddings
+        if self.shard_vocabulary and -(-rows // n) * (n - 1) >= rows:
+            raise ValueError(f"num_embeddings: expected rows for each of {n} ranks, got {rows}")
+        foreign = module._foreign() or parts.distributed(module._modules)
+        if foreign:
+            raise ValueError(f"module: expected modules that are no more than their weights, but {foreign}")
+        self._spread(token, device_mesh, Shard(0) if self.shard_vocabulary else Replicate())
+        for part in (module.position, module.segment, module.norm, module.query_norm, module.key_norm):
+            if part is not None:
+                self._spread(part, device_mesh, Replicate())
+        if isinstance(qkv, nn.ModuleList):
+            for linear in qkv:
+                self._spread(linear, device_mesh, Shard(0))
+        elif module._groups:
+            self._spread(qkv, device_mesh, Shard(0), {"weight": Shard(1 if parts.is_conv1d(qkv) else 0)})
+        else:
+            heads = module.num_heads, module.num_kv_heads, module.num_kv_heads
+            self._split(qkv, device_mesh, [count * module._head_dim for count in heads])
+        module.drop_table()
+        module._style, module._mesh = self, device_mesh
+        module.__class__ = type(f"Colwise{type(module).__name__}", (_Colwise, type(module)), {})
+        return module
+
+    def _spread(self, part, mesh, layout, layouts=None):
+        for name, parameter in list(part.named_parameters(recurse=False)):
+            placements = [(layouts or {}).get(name, layout)]
+            found = distribute_tensor(parameter.detach(), mesh, placements, src_data_rank=self.src_data_rank)
+            part.register_parameter(name, nn.Parameter(found, parameter.requires_grad))
+        part.register_load_state_dict_pre_hook(_distribute_loaded)
+
+    def _split(self, qkv, mesh, widths):
+        dims = {"weight": 1 if parts.is_conv1d(qkv) else 0, "bias": 0}
+        for name in [name for name, _ in qkv.named_parameters(recurse=False)]:
+            parametrize.register_parametrization(qkv, name, _Rows(widths, dims[name], mesh, self.src_data_rank), unsafe=True)
+        qkv.register_state_dict_post_hook(_pack_saved)
+        qkv.register_load_state_dict_pre_hook(_distribute_loaded)
+
+
+class _Rows(nn.Module):
+    """A parametrization: a packed weight or bias is held as query's, key's and value's, each in shards; it reads as this
+    rank's share of all three."""
+
+    def __init__(self, widths, dim, mesh, src):
+        super().__init__()
+        self.widths, self.dim = widths, dim
+        self._distribute = functools.partial(distribute_tensor, device_mesh=mesh, placements=[Shard(dim)], src_data_rank=src)
+
+    def right_inverse(self, packed):
+        return tuple(self._distribute(part.contiguous()) for part in packed.detach().split(self.widths, self.dim))
+
+    def forward(self, *shares):
+        return torch.cat([spread.local(share) for share in shares], self.dim)
+
+
+def _pack_saved(module, state, prefix, _):
+    """state_dict holds the packed projection, as it does without a mesh."""
+    for name, held in module.parametrizations.items():
+        shares = [state.pop(f"{prefix}parametrizations.{name}.original{i}") for i in range(3)]
+        mesh = shares[0].device_mesh
+        packed = torch.cat([share.full_tensor() for share in shares], held[0].dim)
+        state[prefix + name] = DTensor.from_local(packed, mesh, [Replicate()] * mesh.ndim, run_check=False)
+
+
+def _distribute_loaded(module, state, prefix, *_):
+    """What load_state_dict is given, whole or in other shards, as this module's parameters hold it."""
+    for name, held in module.parametrizations.items() if parametrize.is_parametrized(module) else ():
+        packed = state.pop(prefix + name, None)
+        if packed is not None:
+            packed = packed.full_tensor() if isinstance(packed, DTensor) else packed
+            for i, share in enumerate(packed.split(held[0].widths, held[0].dim)):
+                state[f"{prefix}parametrizations.{name}.original{i}"] = share.contiguous()
+    for name, own in module.named_parameters():
+        given = state.get(prefix + name)
+        if isinstance(own, DTensor) and isinstance(given, Tensor) and not isinstance(given, DTensor):
+            state[prefix + name] = distribute_tensor(given, own.device_mesh, own.placements, src_data_rank=None)
+
+
+class _Colwise:
+    """What ColwiseQKV puts before an EmbeddingQKV's class."""
+
+    def forward(self, ids, position_ids=None, distinct=None, rotary=None, segment_ids=None, query_biases=None):
+        checks.check_integers("ids", ids)
+        refused = self._refuses_table() if planner.forces("table") else None
+        if refused:
+            raise RuntimeError(f"plan: 'table' cannot run here: {refused}")
+        if query_biases is not None:
+            raise TypeError("query_biases: expected None under ColwiseQKV, got a pair")
+        foreign = self._foreign()
+        if foreign:
+            raise RuntimeError(f"ColwiseQKV: expected modules that are no more than their weights, but {foreign}")
+        style, mesh, group = self._style, self._mesh, self._mesh.get_group()
+        ids, position_ids = self._gathered("ids", ids, ids), self._gathered("position_ids", position_ids, ids)
+        segment_ids = self._gathered("segment_ids", segment_ids, ids)
+        token, position = self._modules["token"], self._position()
+        ends = {name: self._summed(value) for name, value in self._extras().items() if name != "dropout"}
+        terms = {name: ends.pop(name) for name in ("scale", "segment") if name in ends} | {"segment_ids": segment_ids}
+        rotary = self._modules["rotary"] if rotary is None else rotary
+        table, index, padding_idx = spread.local(token.weight), ids, token.padding_idx
+        if style.shard_vocabulary:
+            self._check(ids, position_ids)
+            table, index, distinct = _as_table(self._rows(ids, table, group))
+            padding_idx = None
+        else:
+            table = _Sum.apply(table, ids if ids.numel() < table.shape[0] else None, group, False)
+        if self._drops():
+            places = None if position is None else position_ids
+            hidden = self._modules["dropout"](F.embed(index, table, position, places, padding_idx=padding_idx, **terms))
+            table, index, distinct = _as_table(hidden)
+            position = padding_idx = None
+            position_ids, terms = position_ids if isinstance(rotary, Rotary) else None, {}
+        weight, bias = self._projection()
+        found = F.embed_qkv(
+            index, table, weight, bias, num_heads=self.num_heads // mesh.size(), num_kv_heads=self.num_kv_heads // mesh.size(),
+            position=position, position_ids=position_ids, padding_idx=padding_idx, distinct=distinct, rotary=rotary,
+            **self._norm(), **terms, **ends,
+        )  # fmt: skip
+        return self._laid_out(found)
+
+    def _laid_out(self, found):
+        """hidden and heads as the style's layouts have them."""
+        style, mesh, n, rank = self._style, self._mesh, self._mesh.size(), self._mesh.get_local_rank()
+        layout, hidden = style.hidden_layouts, found.hidden
+        if layout.is_shard():
+            size, rest = divmod(hidden.shape[layout.dim], n)
+            if rest:
+                raise ValueError(f"hidden_layouts: expected a multiple of {n} in dimension {layout.dim}, got {hidden.shape}")
+            hidden = hidden.narrow(layout.dim, rank * size, size)
+        else:
+            hidden = _Once.apply(hidden, rank)
+        found = found._replace(hidden=hidden)
+        if style.use_local_output:
+            return found
+        layouts = (layout, *(Shard(found.query.dim() - (3 if self.heads_first else 2)) for _ in range(3)))
+        pairs = zip(found, layouts, strict=True)
+        return HiddenQKV(*(DTensor.from_local(x, mesh, [layout], run_check=False) for x, layout in pairs))
+
+    def _gathered(self, name, x, ids):
+        """All of ids, or of position_ids, of which this rank may have a part."""
+        layout, mesh = self._style.input_layouts, self._mesh
+        if isinstance(x, DTensor):
+            if x.device_mesh != mesh:
+                raise ValueError(f"{name}: expected a DTensor on {mesh}, got one on {x.device_mesh}")
+            return x.full_tensor()
+        if x is None or not layout.is_shard() or isinstance(ids, DTensor):
+            return x
+        dim = layout.dim % ids.dim() - ids.dim()
+        if x.dim() < -dim or x.shape[dim] != ids.shape[dim]:
+            return x
+        return DTensor.from_local(x, mesh, [Shard(x.dim() + dim)], run_check=False).full_tensor()
+
+    def _rows(self, ids, table, group):
+        """(..., D): each id's row, from the rank that holds it."""
+        V, n = self._modules["token"].num_embeddings, self._mesh.size()
+        start = self._mesh.get_local_rank() * -(-V // n)
+        padding = checks.padding_row(self._modules["token"].padding_idx, V)
+        padding = padding - start if padding is not None and 0 <= padding - start < len(table) else None
+        index = ids - start
+        others = ((index < 0) | (index >= len(table))) & (ids >= 0) & (ids < V)  # an id of nobody is wrong on every rank
+        rows = F.embedding(index.masked_fill(others, 0), table, padding).masked_fill(others[..., None], 0)
+        return _Sum.apply(rows, None, group, True)
+
+    def explain(self, ids, position_ids=None, distinct=None):
+        if self._style.shard_vocabulary and not planner.forces("distinct", "table"):
+            self._check(ids, position_ids)
+            return planner.Plan("one_pass", "the vocabulary is sharded: its rows are summed, then each token is projected", {})
+        return super().explain(ids, position_ids, distinct)
+
+    def _packs_in_vain(self, ids):
+        return False
+
+    def _position(self):
+        return self._summed(super()._position())
+
+    def _norm(self):
+        return {name: self._summed(value) for name, value in super()._norm().items()}
+
+    def _projection(self):
+        """This rank's rows of query, key and value."""
+        qkv = self._modules["qkv"]
+        linears = qkv if isinstance(qkv, nn.ModuleList) else [qkv]
+        weights, biases = ([spread.local(getattr(x, name)) for x in linears] for name in ("weight", "bias"))
+        if parts.is_conv1d(qkv):
+            weights = [weights[0].t()]
+        if len(linears) > 1 and any(bias is not None for bias in biases):
+            biases = [w.new_zeros(len(w)) if b is None else b for w, b in zip(weights, biases, strict=True)]
+        weight = torch.cat(weights) if len(linears) > 1 else weights[0]
+        bias = torch.cat(biases) if len(linears) > 1 and biases[0] is not None else biases[0]
+        groups = self._groups // self._mesh.size()
+        if not groups:
+            return weight, bias
+        packed = (None if x is None else parts.ungroup(x, 0, groups, self._head_dim) for x in (weight, bias))
+        return tuple(packed)
+
+    def _summed(self, value):
+        return _Sum.apply(spread.local(value), None, self._mesh.get_group(), False) if isinstance(value, Tensor) else value
+
+
+def _as_table(rows):
+    """Rows (..., D) as a table, the ids (...) that name each once, and these as distinct ids."""
+    flat = torch.arange(rows.shape[:-1].numel(), device=rows.device)
+    index = flat.view(rows.shape[:-1])
+    return rows.reshape(-1, rows.shape[-1]), index, DistinctIds(flat, index)
+
+
+class _Sum(torch.autograd.Function):
+    """A tensor whose gradient is the sum of those of all ranks; summed: itself is a sum as well. rows: ids of all rows whose
+    gradient may be other than zero, None: any."""
+
+    @staticmethod
+    def forward(ctx, x, rows, group, summed):
+        ctx.rows, ctx.group = rows, group
+        return _sum(x, group) if summed else x.view_as(x)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        if ctx.rows is None:
+            return _sum(grad, ctx.group), None, None, None
+        rows = ctx.rows.reshape(-1).clamp(0, grad.shape[0] - 1)
+        grad[rows] = _sum(grad[rows], ctx.group)  # a row that comes twice is written twice, with the same
+        return grad, None, None, None
+
+
+def _sum(x, group):
+    return collectives.wait_tensor(collectives.all_reduce(x.contiguous(), "sum", group))
+
+
+class _Once(torch.autograd.Function):
+    """A tensor that every rank has, whose gradient counts on the first alone."""
+
+    @staticmethod
+    def forward(ctx, x, rank):
+        ctx.rank = rank
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad if ctx.rank == 0 else torch.zeros_like(grad), None
