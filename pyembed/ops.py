@@ -9,6 +9,7 @@ import importlib
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import distinct
 
@@ -34,6 +35,15 @@ def refuse_double_backward(ctx, *grads):
         "pyembed has no gradients of gradients by this plan: run the forward within pyembed.backend('torch') and "
         "pyembed.plan('one_pass')"
     )
+
+
+def refuse_tangents(*grads):
+    """Of a graph made before forward-mode AD began; the operators would lose them unseen."""
+    tangents = (forward_ad.unpack_dual(grad).tangent for grad in grads if grad is not None)
+    if forward_ad._current_level >= 0 and any(tangent is not None for tangent in tangents):
+        raise RuntimeError(
+            "pyembed's backward has no forward mode: run the forward within it too, or within pyembed.backend('torch')"
+        )
 
 
 def projected_shapes(ids, weight, num_heads, num_kv_heads):
@@ -231,6 +241,7 @@ def _embed_qkv_setup(ctx, inputs, output):
 
 
 def _embed_qkv_backward(ctx, grad_hidden, *grads):
+    refuse_tangents(grad_hidden, *grads)
     if ctx.has_head_norm:
         raise RuntimeError("pyembed::embed_qkv has no gradient of normalised heads: pyembed.functional.embed_qkv has")
     grads, grad_second, places = grads[:3], None, (*WEIGHTS, 8)

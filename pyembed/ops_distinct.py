@@ -12,6 +12,7 @@ from .ops import (
     packed,
     projected_shapes,
     refuse_double_backward,
+    refuse_tangents,
     rotation_of,
     rows_of,
     turned_back,
@@ -156,6 +157,7 @@ def _distinct_setup(ctx, inputs, output):
 
 
 def _distinct_backward(ctx, grad_hidden, *grads):
+    refuse_tangents(grad_hidden, *grads)
     needs = needs_of(ctx, grads[:3])
     if grad_hidden is None and all(grad is None for grad in grads[:3]):
         return unpacked(ctx, [None] * 6, needs)

@@ -2,9 +2,8 @@
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from .ops import kernels_for, terms_of
+from .ops import kernels_for, refuse_tangents, terms_of
 
 
 @torch.library.custom_op("pyembed::embed", mutates_args=())
@@ -59,15 +58,6 @@ def _(grad, ids, position_ids, segment_ids, seed, scale, dropout, rows, places, 
     return tuple(grad.new_empty(size, grad.shape[-1]) for size in (rows, places, kinds))
 
 
-def _refuse_tangents(*grads):
-    """Of a graph made before forward-mode AD began; the operators would lose them unseen."""
-    tangents = (forward_ad.unpack_dual(grad).tangent for grad in grads if grad is not None)
-    if forward_ad._current_level >= 0 and any(tangent is not None for tangent in tangents):
-        raise RuntimeError(
-            "pyembed's backward has no forward mode: run the forward within it too, or within pyembed.backend('torch')"
-        )
-
-
 def _embed_setup(ctx, inputs, output):
     ids, token, position, position_ids, segment, segment_ids, seed, ctx.scale, ctx.dropout, ctx.padding_idx = inputs
     ctx.sizes = [0 if table is None else table.shape[0] for table in (token, position, segment)]
@@ -75,7 +65,7 @@ def _embed_setup(ctx, inputs, output):
 
 
 def _embed_backward(ctx, grad):
-    _refuse_tangents(grad)
+    refuse_tangents(grad)
     needs = [ctx.needs_input_grad[place] for place in (1, 2, 4)]
     sizes = [size if need else 0 for size, need in zip(ctx.sizes, needs, strict=True)]
     found = embed_backward(grad, *ctx.saved_tensors, ctx.scale, ctx.dropout, *sizes, ctx.padding_idx)
@@ -93,7 +83,7 @@ def _embed_backward_setup(ctx, inputs, output):
 
 def _embed_double_backward(ctx, token, position, segment):
     """embed_backward is linear in grad: its transpose sums and drops, as the forward did, what comes for its gradients."""
-    _refuse_tangents(token, position, segment)
+    refuse_tangents(token, position, segment)
     ids, position_ids, segment_ids, seed = ctx.saved_tensors
     if not ctx.rows:
         ids, token = torch.zeros_like(ids), token.new_zeros(1, token.shape[1])

@@ -211,3 +211,16 @@ def test_double_backward_is_refused(plan):
         (grad,) = torch.autograd.grad(out.query.square().sum(), token, create_graph=True)
     with pytest.raises(RuntimeError, match="no gradients of gradients by this plan: run the forward within"):
         grad.square().sum().backward()
+
+
+@pytest.mark.parametrize("plan", ["one_pass", "distinct"])
+def test_tangents_of_an_older_graph_are_refused(plan):
+    """Forward mode that begins after the forward: the operators' backward would lose it unseen."""
+    case = Case(torch.float32, DEVICE, heads=1)
+    token = case.parameters["token"].requires_grad_()
+    with pyembed.plan(plan), pyembed.backend("triton"):
+        query = F.embed_qkv(case.ids, **case.parameters, **case.options).query
+    with torch.autograd.forward_ad.dual_level():
+        grad = torch.autograd.forward_ad.make_dual(torch.ones_like(query), torch.ones_like(query))
+        with pytest.raises(RuntimeError, match="no forward mode"):
+            torch.autograd.grad(query, token, grad)
