@@ -9,7 +9,7 @@ from numerics import assert_no_worse, guarded
 
 import pyembed
 from pyembed import functional as F
-from pyembed import reference
+from pyembed import ops_embed, reference
 
 pytestmark = pytest.mark.usefixtures("triton")
 
@@ -91,3 +91,18 @@ def test_any_shape(V, D, M, dtype, seed):
     ids = torch.randint(V, (M,), generator=g).to(DEVICE)
     with pyembed.backend("triton"):
         assert torch.equal(F.embedding(ids, token), token[ids])
+
+
+@pytest.mark.parametrize("bad", [-1, 3, 2**40])
+def test_an_id_without_a_row_is_nan_by_the_kernel(bad):
+    """On a GPU nothing looks at ids: their rows become NaN there, whichever table lacks them, and no other row."""
+    ids, fine = torch.tensor([[0, bad, 2]], device=DEVICE), torch.tensor([[0, 1, 2]], device=DEVICE)
+    token, others = torch.randn(3, 6, device=DEVICE), torch.randn(3, 6, device=DEVICE)
+    calls = [
+        (ids, token, None, None, None, None),
+        (fine, token, others, ids, None, None),
+        (fine, token, None, None, others, ids),
+    ]
+    for call in calls:
+        hidden = ops_embed.embed(*call, None, None, 0.0, -1)
+        assert hidden[0, 1].isnan().all() and hidden[0, ::2].isfinite().all()
