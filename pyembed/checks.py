@@ -88,6 +88,10 @@ def check_terms(ids: Tensor, token: Tensor, position, position_ids, segment, seg
         if segment is None:
             raise ValueError("segment_ids: expected None where there is no table of segments, got a Tensor")
         _check_like_ids("segment_ids", segment_ids, ids)
+    if segment is not None and segment.shape[0] == 0 and ids.numel():
+        raise IndexError("segment: expected a row for each of segment_ids (None: row 0), got a table of 0 rows")
+    if not isinstance(dropout, int | float):
+        raise TypeError(f"dropout: expected a number, got {type(dropout).__name__}")
     if scale is not None and not isinstance(scale, int | float):
         raise TypeError(f"scale: expected a number or None, got {type(scale).__name__}")
     if not 0 <= dropout <= 1:
@@ -193,7 +197,7 @@ def check_ranges(ids, token, position, position_ids, rotary=None, segment=None, 
             _check_range("segment_ids", segment_ids, "segment", segment.shape[0])
 
 
-def check_query_biases(query_biases, num_heads: int, head_dim: int, query_norm, rotary) -> tuple:
+def check_query_biases(query_biases, token: Tensor, num_heads: int, head_dim: int, query_norm, rotary) -> tuple:
     """The two of them, or two None."""
     if query_biases is None:
         return None, None
@@ -203,4 +207,5 @@ def check_query_biases(query_biases, num_heads: int, head_dim: int, query_norm, 
         raise TypeError(f"query_biases: expected a pair of Tensors or None, got {type(query_biases).__name__}")
     for bias in query_biases:
         check_shape("query_biases", bias, (num_heads, head_dim), "(num_heads, head_dim)", optional=False)
+        check_alike(token, token.new_empty(0), query_biases=bias)
     return query_biases

@@ -32,6 +32,11 @@ def _seed(dropout: float, device: torch.device) -> Tensor | None:
     return torch.randint(2**62, (1,), device=device) if dropout else None
 
 
+def _check_computed(ids, token, position, position_ids):
+    if position is not None and not position.is_floating_point():  # PyTorch would compute any, but kernels not
+        check_ranges(ids, token, position, position_ids)
+
+
 def _run(kernel, eager, token, *looked_at):
     """The call by kernel or by eager. Kernels do not look at ids: here that is done where it costs no synchronisation."""
     if planner.uses_triton(token):
@@ -110,6 +115,7 @@ def embed(
     check_terms(ids, token, position, position_ids, segment, segment_ids, scale, dropout)
     check_alike(token, ids, position=position, position_ids=position_ids, segment=segment, segment_ids=segment_ids)
     check_positions(ids, position, position_ids)
+    _check_computed(ids, token, position, position_ids)
     padding_idx = padding_row(padding_idx, token.shape[0])
 
     def kernel():
@@ -190,14 +196,15 @@ def embed_qkv(
     head_dim = N // total
     if N % total:
         raise ValueError(f"weight: expected a multiple of num_heads + 2·num_kv_heads = {total} rows, got {N}")
-    first, second = check_query_biases(query_biases, num_heads, head_dim, query_norm, rotary)
+    first, second = check_query_biases(query_biases, token, num_heads, head_dim, query_norm, rotary)
     check_shape("query_norm", query_norm, (head_dim,), "head_dim", optional=key_norm is None)
     check_shape("key_norm", key_norm, (head_dim,), "head_dim", optional=query_norm is None)
     check_alike(
         token, ids, position=position, position_ids=position_ids, segment=segment, segment_ids=segment_ids, weight=weight,
-        bias=bias, norm_weight=norm_weight, norm_bias=norm_bias, query_norm=query_norm, key_norm=key_norm, u=first, v=second,
+        bias=bias, norm_weight=norm_weight, norm_bias=norm_bias, query_norm=query_norm, key_norm=key_norm,
     )  # fmt: skip
     check_positions(ids, position, position_ids, rotary)
+    _check_computed(ids, token, position, position_ids)
     check_rotary(rotary, ids, head_dim)
     if heads_first and ids.dim() == 0:
         raise ValueError("heads_first: expected False for ids of shape (), which have no length to come behind heads; got True")

@@ -35,7 +35,7 @@ class EmbeddingQKV(KeepsTable):
     """
 
     _groups = position_offset = 0
-    scale, combine, heads_first, _scales = None, "sum", False, None
+    scale, combine, heads_first, _own_scale = None, "sum", False, None
 
     def __init__(
         self,
@@ -76,6 +76,8 @@ class EmbeddingQKV(KeepsTable):
         checks.padding_row(padding_idx, num_embeddings)
         if head_dim is None and embedding_dim % num_heads:
             raise ValueError(f"embedding_dim: expected a multiple of num_heads ({num_heads}), got {embedding_dim}")
+        if num_segments < 0:
+            raise ValueError(f"num_segments: expected a number of at least 0, got {num_segments}")
         if position_offset and position != "learned":
             raise ValueError(f"position_offset: expected 0 where position is {position!r}, got {position_offset}")
         head_dim = embedding_dim // num_heads if head_dim is None else head_dim
@@ -96,14 +98,16 @@ class EmbeddingQKV(KeepsTable):
         self.dropout = nn.Dropout(dropout)
 
     def _set(self, scale, combine, position_offset, heads_first):
+        if not isinstance(position_offset, int) or position_offset < 0:
+            raise ValueError(f"position_offset: expected an int of at least 0, got {position_offset}")
         if combine not in COMBINES:
             raise ValueError(f"combine: expected one of {COMBINES}, got {combine!r}")
         if combine == "concat" and (self.position is None or self.segment is not None):
             raise ValueError("combine: expected 'sum' where there are no positions, or segments; got 'concat'")
         if scale is not None and not isinstance(scale, int | float):
             raise TypeError(f"scale: expected a number or None, got {type(scale).__name__}")
-        self._scales = parts.own_scale(self.token)
-        if scale is not None and self._scales is not None:
+        self._own_scale = parts.OwnScale(self.token) if parts.scales_itself(self.token) else None
+        if scale is not None and self._own_scale is not None:
             raise ValueError(f"scale: expected None where token multiplies its rows itself, got {scale}")
         self.scale, self.combine, self.position_offset, self.heads_first = scale, combine, position_offset, heads_first
 
@@ -204,15 +208,18 @@ class EmbeddingQKV(KeepsTable):
         weight, bias = self._projection()
         options = {"num_heads": self.num_heads, "num_kv_heads": self.num_kv_heads, **self._norm(), **self._extras()}
         if rotary is None:
-            rotary = self._modules["rotary"]
+            rotary = self._own_rotary()
         else:
             checks.check_rotary(rotary, ids, self._head_dim)
         arguments = {"position": position, "padding_idx": padding_idx, "rotary": rotary, **options}
-        usual = position_ids is None and distinct is None and segment_ids is None and query_biases is None
+        usual = distinct is None and segment_ids is None and query_biases is None
+        usual &= position_ids is None or rotary is None and position is not None
         if usual and planner.is_trivial(ids, token, weight):
-            # PyTorch checks too; the call below says what is wrong.
-            with contextlib.suppress(IndexError, RuntimeError, TypeError):
-                return embed_qkv(ids, token, weight, bias, **arguments)
+            # PyTorch checks too, but for shapes that it would broadcast; the call below says what is wrong.
+            with contextlib.suppress(IndexError, RuntimeError, TypeError, AttributeError):
+                if position_ids is not None:
+                    checks.check_positions(ids, position, position_ids)
+                return embed_qkv(ids, token, weight, bias, position_ids=position_ids, **arguments)
         return F.embed_qkv(
             ids, token, weight, bias, position_ids=position_ids, distinct=distinct, segment_ids=segment_ids,
             query_biases=query_biases, **arguments,
@@ -234,31 +241,47 @@ class EmbeddingQKV(KeepsTable):
         return packs and ids.numel() < parts.PACK_TOKENS and planner.is_free()
 
     def _call(self, ids, position_ids, rotary, segment_ids, query_biases):
-        rotary = self._modules["rotary"] if rotary is None else rotary
-        rotation = None if rotary is None else self._rotation(ids, position_ids, rotary)
-        token, position, norm, qkv, dropout = (self._modules[name] for name in ("token", "position", "norm", "qkv", "dropout"))
+        rotary = self._own_rotary() if rotary is None else rotary
+        rotation = None
+        if rotary is not None:
+            rotation = self._rotation(ids, position_ids, rotary)
+        if position_ids is not None or segment_ids is not None:  # PyTorch would broadcast, or never look
+            self._check_shapes(ids, position_ids, segment_ids)
+        token, position, norm, qkv = (self._modules[name] for name in ("token", "position", "norm", "qkv"))
         hidden = token(ids) if self.scale is None else token(ids) * self.scale
         if self._modules["segment"] is not None:
             hidden = hidden + self.segment(torch.zeros_like(ids) if segment_ids is None else segment_ids)
         if position is not None:
             if position_ids is None:
                 position_ids = spread.places(ids)
-            rows = nn.functional.embedding(position_ids, self._position()) if self.position_offset else position(position_ids)
+            rows = self._place_rows(position, position_ids)
             concat = self.combine == "concat"
             hidden = torch.cat([hidden, rows.expand_as(hidden)], -1) if concat else hidden + rows
-        hidden = dropout(hidden)
+        hidden = nn.functional.dropout(hidden, self.dropout.p, self._drops())
         normed = hidden if norm is None else norm(hidden)
         projected = torch.cat([linear(normed) for linear in qkv], -1) if isinstance(qkv, nn.ModuleList) else qkv(normed)
         if self._groups:
             projected = parts.ungroup(projected, -1, self._groups, self._head_dim)
         return self._finish(split_heads(hidden, projected, self.num_heads, self.num_kv_heads), rotation, query_biases)
 
+    def _place_rows(self, position, position_ids):
+        if parts.is_stock(position):
+            return position(position_ids + self.position_offset if self.position_offset else position_ids)
+        if not parts.position_offset(position):
+            return position(position_ids)
+        # OPT's and BART's, whose forward takes something else than positions.
+        if position._forward_hooks or position._forward_pre_hooks:
+            raise RuntimeError(f"position: expected no hooks on a {type(position).__name__}, which is not called; got some")
+        return nn.functional.embedding(position_ids + self.position_offset, position.weight, position.padding_idx)
+
     def _finish(self, found, rotation, query_biases):
         """What follows the projection, by PyTorch's operators."""
         second = None
+        if self.heads_first and found.hidden.dim() == 1:
+            raise ValueError("heads_first: expected ids with a length to come behind heads, got shape ()")
         if query_biases is not None:
             first, second = checks.check_query_biases(
-                query_biases, self.num_heads, self._head_dim, self._modules["query_norm"], rotation
+                query_biases, found.hidden, self.num_heads, self._head_dim, self._modules["query_norm"], rotation
             )
             found, second = found._replace(query=found.query + first), second - first
         if self._modules["query_norm"] is not None:
@@ -267,7 +290,7 @@ class EmbeddingQKV(KeepsTable):
 
     def _rotation(self, ids, position_ids, rotary):
         """What turns the heads of a call, its arguments checked."""
-        rotary = self._modules["rotary"] if rotary is None else rotary
+        rotary = self._own_rotary() if rotary is None else rotary
         self._check(ids, position_ids)
         checks.check_rotary(rotary, ids, self._head_dim)
         return None if rotary is None else as_rotation(rotary, ids, position_ids)
@@ -280,12 +303,12 @@ class EmbeddingQKV(KeepsTable):
         ids, position_ids = spread.local(ids), spread.local(position_ids)
         self._check(ids, position_ids)
         checks.check_distinct(distinct, ids)
-        foreign = self._foreign()
-        if foreign:
-            return planner.Plan("one_pass", f"by the modules themselves, since {foreign}", {})
         refused = self._refuses_table()
         if refused and planner.forces("table"):
             raise RuntimeError(f"plan: 'table' cannot run here: {refused}")
+        foreign = self._foreign()
+        if foreign:
+            return planner.Plan("one_pass", f"by the modules themselves, since {foreign}", {})
         if self._packs_in_vain(ids) and not self._keeps_table:
             return planner.Plan("one_pass", f"by the modules: {ids.numel()} tokens do not pay for packing qkv's rows", {})
         token, position, norm = self._modules["token"].weight, self._position(), self._norm()
@@ -303,7 +326,13 @@ class EmbeddingQKV(KeepsTable):
             reason = f"a table of {size:,.0f} MiB {'is there' if there else 'would be built first'}"
             return weighed._replace(name="table", reason=reason)
         with planner.plan("auto") if planner.forces("table") else contextlib.nullcontext():  # there was no memory for it
-            return planner.choose(*call)._replace(seconds=weighed.seconds)
+            chosen = planner.choose(*call)
+            return chosen._replace(seconds=weighed.seconds) if chosen.reason == weighed.reason else chosen
+
+    def extra_repr(self):
+        usual = {"num_kv_heads": self.num_heads, "scale": None, "combine": "sum", "position_offset": 0, "heads_first": False}
+        more = [f"{name}={getattr(self, name)!r}" for name, value in usual.items() if getattr(self, name) != value]
+        return ", ".join([f"num_heads={self.num_heads}", *more])
 
     def _check(self, ids, position_ids, segment_ids=None):
         segment = self._modules["segment"]
@@ -311,6 +340,12 @@ class EmbeddingQKV(KeepsTable):
             ids, self._modules["token"].weight, self._position(), position_ids, self._modules["rotary"],
             None if segment is None else segment.weight, segment_ids,
         )  # fmt: skip
+
+    def _check_shapes(self, ids, position_ids, segment_ids):
+        token, position, segment = self._modules["token"].weight, self._position(), self._modules["segment"]
+        segment = None if segment is None else segment.weight
+        checks.check_terms(ids, token, None, position_ids, segment, segment_ids, None, 0.0)
+        checks.check_positions(ids, position, position_ids, self._modules["rotary"])
 
     def _foreign(self):
         """Why the parts must be called; None: their weights say all."""
@@ -332,7 +367,7 @@ class EmbeddingQKV(KeepsTable):
     def _extras(self):
         """What few front ends have, as functional.embed_qkv takes it."""
         segment, extras = self._modules["segment"], {}
-        if self.scale is not None or self._scales is not None:
+        if self.scale is not None or self._own_scale is not None:
             extras["scale"] = self._scale()
         if segment is not None:
             extras["segment"] = segment.weight
@@ -346,11 +381,19 @@ class EmbeddingQKV(KeepsTable):
             extras |= {"query_norm": query["norm_weight"], "key_norm": key["norm_weight"], "head_eps": query["eps"]}
         return extras
 
+    def _own_rotary(self):
+        """On token's device: outside of its model's tree a front end does not hear of to() either."""
+        rotary = self._modules["rotary"]
+        if rotary is not None and rotary.cos.device != self._modules["token"].weight.device:
+            rotary.to(self._modules["token"].weight.device)
+        return rotary
+
     def _scale(self):
-        return self.scale if self._scales is None else self._scales.get(self._modules["token"].weight.dtype)
+        return self.scale if self._own_scale is None else self._own_scale.of(self._modules["token"])
 
     def _drops(self):
-        return self.training and self._modules["dropout"].p > 0
+        """As token says: a front end outside of its model's tree does not hear of train() and eval()."""
+        return self._modules["dropout"].p > 0 and self._modules["token"].training
 
     def _projection(self):
         return parts.projection(self._modules["qkv"], self._groups, self._head_dim)

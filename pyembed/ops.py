@@ -251,7 +251,7 @@ def _embed_qkv_backward(ctx, grad_hidden, *grads):
     if ctx.heads_first:
         grads = [None if g is None else g.transpose(-3, -2) for g in grads]
     if ctx.has_second and grads[0] is not None:
-        grad_second = grads[0][1].flatten(0, -3).sum(0).flatten() if ctx.needs_input_grad[11] else None
+        grad_second = grads[0][1].reshape(-1, grads[0].shape[-2:].numel()).sum(0) if ctx.needs_input_grad[11] else None
         grads = [grads[0].sum(0), *grads[1:]]
     grads, saved = turned_back(ctx, grads)
     found = embed_qkv_backward(grad_hidden, *grads, *saved, *ctx.heads, ctx.padding_idx, ctx.scale, ctx.dropout, needs)

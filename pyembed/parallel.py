@@ -157,7 +157,7 @@ class _Colwise:
             table = _Sum.apply(table, ids if ids.numel() < table.shape[0] else None, group, False)
         if self._drops():
             places = None if position is None else position_ids
-            hidden = self._modules["dropout"](F.embed(index, table, position, places, padding_idx=padding_idx, **terms))
+            hidden = F.embed(index, table, position, places, padding_idx=padding_idx, dropout=self.dropout.p, **terms)
             table, index, distinct = _as_table(hidden)
             position = padding_idx = None
             position_ids, terms = position_ids if isinstance(rotary, Rotary) else None, {}

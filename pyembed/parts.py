@@ -31,16 +31,35 @@ def position_offset(position):
     return getattr(position, "offset", 0) if learned else 0
 
 
-def own_scale(token):
-    """By what Gemma's and BART's token embeddings multiply their rows, for each dtype that these may have; None: by nothing.
+def scales_itself(token):
+    """Gemma's and BART's token embeddings multiply their rows by embed_scale. Those with more weights do more."""
+    named = "ScaledWordEmbedding" in type(token).__name__ and hasattr(token, "embed_scale")
+    return named and len(list(token.parameters())) == 1
 
-    Gemma rounds it to the rows' dtype, BART does not."""
-    if "ScaledWordEmbedding" not in type(token).__name__ or not hasattr(token, "embed_scale"):
-        return None
-    rounds = hasattr(token, "scalar_embed_scale")
-    scale = float(token.scalar_embed_scale if rounds else token.embed_scale)
-    dtypes = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-    return {dtype: torch.tensor(scale, dtype=dtype).item() if rounds else scale for dtype in dtypes}
+
+class OwnScale:
+    """embed_scale of such a token embedding as a number. BART's is one; Gemma's is a tensor, rounded to its rows' dtype, and
+    read when it has changed only: on a GPU to read it is to wait."""
+
+    def __init__(self, token):
+        self.seen = None
+        self.of(token)
+
+    def of(self, token):
+        scale = token.embed_scale
+        if not isinstance(scale, torch.Tensor):
+            return float(scale)
+        if torch.compiler.is_compiling() or scale.is_meta:
+            return getattr(self, "value", 1.0)
+        state = (id(scale), scale._version, token.weight.dtype)
+        if self.seen != state:
+            self.seen, self.value = state, scale.to(token.weight.dtype).item()
+        return self.value
+
+
+def is_stock(module):
+    """Whether it is called with what its class in PyTorch is called with."""
+    return _has_stock_forward(type(module))
 
 
 def _has_stock_forward(kind):
@@ -64,7 +83,7 @@ def foreign(modules):
             kind = type(part)
             copied = is_llama_norm(part) or is_gemma_norm(part) if "norm" in name else name == "qkv" and is_conv1d(part)
             stock = _has_stock_forward(kind) or copied or name == "position" and position_offset(part)
-            stock = stock or name == "token" and own_scale(part) is not None
+            stock = stock or name == "token" and scales_itself(part)
             if not stock or "forward" in part.__dict__:
                 return f"{name}, a {kind.__name__}, has a forward of its own"
     query, key = modules["query_norm"], modules["key_norm"]
@@ -157,7 +176,10 @@ def check_widths(modules, num_heads, num_kv_heads, combine):
     heads = (num_heads, num_kv_heads, num_kv_heads)
     head_dim, rest = divmod(weight.shape[0], sum(heads))
     if rest:
-        raise ValueError(f"qkv: expected a multiple of num_heads + 2·num_kv_heads = {sum(heads)} outputs, got {len(weight)}")
+        raise ValueError(
+            f"qkv: expected a multiple of num_heads + 2·num_kv_heads ({num_heads} + 2·{num_kv_heads}) outputs, got "
+            f"{weight.shape[0]}"
+        )
     rows = [linear.weight.shape[0] for linear in qkv] if isinstance(qkv, nn.ModuleList) else None
     if rows and rows != [h * head_dim for h in heads]:
         raise ValueError(f"qkv: expected outputs of query, key and value in the ratio {heads}, got {rows}")
@@ -167,7 +189,7 @@ def check_widths(modules, num_heads, num_kv_heads, combine):
 
 
 def _check_norm(name, norm, width, meaning):
-    shape = getattr(norm, "normalized_shape", (width,))
+    shape = getattr(norm, "normalized_shape", getattr(getattr(norm, "weight", None), "shape", (width,)))
     if tuple(shape) != (width,):
         raise ValueError(f"{name}: expected normalized_shape {(width,)}, {meaning}; got {tuple(shape)}")
 
@@ -175,7 +197,10 @@ def _check_norm(name, norm, width, meaning):
 def fitting(rotary, head_dim):
     """rotary, if it may turn heads of this width."""
     if rotary is not None and not isinstance(rotary, Rotary):
-        raise TypeError(f"rotary: expected a pyembed.Rotary or None, got {type(rotary).__name__}")
+        raise TypeError(
+            f"rotary: expected a pyembed.Rotary or None, got {type(rotary).__name__}: take pyembed.Rotary("
+            "head_dim, max_length, inv_freq=its inv_freq), or pass its (cos, sin) at each call"
+        )
     if rotary is not None and (rotary.rotary_dim > head_dim or head_dim % 2):
         raise ValueError(f"rotary: expected a rotary_dim up to an even head_dim ({head_dim}), got {rotary.rotary_dim}")
     return rotary

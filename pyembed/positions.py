@@ -40,7 +40,9 @@ def sinusoidal_table(
     """
     _check_size("max_length", max_length, 1)
     padding_idx = padding_row(padding_idx, max_length)
-    angle = torch.outer(torch.arange(max_length, dtype=torch.float64), _frequencies(embedding_dim, base, convention))
+    angle = torch.outer(
+        torch.arange(max_length, dtype=torch.float64, device="cpu"), _frequencies(embedding_dim, base, convention)
+    )
     table = _columns(angle.sin(), angle.cos(), embedding_dim, convention).float()
     if padding_idx is not None:
         table[padding_idx] = 0
@@ -53,7 +55,8 @@ def sinusoidal_steps(embedding_dim: int, base: float = 10_000.0, convention: str
     units of 2⁻⁶⁴ turns, so that t·step + start drops whole turns without an error. Errors as in sinusoidal_table."""
     turns = _frequencies(embedding_dim, base, convention) / (2 * math.pi)
     # A float64 is an integer over a power of two; what int64 does not hold are whole turns.
-    step = torch.tensor([(int(turn * 2.0**64) + 2**63) % 2**64 - 2**63 for turn in turns.tolist()], dtype=torch.int64)
+    whole = [(int(turn * 2.0**64) + 2**63) % 2**64 - 2**63 for turn in turns.tolist()]
+    step = torch.tensor(whole, dtype=torch.int64, device="cpu")
     start = torch.full_like(step, 2**62)  # a cosine is a sine a quarter of a turn later
     return torch.stack([_columns(*pair, embedding_dim, convention) for pair in ((step, step), (start * 0, start))])
 
@@ -67,9 +70,9 @@ def _frequencies(embedding_dim, base, convention):
         raise ValueError(f"convention: expected one of {CONVENTIONS}, got {convention!r}")
     if convention == "fairseq":
         half = embedding_dim // 2
-        exponent = torch.arange(half, dtype=torch.float64) / max(half - 1, 1)
+        exponent = torch.arange(half, dtype=torch.float64, device="cpu") / max(half - 1, 1)
     else:
-        exponent = torch.arange(0, embedding_dim, 2, dtype=torch.float64) / embedding_dim
+        exponent = torch.arange(0, embedding_dim, 2, dtype=torch.float64, device="cpu") / embedding_dim
     return base**-exponent
 
 
@@ -93,6 +96,7 @@ class Sinusoidal(nn.Module):
         super().__init__()
         self.convention, self.base = convention, base
         self.dtype = dtype or torch.get_default_dtype()
+        device = torch.get_default_device() if device is None else device
         if max_length is None:
             weight = sinusoidal_steps(embedding_dim, base, convention).to(device)
         else:
@@ -137,7 +141,9 @@ def make(kind: str | None, max_length: int | None, embedding_dim: int, device=No
     if name == "sinusoidal":
         return Sinusoidal(max_length, embedding_dim, convention or "interleaved", device=device, dtype=dtype)
     kinds, conventions = (", ".join(map(repr, names)) for names in (KINDS, [f"sinusoidal:{c}" for c in CONVENTIONS]))
-    raise ValueError(f"position: expected {kinds} or None, got {kind!r}; conventions are {conventions}")
+    raise ValueError(
+        f"position: expected {kinds} or None, got {kind!r}; conventions are {conventions}; EmbeddingQKV also takes 'rotary'"
+    )
 
 
 def from_attention_mask(mask: Tensor) -> Tensor:

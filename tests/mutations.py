@@ -74,7 +74,9 @@ MUTATIONS = [
         "left += tl.sum(w - centre[:, None], 1)",
         QKV + " -k folded",
     ),
-    Mutation(KERNELS + "embed_qkv.py", 'acc = tl.where(known[:, None], acc, float("nan"))', "acc = acc", QKV),
+    Mutation(
+        KERNELS + "embed_qkv.py", 'acc = tl.where(known[:, None], acc, float("nan"))', "acc = acc", QKV + " -k without_a_row"
+    ),
     Mutation(KERNELS + "embed_grad.py", "dx = drop(dx, terms[4], m, d, ACC)", "dx = dx", TERMS + " -k forward_and_backward"),
     Mutation(KERNELS + "embed_grad.py", "dx -= (tl.sum(dy, 1) / D)[:, None]", "dx -= 0.0", QKV + " -k variants"),
     Mutation(KERNELS + "embed_grad.py", "dx *= scale\n", "dx *= 1.0\n", QKV + " -k variants"),

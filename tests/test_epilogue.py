@@ -75,6 +75,7 @@ def test_fused_norms_of_heads(dtype, folds, head_dim, interleaved, monkeypatch):
     kernels, _ = pyembed.ops.kernels_for("tuning", torch.empty(0, device=DEVICE))
     monkeypatch.setattr(kernels, "folds", lambda M, dtype: folds)
     case = epilogue_case(dtype, norms=True, first=True, head_dim=head_dim)
+    case.options["head_eps"] = 0.3
     if interleaved is not None:
         case.options["rotary"] = Rotary(head_dim, 24, interleaved=interleaved).to(DEVICE)
     fused = []
@@ -131,6 +132,13 @@ def test_modules(backend, plan, qk_norm):
         assert ours.is_contiguous()
 
 
+def test_second_query_of_one_token(triton):
+    u, v = (torch.randn(2, 2, device=DEVICE, requires_grad=True) for _ in range(2))
+    token, weight = torch.randn(7, 4, device=DEVICE), torch.randn(12, 4, device=DEVICE)
+    F.embed_qkv(torch.tensor(3, device=DEVICE), token, weight, num_heads=2, query_biases=(u, v)).query.sum().backward()
+    assert torch.equal(u.grad, torch.ones_like(u)) and torch.equal(v.grad, torch.ones_like(v))
+
+
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_transformer_xl(backend):
     """Both queries at once are those of TransformerXLBias.queries."""
@@ -167,6 +175,10 @@ def test_bad_ends():
             F.embed_qkv(ids, token, weight, num_heads=1, **options)
     with pytest.raises(ValueError, match="heads_first: expected False"):
         F.embed_qkv(ids[0, 0], token, weight, num_heads=1, heads_first=True)
+    front = pyembed.EmbeddingQKV(3, 4, 1, dtype=torch.float16)
+    front.build_table()
+    with torch.no_grad(), pytest.raises(TypeError, match=r"query_biases: expected dtype torch\.float16"):
+        front(ids, query_biases=pair)
     with pytest.raises(ValueError, match="qk_norm: expected one of"):
         pyembed.EmbeddingQKV(3, 4, 1, qk_norm="batch")
     with pytest.raises(ValueError, match="expected both or neither"):

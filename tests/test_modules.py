@@ -136,7 +136,7 @@ def test_from_modules(kind, backend):
         ({"qkv": nn.Linear(9, 24)}, ValueError, "qkv: expected 8 inputs, the width of token; got 9"),
         ({"position": nn.Embedding(4, 9)}, ValueError, "position: expected 8 columns, the width of token; got 9"),
         ({"norm": nn.LayerNorm((2, 8))}, ValueError, r"norm: expected normalized_shape \(8,\).* got \(2, 8\)"),
-        ({"qkv": nn.Linear(8, 25)}, ValueError, "qkv: expected a multiple of .* = 6 outputs, got 25"),
+        ({"qkv": nn.Linear(8, 25)}, ValueError, "qkv: expected a multiple of .* outputs, got 25"),
         (
             {"qkv": [nn.Linear(8, n) for n in (4, 16, 4)]},
             ValueError,
@@ -332,6 +332,32 @@ def test_dropout(backend):
         torch.testing.assert_close(tuple(module(ids)), stock(module, ids))
         embedding = TokenPositionEmbedding(11, 64, 50, dropout=0.5).to(DEVICE)
         assert 0.45 < (embedding(ids) != 0).float().mean() < 0.55
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_outside_of_its_models_tree(backend):
+    """A front end in a list does not hear of train(), eval() and to(); its token table does."""
+    token, qkv = torch.nn.Embedding(11, 16), torch.nn.Linear(16, 48)
+    model = torch.nn.ModuleList([token, qkv])
+    front = EmbeddingQKV.from_modules(token, qkv=qkv, num_heads=2, dropout=0.5, rotary=pyembed.Rotary(8, 32))
+    ids = torch.randint(11, (4, 9))
+    with pyembed.backend(backend):
+        assert (front(ids).hidden == 0).any()
+        model.eval()
+        assert not (front(ids).hidden == 0).any()
+        model.train()
+        assert (front(ids).hidden == 0).any()
+    model.to("meta")
+    assert front(ids.to("meta")).query.shape == (4, 9, 2, 8) and front.rotary.cos.is_meta
+
+
+def test_positions_of_nothing():
+    """position_ids without positions, below and above the size at which three projections are packed."""
+    three = tuple(torch.nn.Linear(16, 16) for _ in range(3))
+    front = EmbeddingQKV.from_modules(torch.nn.Embedding(11, 16), qkv=three, num_heads=2)
+    for length in (8, 300):
+        with pytest.raises(ValueError, match="position_ids: expected None where there is no table of positions"):
+            front(torch.zeros(1, length, dtype=torch.long), torch.arange(length))
 
 
 def test_copies_and_pickles():

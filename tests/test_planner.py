@@ -9,12 +9,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import pyembed
 from pyembed import functional as F
-from pyembed import ops, planner, rates
+from pyembed import ops_embed, planner, rates
 
 
 def runs_triton(monkeypatch, token):
     calls = []
-    monkeypatch.setattr(ops, "embed", lambda *a: calls.append(a) or torch.empty(0))
+    monkeypatch.setattr(ops_embed, "embed", lambda *a: calls.append(a) or torch.empty(0))
     F.embedding(torch.tensor([0], device=token.device), token)
     return bool(calls)
 

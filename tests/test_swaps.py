@@ -73,6 +73,25 @@ def test_rotary_models(backend, kind):
     hold(front, expected, backend, rotary=rotary)
 
 
+def test_scales_are_read_when_they_change():
+    gemma = pytest.importorskip("transformers.models.gemma.modeling_gemma").GemmaTextScaledWordEmbedding
+    bart = pytest.importorskip("transformers.models.bart.modeling_bart").BartScaledWordEmbedding
+    for kind, change in ((gemma, lambda t: t.embed_scale.fill_(2.0)), (bart, lambda t: setattr(t, "embed_scale", 2.0))):
+        token = kind(90, 16, 0, 3.3).half().float()
+        front = EmbeddingQKV.from_modules(token, qkv=torch.nn.Linear(16, 48), num_heads=2)
+        assert torch.equal(front(IDS).hidden, token(IDS))
+        change(token)
+        assert torch.equal(front(IDS).hidden, token(IDS))
+
+
+def test_an_embedding_that_does_more_than_scale_is_called():
+    t5 = pytest.importorskip("transformers.models.t5gemma2.modeling_t5gemma2")
+    token = t5.T5Gemma2TextScaledWordEmbedding(9, 16, 0, 4.0, eoi_token_index=5)
+    token.eoi_embedding.data.fill_(7.0)
+    front = EmbeddingQKV.from_modules(token, qkv=torch.nn.Linear(16, 48), num_heads=2)
+    assert torch.equal(front(torch.tensor([[1, 5]])).hidden, token(torch.tensor([[1, 5]])))
+
+
 @BACKENDS
 def test_opt(backend):
     """Positions that begin at row 2 of their table."""

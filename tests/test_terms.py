@@ -230,6 +230,36 @@ def test_token_position_embedding(backend, combine):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_norms_bias_alone_has_a_gradient(backend):
+    case = Case(torch.float32, DEVICE)
+    del case.parameters["norm_weight"]
+    with pyembed.backend(backend), pyembed.plan("one_pass"):
+        assert case.check(F.embed_qkv)["grad of norm_bias"].any()
+
+
+def test_modules_called_check_their_arguments_too():
+    """PyTorch would broadcast these, or never look."""
+    three = tuple(torch.nn.Linear(16, 16) for _ in range(3))
+    tables = torch.nn.Embedding(9, 16), torch.nn.Embedding(9, 16)
+    concat = pyembed.EmbeddingQKV(9, 16, 2, combine="concat", heads_first=True)
+    ids = torch.zeros(2, 3, dtype=torch.long)
+    for front in (pyembed.EmbeddingQKV.from_modules(*tables, qkv=three, num_heads=2), concat):
+        with pytest.raises(ValueError, match="segment_ids: expected None"):
+            front(ids, segment_ids=ids)
+        for shape in ((2, 1), (2, 1, 1, 3)):
+            with pytest.raises(ValueError, match="position_ids: expected shape"):
+                front(ids, torch.zeros(shape, dtype=torch.long))
+    with pytest.raises(ValueError, match="heads_first: expected ids with a length"):
+        concat(ids[0, 0])
+
+
+def test_hooks_of_positions_with_an_offset():
+    front = pyembed.EmbeddingQKV(7, 6, 2, max_length=5, position_offset=2)
+    front.position.register_forward_hook(lambda module, args, output: output * 0)
+    assert torch.equal(front(torch.tensor([[1, 2]])).hidden, front.token.weight[None, 1:3])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_bad_terms(backend):
     ids, token, segment = torch.tensor([[0, 1]]), torch.randn(3, 4), torch.randn(2, 4)
     bad = {
@@ -238,6 +268,11 @@ def test_bad_terms(backend):
         "segment_ids: expected dtype": {"segment": segment, "segment_ids": torch.tensor([0.0, 1.0])},
         r"segment_ids: expected values in \[0, 2\).*got 2": {"segment": segment, "segment_ids": torch.tensor([0, 2])},
         "segment: expected shape": {"segment": segment[:, :3]},
+        "segment: expected a row for each": {"segment": segment[:0]},
+        "position_ids: expected values": {
+            "position": positions.sinusoidal_steps(4),
+            "position_ids": torch.tensor([0, -1]),
+        },
         "segment: expected dtype": {"segment": segment.double()},
         "scale: expected a number": {"scale": torch.tensor(2.0)},
         r"dropout: expected a probability in \[0, 1\], got 1.5": {"dropout": 1.5},
@@ -251,5 +286,6 @@ def test_bad_terms(backend):
                 F.embed_qkv(ids, token, torch.randn(12, 4), num_heads=1, **options)
     with pytest.raises(ValueError, match="combine: expected 'sum'"):
         pyembed.EmbeddingQKV(3, 4, 1, position=None, combine="concat")
-    with pytest.raises(ValueError, match="position_offset: expected 0"):
-        pyembed.EmbeddingQKV(3, 4, 1, position="rotary", position_offset=2)
+    for offset, position in ((2, "rotary"), (-1, "learned")):
+        with pytest.raises(ValueError, match="position_offset: expected"):
+            pyembed.EmbeddingQKV(3, 4, 1, position=position, position_offset=offset)

@@ -213,7 +213,8 @@ def norm_backward(ids, token, terms, norm_weight, norm_bias, mean, rstd, grad_no
     not wanted comes as None. Without grad_normed only normed is computed."""
     M, T = ids.numel(), ids.shape[-1] if ids.dim() else 1
     V, D = token.shape
-    wants_affine = grad_normed is not None and norm_weight is not None
+    affine_like = norm_bias if norm_weight is None else norm_weight
+    wants_affine = grad_normed is not None and affine_like is not None
     block_m, block_d, warps = tuning.rows(D)
     programs = min(triton.cdiv(M, block_m), 2 * tuning.device_of(token).multiprocessors)
     grad_sum = token.new_empty(M, D) if wants_sum else None
@@ -241,7 +242,7 @@ def norm_backward(ids, token, terms, norm_weight, norm_bias, mean, rstd, grad_no
             num_warps=warps,
             **tuning.registers(tuning.device_of(token)),
         )
-    affine = (None, None) if partials is None else (share.sum(0).to(norm_weight.dtype) for share in partials)
+    affine = (None, None) if partials is None else (share.sum(0).to(affine_like.dtype) for share in partials)
     return grad_sum, normed, *affine
 
 
