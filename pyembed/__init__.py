@@ -1,6 +1,6 @@
 """The front end of a transformer (embedding gather, positional add, norm, QKV projection) in one GPU kernel."""
 
-from . import data, functional, positions, reference, relative
+from . import data, flops, functional, positions, reference, relative
 from .distinct import DistinctIds
 from .embedding import Embedding, TokenPositionEmbedding
 from .memory import empty_cache
@@ -21,6 +21,7 @@ __all__ = [
     "data",
     "debug",
     "empty_cache",
+    "flops",
     "functional",
     "plan",
     "positions",

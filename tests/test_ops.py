@@ -8,6 +8,7 @@ import torch
 from conftest import DEVICE
 from numerics import Case
 from torch.library import opcheck
+from torch.utils.flop_counter import FlopCounterMode
 
 import pyembed
 from pyembed import functional as F
@@ -224,3 +225,15 @@ def test_tangents_of_an_older_graph_are_refused(plan):
         grad = torch.autograd.forward_ad.make_dual(torch.ones_like(query), torch.ones_like(query))
         with pytest.raises(RuntimeError, match="no forward mode"):
             torch.autograd.grad(query, token, grad)
+
+
+@pytest.mark.parametrize("plan, rows", [("one_pass", 2 * 19), ("distinct", 19 + 31)])
+@pytest.mark.parametrize("frozen", [(), ("weight",), ("token", "position", "norm_weight", "norm_bias")])
+def test_flops_of_the_plan(plan, rows, frozen):
+    """FlopCounterMode counts the products that run: of every token, or of the positions and as many rows as may be distinct."""
+    case = Case(torch.float32, DEVICE)
+    leaves = {k: p.detach().requires_grad_(k not in frozen) for k, p in case.parameters.items()}
+    with pyembed.plan(plan), pyembed.backend("triton"), FlopCounterMode(display=False) as counter:
+        outputs = F.embed_qkv(case.ids, **leaves, **case.options)
+        torch.autograd.backward(list(outputs), case.grads)
+    assert counter.get_total_flops() == (3 if not frozen else 2) * 2 * rows * leaves["weight"].numel()
