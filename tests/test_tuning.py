@@ -175,6 +175,7 @@ def launches(device):
             calls.append((False, ends, dtype, M, 64, False, True, None, True))
         for dtype, M in itertools.product((torch.bfloat16, torch.float32), (2, 4098)):
             calls += [(False, ends, dtype, M, head_dim, True, False, None, False) for head_dim in (128, 256)]
+            calls += [(False, ends, dtype, M, head_dim, True, False, False, True) for head_dim in (16, 32)]
             calls.append((False, ends, dtype, M, 128, True, False, True, True))
             calls.append((False, ends, dtype, M, 64, False, True, None, False, "none"))
             calls.append((False, ends, dtype, M, 64, False, False, False, True))

@@ -127,7 +127,7 @@ def embed_qkv_folded(M, N, D, dtype, device, crowded=False, head=0):
     crowded: whether the epilogue needs more registers than a bias does. head: width of heads that are normalised, which wants
     them whole; 0: they are not."""
     tiles = _embed_qkv_folded(N, D, dtype, device, crowded)
-    if head and device.arch == 100:
+    if head == 128 and device.arch == 100:
         tiles = tiles._replace(BLOCK_K=32)  # 64 spill
     return _with_heads(tiles, head, dtype)
 
