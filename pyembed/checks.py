@@ -27,7 +27,7 @@ def check_shape(name: str, tensor: Tensor | None, shape: tuple, meaning: str, op
         raise ValueError(f"{name}: expected shape {wanted}, {meaning}; got {tuple(tensor.shape)}")
 
 
-def check_alike(token: Tensor, ids: Tensor, **others: Tensor | None):
+def check_alike(token: Tensor, ids: Tensor | None, **others: Tensor | None):
     """All tensors on the table's device, all floating ones of its dtype."""
     if not token.is_floating_point():
         raise TypeError(f"token: expected a floating dtype, got {token.dtype}")
@@ -207,5 +207,5 @@ def check_query_biases(query_biases, token: Tensor, num_heads: int, head_dim: in
         raise TypeError(f"query_biases: expected a pair of Tensors or None, got {type(query_biases).__name__}")
     for bias in query_biases:
         check_shape("query_biases", bias, (num_heads, head_dim), "(num_heads, head_dim)", optional=False)
-        check_alike(token, token.new_empty(0), query_biases=bias)
+        check_alike(token, None, query_biases=bias)
     return query_biases

@@ -242,9 +242,7 @@ class EmbeddingQKV(KeepsTable):
 
     def _call(self, ids, position_ids, rotary, segment_ids, query_biases):
         rotary = self._own_rotary() if rotary is None else rotary
-        rotation = None
-        if rotary is not None:
-            rotation = self._rotation(ids, position_ids, rotary)
+        rotation = None if rotary is None else self._rotation(ids, position_ids, rotary)
         if position_ids is not None or segment_ids is not None:  # PyTorch would broadcast, or never look
             self._check_shapes(ids, position_ids, segment_ids)
         token, position, norm, qkv = (self._modules[name] for name in ("token", "position", "norm", "qkv"))

@@ -147,7 +147,7 @@ class _Colwise:
         token, position = self._modules["token"], self._position()
         ends = {name: self._summed(value) for name, value in self._extras().items() if name != "dropout"}
         terms = {name: ends.pop(name) for name in ("scale", "segment") if name in ends} | {"segment_ids": segment_ids}
-        rotary = self._modules["rotary"] if rotary is None else rotary
+        rotary = self._own_rotary() if rotary is None else rotary
         table, index, padding_idx = spread.local(token.weight), ids, token.padding_idx
         if style.shard_vocabulary:
             self._check(ids, position_ids)

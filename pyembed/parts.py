@@ -51,9 +51,9 @@ class OwnScale:
             return float(scale)
         if torch.compiler.is_compiling() or scale.is_meta:
             return getattr(self, "value", 1.0)
-        state = (id(scale), scale._version, token.weight.dtype)
-        if self.seen != state:
-            self.seen, self.value = state, scale.to(token.weight.dtype).item()
+        state = (scale._version, token.weight.dtype)
+        if self.seen is not scale or self.state != state:  # held, so that no other tensor can come to its address
+            self.seen, self.state, self.value = scale, state, scale.to(token.weight.dtype).item()
         return self.value
 
 

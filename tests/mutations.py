@@ -48,7 +48,7 @@ MUTATIONS = [
     Mutation(KERNELS + "tiles.py", "1.0 / tl.sqrt(squares / D + eps)", "1.0 / tl.sqrt(squares / D)", QKV),
     Mutation(KERNELS + "tiles.py", "x -= mean[:, None]", "x -= 0.0", QKV + " -k variants"),
     Mutation(KERNELS + "tiles.py", "y * c + x * s, y)", "y * c - x * s, y)", ROTARY + " -k every_plan"),
-    Mutation(KERNELS + "tiles.py", "row = m % period\n", "row = m\n", ROTARY + " -k every_plan"),
+    Mutation(KERNELS + "tiles.py", "load_places(turn_ids, m, mask", "load_places(None, m, mask", ROTARY + " -k as_they_come"),
     Mutation(KERNELS + "tiles.py", "HEAD_DIM + eps)", "HEAD_DIM)", ENDS + " -k fused"),
     Mutation(
         KERNELS + "tiles.py",

@@ -37,7 +37,7 @@ def with_biases(function):
     return call
 
 
-def hold(case, backward=True):
+def assert_right(case, backward=True):
     ours = case.run(with_biases(F.embed_qkv), backward=backward)
     eager = case.run(with_biases(reference.embed_qkv), backward=backward)
     oracle = case.run(with_biases(reference.embed_qkv), torch.float64, backward=backward)
@@ -54,7 +54,7 @@ def test_every_plan(norms, second, first, backend, plan, rotary):
     if rotary is not None:
         case.options["rotary"] = Rotary(16, 24, rotary_dim=8, interleaved=rotary).to(DEVICE)
     with pyembed.backend(backend), pyembed.plan(plan):
-        hold(case)
+        assert_right(case)
 
 
 @pytest.mark.parametrize("first", [False, True])
@@ -62,7 +62,7 @@ def test_every_plan(norms, second, first, backend, plan, rotary):
 def test_second_query(first, backend, plan):
     """Transformer-XL's q + u and q + v, u and v with gradients."""
     with pyembed.backend(backend), pyembed.plan(plan):
-        found = hold(epilogue_case(torch.float32, second=True, first=first))
+        found = assert_right(epilogue_case(torch.float32, second=True, first=first))
     assert found["query"].shape == ((2, 2, 4, 19, 16) if first else (2, 2, 19, 4, 16)) and found["query"].is_contiguous()
 
 

@@ -215,11 +215,7 @@ def find_pairs(n0, HEAD_DIM: tl.constexpr, HALF: tl.constexpr, BLOCK_N: tl.const
 def load_turns(rotary, m, mask):
     """The row of cosines and sines that each token takes, and whether it exists."""
     _, _, turn_ids, period, rows, _ = rotary
-    row = m % period
-    known = row < rows
-    if turn_ids is not None:
-        row, known = load_rows(turn_ids, row, mask, rows)
-    return row, known
+    return load_places(turn_ids, m, mask, period, rows)
 
 
 @triton.jit
