@@ -3,6 +3,7 @@
 from . import data, flops, functional, positions, reference, relative
 from .distinct import DistinctIds
 from .embedding import Embedding, TokenPositionEmbedding
+from .ids import check_ids, id_policy
 from .memory import empty_cache
 from .modules import EmbeddingQKV
 from .planner import backend, debug, plan
@@ -18,11 +19,13 @@ __all__ = [
     "Rotary",
     "TokenPositionEmbedding",
     "backend",
+    "check_ids",
     "data",
     "debug",
     "empty_cache",
     "flops",
     "functional",
+    "id_policy",
     "plan",
     "positions",
     "reference",

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from . import planner
 from .distinct import DistinctIds
+from .reference import rows_of
 from .rotary import Rotary
 
 
@@ -45,25 +46,25 @@ def check_alike(token: Tensor, ids: Tensor | None, **others: Tensor | None):
             raise TypeError(f"{name}: expected dtype {token.dtype}, that of token; got {tensor.dtype}")
 
 
+def places_of(position: Tensor | None, rotary) -> dict[str, int]:
+    """Rows of the tables that positions look up."""
+    tables = {"position": position, "rotary": rotary.cos if isinstance(rotary, Rotary) else None}
+    return {name: rows_of(table) for name, table in tables.items() if table is not None}
+
+
 def check_positions(ids: Tensor, position: Tensor | None, position_ids: Tensor | None, rotary=None):
-    tables = [("position", position), ("rotary", rotary.cos if isinstance(rotary, Rotary) else None)]
-    tables = [(name, _places(table)) for name, table in tables if table is not None]
+    tables = places_of(position, rotary)
     if not tables:
         if position_ids is not None:
             raise ValueError("position_ids: expected None where there is no table of positions, got a Tensor")
         return
     T = ids.shape[-1] if ids.dim() else 1
     if position_ids is None:
-        for name, rows in tables:
+        for name, rows in tables.items():
             if rows < T:
                 raise IndexError(f"ids: sequence length {T} needs positions up to {T - 1}, {name} has {rows} rows")
         return
     _check_like_ids("position_ids", position_ids, ids)
-
-
-def _places(position: Tensor) -> int:
-    """Rows of a table of positions; those that are computed never end."""
-    return position.shape[0] if position.is_floating_point() else 2**31 - 1
 
 
 def _check_like_ids(name: str, tensor: Tensor, ids: Tensor):
@@ -175,24 +176,23 @@ def check_heads(num_heads: int, num_kv_heads: int | None) -> int:
     return num_kv_heads
 
 
-def check_ids(
+def check_front_end(
     ids: Tensor, token: Tensor, position: Tensor | None, position_ids: Tensor | None, rotary=None, segment=None,
-    segment_ids=None,
+    segment_ids=None, policy="raise",
 ):  # fmt: skip
-    """A front end's ids: types, devices and shapes, and values where looking costs no synchronisation."""
+    """A front end's ids: types, devices and shapes, and values too where the policy is "raise" and looking costs no wait."""
     check_terms(ids, token, position, position_ids, segment, segment_ids, None, 0.0)
     check_alike(token, ids, position_ids=position_ids, segment_ids=segment_ids)
     check_positions(ids, position, position_ids, rotary)
-    check_ranges(ids, token, position, position_ids, rotary, segment, segment_ids)
+    if policy == "raise":
+        check_ranges(ids, token, position, position_ids, rotary, segment, segment_ids)
 
 
 def check_ranges(ids, token, position, position_ids, rotary=None, segment=None, segment_ids=None):
     if planner.looks(ids):
         _check_range("ids", ids, "token", token.shape[0])
-        if position is not None:
-            _check_range("position_ids", position_ids, "position", _places(position))
-        if isinstance(rotary, Rotary):
-            _check_range("position_ids", position_ids, "rotary", rotary.cos.shape[0])
+        for name, rows in places_of(position, rotary).items():
+            _check_range("position_ids", position_ids, name, rows)
         if segment is not None:
             _check_range("segment_ids", segment_ids, "segment", segment.shape[0])
 

@@ -5,11 +5,13 @@ from torch import Tensor, nn
 
 from . import checks, planner, positions
 from . import functional as F
+from . import ids as outside
+from .reference import rows_of
 
 COMBINES = ("sum", "concat")
 
 
-class Embedding(nn.Embedding):
+class Embedding(nn.Embedding, outside.HasIdPolicy):
     """torch.nn.Embedding: same constructor, same weights from the same seed, same state_dict, same result.
 
     What the kernels do not serve (max_norm, scale_grad_by_freq, sparse, other dtypes) runs by PyTorch's operator; explain
@@ -23,8 +25,9 @@ class Embedding(nn.Embedding):
                 input, self.weight, self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse
             )
         return F.embedding(
-            input, self.weight, self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse
-        )
+            input, self.weight, self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse,
+            id_policy=self._id_policy,
+        )  # fmt: skip
 
     def explain(self, ids: Tensor) -> planner.Plan:
         """Which operator a call with these ids would run now, "triton" (pyembed::embed) or "torch" (aten::embedding), and why.
@@ -32,11 +35,12 @@ class Embedding(nn.Embedding):
         Nothing runs. Errors as in forward, but for ids outside the table.
         """
         weight = self.weight
-        why = F.unkernelled(ids, weight, self.max_norm, self.scale_grad_by_freq, self.sparse) or planner.why_torch(weight)
+        options = (self.max_norm, self.scale_grad_by_freq, self.sparse, self._policy())
+        why = F.unkernelled(ids, weight, *options) or planner.why_torch(weight)
         return planner.Plan("torch", why, {}) if why else planner.Plan("triton", f"a kernel for {weight.dtype}", {})
 
 
-class TokenPositionEmbedding(nn.Module):
+class TokenPositionEmbedding(outside.HasIdPolicy):
     """dropout(scale·token(ids) + segment(segment_ids) + position(position_ids)): the input of GPT-2, BERT and their like.
 
     position: "learned" (parameter position.weight), "sinusoidal" or "sinusoidal:" and a convention of positions.CONVENTIONS (a
@@ -80,13 +84,15 @@ class TokenPositionEmbedding(nn.Module):
         if self.combine == "sum":
             return F.embed(
                 ids, token, position, position_ids, padding_idx=padding_idx, scale=self.scale, segment=segment,
-                segment_ids=segment_ids, dropout=self.dropout.p if self.training else 0.0,
+                segment_ids=segment_ids, dropout=self.dropout.p if self.training else 0.0, id_policy=self._id_policy,
             )  # fmt: skip
-        checks.check_ids(ids, token, position, position_ids, segment_ids=segment_ids)
-        rows = F.embed(ids, token, padding_idx=padding_idx, scale=self.scale)
+        policy = self._policy()
+        ids, position_ids, _ = F.kept(policy, ids, token, position, position_ids, None, None)
+        checks.check_front_end(ids, token, position, position_ids, segment_ids=segment_ids, policy=policy)
+        rows = F.embed(ids, token, padding_idx=padding_idx, scale=self.scale, id_policy=policy)
         if position_ids is None:
             position_ids = positions.from_offset(0, ids.shape[-1], ids.device) if ids.dim() else torch.zeros_like(ids)
-        places = self.position(position_ids)
+        places = outside.rows(policy, self.position, position_ids, rows_of(position))
         return self.dropout(torch.cat([rows, places.expand_as(rows)], -1))
 
     def extra_repr(self):

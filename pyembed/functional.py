@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from . import ids as outside
 from . import ops, ops_distinct, ops_embed, planner, reference
 from .checks import (
     check_alike,
@@ -17,10 +18,11 @@ from .checks import (
     check_shape,
     check_terms,
     padding_row,
+    places_of,
 )
 from .distinct import DistinctIds
 from .reference import HiddenQKV
-from .rotary import Rotary, as_rotation
+from .rotary import Rotary
 from .spread import over_mesh
 
 NORMS = ("layer", "rms", None)
@@ -32,15 +34,18 @@ def _seed(dropout: float, device: torch.device) -> Tensor | None:
     return torch.randint(2**62, (1,), device=device) if dropout else None
 
 
-def _check_computed(ids, token, position, position_ids):
-    if position is not None and not position.is_floating_point():  # PyTorch would compute any, but kernels not
+def _check_computed(policy, ids, token, position, position_ids):
+    if (
+        policy == "raise" and position is not None and not position.is_floating_point()
+    ):  # PyTorch would compute any, but kernels not
         check_ranges(ids, token, position, position_ids)
 
 
-def _run(kernel, eager, token, *looked_at):
+def _run(kernel, eager, token, policy, *looked_at):
     """The call by kernel or by eager. Kernels do not look at ids: here that is done where it costs no synchronisation."""
-    if planner.uses_triton(token):
-        check_ranges(*looked_at)
+    if policy != "zero" and planner.uses_triton(token):
+        if policy == "raise":
+            check_ranges(*looked_at)
         return kernel()
     try:
         return eager()
@@ -57,25 +62,33 @@ def embedding(
     norm_type: float = 2.0,
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
+    *,
+    id_policy: str | None = None,
 ) -> Tensor:
     """Rows of a table: ids (...) int32 or int64, weight (V, D) -> (..., D), bit for bit torch.nn.functional.embedding's.
 
     The row padding_idx (negative counts from the end) is returned like any other and gets no gradient. max_norm (which changes
     weight in place), norm_type, scale_grad_by_freq and sparse are PyTorch's, and with them, or over a table of a dtype that has
     no kernel, PyTorch's operator serves, whatever the backend: unkernelled says why. Differentiable any number of times.
-    IndexError: an id outside [0, V), on the CPU at once; on a GPU its row is NaN. TypeError, ValueError: other arguments.
+    id_policy: what becomes of an id outside [0, V), as pyembed.id_policy has it; None: what the context says, "raise" unless
+    it was changed. IndexError: there is one. TypeError, ValueError: other arguments.
     """
-    if unkernelled(ids, weight, max_norm, scale_grad_by_freq, sparse) is None and planner.uses_triton(weight):
-        return embed(ids, weight, padding_idx=padding_idx)
-    try:
+    policy = outside.applied(id_policy)
+    if unkernelled(ids, weight, max_norm, scale_grad_by_freq, sparse, policy) is None and planner.uses_triton(weight):
+        return embed(ids, weight, padding_idx=padding_idx, id_policy=policy)
+
+    def look_up(ids):
         return torch.nn.functional.embedding(ids, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
+
+    try:
+        return outside.rows(policy, look_up, kept(policy, ids, weight)[0], weight.shape[0])
     except (AssertionError, IndexError):  # PyTorch's message lacks what is wrong where
         padding_row(padding_idx, weight.shape[0])
         check_ranges(ids, weight, None, None)
         raise
 
 
-def unkernelled(ids, weight, max_norm=None, scale_grad_by_freq=False, sparse=False) -> str | None:
+def unkernelled(ids, weight, max_norm=None, scale_grad_by_freq=False, sparse=False, policy="raise") -> str | None:
     """Why such a lookup has no kernel on any device, so that PyTorch's operator serves it; None: it has one."""
     if isinstance(ids, torch.fx.Proxy) or isinstance(weight, torch.fx.Proxy):
         return "torch.fx traces it"
@@ -83,12 +96,29 @@ def unkernelled(ids, weight, max_norm=None, scale_grad_by_freq=False, sparse=Fal
     check_shape("token", weight, (None, None), "(num_embeddings, embedding_dim)", optional=False)
     if max_norm is not None or scale_grad_by_freq or sparse:
         return "max_norm, scale_grad_by_freq and sparse have no kernel"
+    if policy == "zero":
+        return planner.ZEROS
     for tensor in (ids, weight):
         if is_traceable_wrapper_subclass(tensor):
             return f"a {type(tensor).__name__} brings operators of its own"
     if not planner.takes(weight):
         return f"{weight.dtype} on {weight.device} has no kernel"
     return None
+
+
+def kept(policy, ids, token, position=None, position_ids=None, segment=None, segment_ids=None, rotary=None):
+    """ids, position_ids and segment_ids as the policy leaves them."""
+    if policy not in ("clamp", "zero"):
+        return ids, position_ids, segment_ids
+    places = min(places_of(position, rotary).values(), default=None)
+    if policy == "zero":
+        return ids, outside.given_places(ids, position_ids, places), segment_ids
+    kinds = None if segment is None else segment.shape[0]
+    return outside.clamped(ids, position_ids, segment_ids, token.shape[0], places, kinds)
+
+
+def _looking_up(policy):
+    return outside.look_up_or_zero if policy == "zero" else reference.look_up
 
 
 @over_mesh
@@ -103,31 +133,35 @@ def embed(
     segment: Tensor | None = None,
     segment_ids: Tensor | None = None,
     dropout: float = 0.0,
+    id_policy: str | None = None,
 ) -> Tensor:
     """dropout(scale·token[ids] + segment[segment_ids] + position[position_ids]), each term rounded to the table's dtype.
 
     ids (..., T) int32 or int64, token (V, D), position (L, D) or positions.sinusoidal_steps (2, D), of which rows are computed,
     segment (S, D), BERT's token types -> (..., T, D). position_ids, segment_ids: (T,), (1, T) or like ids; None means 0 … T−1,
     and segment 0. dropout: the probability of an element to become zero, drawn from PyTorch's generator; 0 outside of training.
-    Differentiable in token, position and segment. Errors as in embedding.
+    Differentiable in token, position and segment. id_policy and errors as in embedding, of positions and segments too.
     """
+    policy = outside.applied(id_policy)
     check_terms(ids, token, position, position_ids, segment, segment_ids, scale, dropout)
     check_alike(token, ids, position=position, position_ids=position_ids, segment=segment, segment_ids=segment_ids)
+    ids, position_ids, segment_ids = kept(policy, ids, token, position, position_ids, segment, segment_ids)
     check_positions(ids, position, position_ids)
-    _check_computed(ids, token, position, position_ids)
+    _check_computed(policy, ids, token, position, position_ids)
     padding_idx = padding_row(padding_idx, token.shape[0])
 
     def kernel():
         row, seed = -1 if padding_idx is None else padding_idx, _seed(dropout, ids.device)
-        return ops_embed.embed(ids, token, position, position_ids, segment, segment_ids, seed, scale, float(dropout), row)
+        tables = (token, position, position_ids, segment, segment_ids)
+        return ops_embed.embed(ids, *tables, seed, scale, float(dropout), row, policy != "trust")
 
     def eager():
         return reference.embed(
             ids, token, position, position_ids, padding_idx=padding_idx, scale=scale, segment=segment, segment_ids=segment_ids,
-            dropout=dropout,
+            dropout=dropout, look_up=_looking_up(policy),
         )  # fmt: skip
 
-    return _run(kernel, eager, token, ids, token, position, position_ids, None, segment, segment_ids)
+    return _run(kernel, eager, token, policy, ids, token, position, position_ids, None, segment, segment_ids)
 
 
 @over_mesh
@@ -157,6 +191,7 @@ def embed_qkv(
     head_eps: float = 1e-6,
     query_biases: tuple[Tensor, Tensor] | None = None,
     heads_first: bool = False,
+    id_policy: str | None = None,
 ) -> HiddenQKV:
     """The front end of a transformer: gather, positional add, norm and QKV projection.
 
@@ -174,8 +209,9 @@ def embed_qkv(
     query_biases: two of (num_heads, head_dim), Transformer-XL's u and v: query is (2, …), q + u and q + v.
     Differentiable once in every floating argument. All tensors share one dtype (float32, float16, bfloat16; float64 on the
     CPU) and one device. fp32 products on a GPU use tf32 where torch.backends.cuda.matmul says so.
-    Errors as in embedding.
+    id_policy and errors as in embed.
     """
+    policy = outside.applied(id_policy)
     check_terms(ids, token, position, position_ids, segment, segment_ids, scale, dropout)
     D = token.shape[1]
     check_shape("weight", weight, (None, D), "(query, key and value rows, embedding_dim of token)", optional=False)
@@ -202,8 +238,9 @@ def embed_qkv(
         token, ids, position=position, position_ids=position_ids, segment=segment, segment_ids=segment_ids, weight=weight,
         bias=bias, norm_weight=norm_weight, norm_bias=norm_bias, query_norm=query_norm, key_norm=key_norm,
     )  # fmt: skip
+    ids, position_ids, segment_ids = kept(policy, ids, token, position, position_ids, segment, segment_ids, rotary)
     check_positions(ids, position, position_ids, rotary)
-    _check_computed(ids, token, position, position_ids)
+    _check_computed(policy, ids, token, position, position_ids)
     check_rotary(rotary, ids, head_dim)
     if heads_first and ids.dim() == 0:
         raise ValueError("heads_first: expected False for ids of shape (), which have no length to come behind heads; got True")
@@ -216,24 +253,25 @@ def embed_qkv(
     places = None if position is None else position_ids
     arguments = (ids, token, weight, bias, position, places, norm_weight, norm_bias)
     options = (num_heads, num_kv_heads, norm or "none", eps, row)
-    rotation = NO_ROTATION if rotary is None else as_rotation(rotary, ids, position_ids)
+    rotation = NO_ROTATION if rotary is None else outside.rotation(policy, rotary, ids, position_ids)
     # What comes after the projection, and the part of it that PyTorch's operators do where a kernel does not.
     ends = {"query_norm": query_norm, "key_norm": key_norm, "head_eps": head_eps, "second": second, "heads_first": heads_first}
     ends["rotation"] = None if rotary is None else rotation
+    reports = policy != "trust"
 
     def kernel():
         terms = (segment, segment_ids, _seed(dropout, ids.device))
         scalars = (scale, float(dropout))
         if query_norm is None or planner.normalises_heads(head_dim, token, weight, bias, position, segment, *affine):
-            last = (*rotation, query_norm, key_norm, head_eps, heads_first)
+            last = (*rotation, query_norm, key_norm, head_eps, heads_first, reports)
             return HiddenQKV(*ops.embed_qkv(*arguments, *terms, second, *options, *scalars, *last)[:4])
-        last = (*NO_ROTATION, None, None, 0.0, False)
+        last = (*NO_ROTATION, None, None, 0.0, False, reports)
         return reference.finish(HiddenQKV(*ops.embed_qkv(*arguments, *terms, None, *options, *scalars, *last)[:4]), **ends)
 
     def once_each():
         known = (None, None) if distinct is None else (distinct.ids, distinct.inverse.reshape(-1))
         turns = planner.uses_triton(token) and query_norm is None and second is None
-        given = (*known, planner.uses_triton(token), *(rotation if turns else NO_ROTATION))
+        given = (*known, planner.uses_triton(token), *(rotation if turns else NO_ROTATION), reports)
         *outputs, count = ops_distinct.distinct_qkv(*arguments, *options, *given)
         planner.saw(token, count, ids.numel())
         return reference.finish(HiddenQKV(*outputs[:4]), **{**ends, "rotation": None if turns else ends["rotation"]})
@@ -243,13 +281,14 @@ def embed_qkv(
             ids, token, weight, bias, num_heads=num_heads, num_kv_heads=num_kv_heads, position=position,
             position_ids=position_ids, norm=norm, norm_weight=norm_weight, norm_bias=norm_bias, eps=eps,
             padding_idx=padding_idx, scale=scale, segment=segment, segment_ids=segment_ids, dropout=dropout,
+            look_up=_looking_up(policy),
         )  # fmt: skip
         return reference.finish(found, **ends)
 
     affine = (norm_weight, norm_bias, query_norm, key_norm, second)
     products = planner.products_of(token, weight, position, norm_weight, norm_bias, bias)
     known = None if distinct is None else distinct.ids.numel()
-    refused = planner.refuses(position, scale, segment, dropout)
+    refused = planner.refuses(position, scale, segment, dropout, policy)
     if planner.choose(ids, token, weight, position, places, norm is not None, products, known, refused).name == "distinct":
         kernel = eager = once_each
-    return _run(kernel, eager, token, ids, token, position, position_ids, rotary, segment, segment_ids)
+    return _run(kernel, eager, token, policy, ids, token, position, position_ids, rotary, segment, segment_ids)

@@ -5,15 +5,15 @@ import threading
 import warnings
 
 import torch
-from torch import nn
 
 from . import checks, parts, planner, table
+from . import ids as outside
 
 logger = logging.getLogger(__name__)
 _building = threading.RLock()  # one table at a time: two would take twice the memory
 
 
-class KeepsTable(nn.Module):
+class KeepsTable(outside.HasIdPolicy):
     """A front end that may keep a table; the methods that read its parts are EmbeddingQKV's."""
 
     _table, _table_dtype, _keeps_table, _table_failed = None, None, False, False
@@ -83,7 +83,8 @@ class KeepsTable(nn.Module):
             kernels = planner.uses_triton(found.token)
             if kernels:  # they do not look at ids
                 self._check(ids, position_ids)
-            call = (ids, position_ids, self.num_heads, self.num_kv_heads, kernels)
+            reports = self._policy() != "trust"
+            call = (ids, position_ids, self.num_heads, self.num_kv_heads, kernels, reports)
             if ends:
                 return self._finish(found.look_up(*call), rotation, query_biases)
             return found.look_up(*call, rotation)

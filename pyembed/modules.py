@@ -1,17 +1,19 @@
 """The front end as a module: PyTorch's own submodules, so that weights, names and initial values stay, run in one pass."""
 
 import contextlib
+import functools
 
 import torch
 from torch import Tensor, nn
 
 from . import checks, parts, planner, positions, spread, table
 from . import functional as F
+from . import ids as outside
 from .distinct import DistinctIds
 from .embedding import COMBINES
 from .lookup import KeepsTable
-from .reference import HiddenQKV, embed_qkv, finish, split_heads
-from .rotary import Rotary, as_rotation
+from .reference import HiddenQKV, embed_qkv, finish, rows_of, split_heads
+from .rotary import Rotary
 
 
 class EmbeddingQKV(KeepsTable):
@@ -192,6 +194,9 @@ class EmbeddingQKV(KeepsTable):
         position_ids, None: all 0. query_biases: as in functional.embed_qkv."""
         if not isinstance(ids, Tensor):
             raise TypeError(f"ids: expected a Tensor, got {type(ids).__name__}")
+        policy = self._policy()
+        if policy in ("clamp", "zero"):
+            ids, position_ids, segment_ids = self._kept(ids, position_ids, segment_ids, rotary)
         call = (position_ids, rotary, segment_ids, query_biases)
         if self._keeps_table or planner.forces("table"):
             found = self._look_up(ids, distinct, *call)
@@ -212,7 +217,7 @@ class EmbeddingQKV(KeepsTable):
         else:
             checks.check_rotary(rotary, ids, self._head_dim)
         arguments = {"position": position, "padding_idx": padding_idx, "rotary": rotary, **options}
-        usual = distinct is None and segment_ids is None and query_biases is None
+        usual = distinct is None and segment_ids is None and query_biases is None and policy != "zero"
         usual &= position_ids is None or rotary is None and position is not None
         if usual and planner.is_trivial(ids, token, weight):
             # PyTorch checks too, but for shapes that it would broadcast; the call below says what is wrong.
@@ -222,7 +227,7 @@ class EmbeddingQKV(KeepsTable):
                 return embed_qkv(ids, token, weight, bias, position_ids=position_ids, **arguments)
         return F.embed_qkv(
             ids, token, weight, bias, position_ids=position_ids, distinct=distinct, segment_ids=segment_ids,
-            query_biases=query_biases, **arguments,
+            query_biases=query_biases, id_policy=policy, **arguments,
         )  # fmt: skip
 
     def _compose(self, ids, *call):
@@ -246,13 +251,18 @@ class EmbeddingQKV(KeepsTable):
         if position_ids is not None or segment_ids is not None:  # PyTorch would broadcast, or never look
             self._check_shapes(ids, position_ids, segment_ids)
         token, position, norm, qkv = (self._modules[name] for name in ("token", "position", "norm", "qkv"))
-        hidden = token(ids) if self.scale is None else token(ids) * self.scale
+        policy = self._policy()
+        hidden = outside.rows(policy, token, ids, token.weight.shape[0])
+        if self.scale is not None:
+            hidden = hidden * self.scale
         if self._modules["segment"] is not None:
-            hidden = hidden + self.segment(torch.zeros_like(ids) if segment_ids is None else segment_ids)
+            kinds = torch.zeros_like(ids) if segment_ids is None else segment_ids
+            hidden = hidden + outside.rows(policy, self.segment, kinds, self.segment.weight.shape[0])
         if position is not None:
             if position_ids is None:
                 position_ids = spread.places(ids)
-            rows = self._place_rows(position, position_ids)
+            look_up = functools.partial(parts.place_rows, position, offset=self.position_offset)
+            rows = outside.rows(policy, look_up, position_ids, rows_of(self._position()))
             concat = self.combine == "concat"
             hidden = torch.cat([hidden, rows.expand_as(hidden)], -1) if concat else hidden + rows
         hidden = nn.functional.dropout(hidden, self.dropout.p, self._drops())
@@ -261,16 +271,6 @@ class EmbeddingQKV(KeepsTable):
         if self._groups:
             projected = parts.ungroup(projected, -1, self._groups, self._head_dim)
         return self._finish(split_heads(hidden, projected, self.num_heads, self.num_kv_heads), rotation, query_biases)
-
-    def _place_rows(self, position, position_ids):
-        if parts.is_stock(position):
-            return position(position_ids + self.position_offset if self.position_offset else position_ids)
-        if not parts.position_offset(position):
-            return position(position_ids)
-        # OPT's and BART's, whose forward takes something else than positions.
-        if position._forward_hooks or position._forward_pre_hooks:
-            raise RuntimeError(f"position: expected no hooks on a {type(position).__name__}, which is not called; got some")
-        return nn.functional.embedding(position_ids + self.position_offset, position.weight, position.padding_idx)
 
     def _finish(self, found, rotation, query_biases):
         """What follows the projection, by PyTorch's operators."""
@@ -291,7 +291,7 @@ class EmbeddingQKV(KeepsTable):
         rotary = self._own_rotary() if rotary is None else rotary
         self._check(ids, position_ids)
         checks.check_rotary(rotary, ids, self._head_dim)
-        return None if rotary is None else as_rotation(rotary, ids, position_ids)
+        return None if rotary is None else outside.rotation(self._policy(), rotary, ids, position_ids)
 
     def explain(self, ids: Tensor, position_ids: Tensor | None = None, distinct: DistinctIds | None = None) -> planner.Plan:
         """Which plan a call with these arguments would run now, why, and the seconds predicted for each that could run it.
@@ -299,6 +299,7 @@ class EmbeddingQKV(KeepsTable):
         Nothing runs and no table is built; its str() is a line to read. On a GPU it waits for the ids to be counted.
         """
         ids, position_ids = spread.local(ids), spread.local(position_ids)
+        ids, position_ids, _ = self._kept(ids, position_ids, None, None)
         self._check(ids, position_ids)
         checks.check_distinct(distinct, ids)
         refused = self._refuses_table()
@@ -333,11 +334,15 @@ class EmbeddingQKV(KeepsTable):
         return ", ".join([f"num_heads={self.num_heads}", *more])
 
     def _check(self, ids, position_ids, segment_ids=None):
-        segment = self._modules["segment"]
-        checks.check_ids(
-            ids, self._modules["token"].weight, self._position(), position_ids, self._modules["rotary"],
-            None if segment is None else segment.weight, segment_ids,
-        )  # fmt: skip
+        token, segment = self._modules["token"].weight, getattr(self._modules["segment"], "weight", None)
+        tables = (self._position(), position_ids, self._modules["rotary"], segment, segment_ids)
+        checks.check_front_end(ids, token, *tables, self._policy())
+
+    def _kept(self, ids, position_ids, segment_ids, rotary):
+        """The three as the policy leaves them."""
+        token, segment = self._modules["token"].weight, getattr(self._modules["segment"], "weight", None)
+        tables = (self._position(), position_ids, segment, segment_ids, rotary or self._modules["rotary"])
+        return F.kept(self._policy(), ids, token, *tables)
 
     def _check_shapes(self, ids, position_ids, segment_ids):
         token, position, segment = self._modules["token"].weight, self._position(), self._modules["segment"]
@@ -351,7 +356,7 @@ class EmbeddingQKV(KeepsTable):
 
     def _refuses_plans(self):
         """Why one_pass alone can run a call; None: other plans can."""
-        return planner.refuses(self._position(), self._scale(), self._modules["segment"], self._drops())
+        return planner.refuses(self._position(), self._scale(), self._modules["segment"], self._drops(), self._policy())
 
     def _position(self):
         module = self._modules["position"]
@@ -381,10 +386,8 @@ class EmbeddingQKV(KeepsTable):
 
     def _own_rotary(self):
         """On token's device: outside of its model's tree a front end does not hear of to() either."""
-        rotary = self._modules["rotary"]
-        if rotary is not None and rotary.cos.device != self._modules["token"].weight.device:
-            rotary.to(self._modules["token"].weight.device)
-        return rotary
+        rotary, device = self._modules["rotary"], self._modules["token"].weight.device
+        return rotary if rotary is None or rotary.cos.device == device else rotary.to(device)
 
     def _scale(self):
         return self.scale if self._own_scale is None else self._own_scale.of(self._modules["token"])

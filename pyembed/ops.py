@@ -12,22 +12,31 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import distinct
+from . import ids as outside
 
 
 def kernels_for(name, tensor):
-    """A module of pyembed.kernels for this tensor's device, and the context its launches need."""
+    """A module of pyembed.kernels for this tensor's device, and the context its launches need. IndexError: the kernels that ran
+    before met an id without a row; on a CPU, those of this call."""
     if tensor.is_cuda:
+        outside.look(tensor.device)
         return importlib.import_module(f"pyembed.kernels.{name}"), contextlib.nullcontext()
-    interpreter = importlib.import_module("pyembed.kernels.interpreter")
-    return interpreter.load(name), interpreter.running()
+    return importlib.import_module("pyembed.kernels.interpreter").load(name), _interpreting(tensor.device)
+
+
+@contextlib.contextmanager
+def _interpreting(device):
+    with importlib.import_module("pyembed.kernels.interpreter").running():
+        yield
+    outside.look(device)
 
 
 def _arguments():
     return importlib.import_module("pyembed.kernels.arguments")
 
 
-def terms_of(position, position_ids, segment=None, segment_ids=None, seed=None, scale=None, dropout=0.0):
-    return _arguments().Terms(position, position_ids, segment, segment_ids, scale, seed, dropout)
+def terms_of(position, position_ids, segment=None, segment_ids=None, seed=None, scale=None, dropout=0.0, report=None):
+    return _arguments().Terms(position, position_ids, segment, segment_ids, scale, seed, dropout, report)
 
 
 def refuse_double_backward(ctx, *grads):
@@ -81,12 +90,15 @@ def embed_qkv(
     key_norm: Tensor | None,
     head_eps: float,
     heads_first: bool,
+    reports: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Terms and epilogue are those of kernels/triton/arguments.py; query_norm and key_norm have no backward.
+    """Terms and epilogue are those of kernels/triton/arguments.py; query_norm and key_norm have no backward. reports: whether
+    absent rows are to raise an error.
     -> hidden (..., D), query (..., H, d_h), key and value (..., H_kv, d_h), mean (M,) or (0,), rstd (M,) or (0,)."""
     module, running = kernels_for("embed_qkv", token)
     heads, rotary = (num_heads, num_kv_heads, num_kv_heads), rotation_of(cos, sin, turn_ids, interleaved)
-    terms = terms_of(position, position_ids, segment, segment_ids, seed, scale, dropout)
+    report = outside.report_of(token.device, ids.shape, reports)
+    terms = terms_of(position, position_ids, segment, segment_ids, seed, scale, dropout, report)
     epilogue = _arguments().Epilogue(query_norm, key_norm, head_eps, second, rotary, heads_first)
     with running:
         return module.embed_qkv(ids, token, weight, bias, terms, norm, norm_weight, norm_bias, eps, heads, epilogue)
@@ -97,7 +109,7 @@ def _(
     ids, token, weight, bias, position, position_ids, norm_weight, norm_bias, segment, segment_ids, seed, second, num_heads,
     num_kv_heads, norm, *others,
 ):  # fmt: skip
-    statistics, heads_first = distinct.wide_dtype(token.dtype), others[-1]
+    statistics, heads_first = distinct.wide_dtype(token.dtype), others[-2]
     shapes = projected_shapes(ids, weight, num_heads, num_kv_heads)
     if heads_first:
         shapes = [(*shape[:-3], shape[-2], shape[-3], shape[-1]) for shape in shapes]
@@ -232,7 +244,7 @@ def turned_back(ctx, grads):
 def _embed_qkv_setup(ctx, inputs, output):
     ids, token, weight, _, position, position_ids, norm_weight, norm_bias, *terms, second = inputs[:12]
     *ctx.heads, _, _, ctx.padding_idx, ctx.scale, ctx.dropout = inputs[12:19]
-    *turns, ctx.interleaved, query_norm, _, _, ctx.heads_first = inputs[19:]
+    *turns, ctx.interleaved, query_norm, _, _, ctx.heads_first, _ = inputs[19:]
     ctx.has_second, ctx.has_head_norm = second is not None, query_norm is not None
     *_, mean, rstd = output
     ctx.set_materialize_grads(False)

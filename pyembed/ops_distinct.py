@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from . import distinct
+from .ids import report_of
 from .ops import (
     fake_grads,
     grads_like,
@@ -27,11 +28,12 @@ def count_distinct(ids: Tensor, size: int) -> Tensor:
         return module.find(ids, size)[1]
 
 
-def look_up(ids, token, position, position_ids, projected, shift, norm, eps, heads, factor, rotation):
+def look_up(ids, token, position, position_ids, projected, shift, norm, eps, heads, factor, rotation, reports):
     """A call by a table, as kernels/triton/expand.py has it; without gradients, so no operator is needed."""
     module, running = kernels_for("expand", token)
+    report = report_of(token.device, ids.shape, reports)
     with running:
-        return module.look_up(ids, token, position, position_ids, projected, shift, norm, eps, heads, factor, rotation)
+        return module.look_up(ids, token, position, position_ids, projected, shift, norm, eps, heads, factor, rotation, report)
 
 
 @torch.library.custom_op("pyembed::distinct_qkv", mutates_args=())
@@ -56,6 +58,7 @@ def distinct_qkv(
     sin: Tensor | None,
     turn_ids: Tensor | None,
     interleaved: bool,
+    reports: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """-> hidden, query, key, value, mean and rstd as embed_qkv; projected (·, N), of distinct positions and then of tokens;
     rows of the token table and each token's index (M,) among them, empty where they were given; count (1,) of the rows in use,
@@ -67,7 +70,8 @@ def distinct_qkv(
         module, running = kernels_for("distinct", token)
         with running:
             rotary = rotation_of(cos, sin, turn_ids, interleaved)
-            *results, found_rows, found_index, count = module.forward(*arguments, rotary)
+            report = report_of(token.device, ids.shape, reports)
+            *results, found_rows, found_index, count = module.forward(*arguments, rotary, report)
     else:
         hidden, qkv, rstd, projected, found_rows, found_index = distinct.forward(*arguments)
         results = hidden, *qkv, rstd.new_empty(0), rstd, projected
@@ -79,7 +83,7 @@ def distinct_qkv(
 @distinct_qkv.register_fake
 def _(
     ids, token, weight, bias, position, position_ids, norm_weight, norm_bias, num_heads, num_kv_heads, norm, eps, padding_idx,
-    rows, index, kernels, cos, sin, turn_ids, interleaved,
+    rows, index, kernels, cos, sin, turn_ids, interleaved, reports,
 ):  # fmt: skip
     M, N, dtype, wide = ids.numel(), weight.shape[0], torch.int32 if kernels else torch.int64, distinct.wide_dtype(token.dtype)
     size = torch.library.get_ctx().new_dynamic_size
@@ -147,7 +151,7 @@ def _(
 def _distinct_setup(ctx, inputs, output):
     ids, token, weight, _, position, position_ids, norm_weight, norm_bias, *ctx.heads = inputs[:10]
     ctx.norm, _, ctx.padding_idx, *given, ctx.kernels = inputs[10:16]
-    *turns, ctx.interleaved = inputs[16:]
+    *turns, ctx.interleaved, _ = inputs[16:]
     *_, mean, rstd, projected, rows, index, count = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(mean, rstd, projected, rows, index, count)

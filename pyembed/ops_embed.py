@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from .ids import report_of
 from .ops import kernels_for, refuse_tangents, terms_of
 
 
@@ -18,11 +19,13 @@ def embed(
     scale: float | None,
     dropout: float,
     padding_idx: int,
+    reports: bool,
 ) -> Tensor:
-    """The terms are those of kernels/triton/arguments.py."""
+    """The terms are those of kernels/triton/arguments.py. reports: absent rows are to raise an error."""
     module, running = kernels_for("embed", token)
+    report = report_of(token.device, ids.shape, reports)
     with running:
-        return module.embed(ids, token, terms_of(position, position_ids, segment, segment_ids, seed, scale, dropout))
+        return module.embed(ids, token, terms_of(position, position_ids, segment, segment_ids, seed, scale, dropout, report))
 
 
 @embed.register_fake
@@ -59,7 +62,7 @@ def _(grad, ids, position_ids, segment_ids, seed, scale, dropout, rows, places, 
 
 
 def _embed_setup(ctx, inputs, output):
-    ids, token, position, position_ids, segment, segment_ids, seed, ctx.scale, ctx.dropout, ctx.padding_idx = inputs
+    ids, token, position, position_ids, segment, segment_ids, seed, ctx.scale, ctx.dropout, ctx.padding_idx, _ = inputs
     ctx.sizes = [0 if table is None else table.shape[0] for table in (token, position, segment)]
     ctx.save_for_backward(ids, position_ids, segment_ids, seed)
 
@@ -70,7 +73,7 @@ def _embed_backward(ctx, grad):
     sizes = [size if need else 0 for size, need in zip(ctx.sizes, needs, strict=True)]
     found = embed_backward(grad, *ctx.saved_tensors, ctx.scale, ctx.dropout, *sizes, ctx.padding_idx)
     token, position, segment = (g if need else None for g, need in zip(found, needs, strict=True))
-    return None, token, position, None, segment, *(None,) * 5
+    return None, token, position, None, segment, *(None,) * 6
 
 
 embed.register_autograd(_embed_backward, setup_context=_embed_setup)
@@ -91,7 +94,7 @@ def _embed_double_backward(ctx, token, position, segment):
         token = token.masked_fill((torch.arange(ctx.rows, device=token.device) == ctx.padding_idx)[:, None], 0.0)
     position, position_ids = (position, position_ids) if ctx.places else (None, None)
     segment, segment_ids = (segment, segment_ids) if ctx.kinds else (None, None)
-    found = embed(ids, token, position, position_ids, segment, segment_ids, seed, ctx.scale, ctx.dropout, -1)
+    found = embed(ids, token, position, position_ids, segment, segment_ids, seed, ctx.scale, ctx.dropout, -1, False)
     return found, *(None,) * 10
 
 

@@ -206,6 +206,18 @@ def fitting(rotary, head_dim):
     return rotary
 
 
+def place_rows(position, position_ids, offset):
+    """Rows of a module of positions, of which that of position 0 is row `offset`."""
+    if is_stock(position):
+        return position(position_ids + offset if offset else position_ids)
+    if not position_offset(position):
+        return position(position_ids)
+    # OPT's and BART's, whose forward takes something else than positions.
+    if position._forward_hooks or position._forward_pre_hooks:
+        raise RuntimeError(f"position: expected no hooks on a {type(position).__name__}, which is not called; got some")
+    return nn.functional.embedding(position_ids + offset, position.weight, position.padding_idx)
+
+
 def links(modules):
     """(dict, key, value) of all that a table depends on. RuntimeError: a weight that is computed at every access."""
     qkv = modules["qkv"]

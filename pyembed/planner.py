@@ -171,8 +171,13 @@ def is_transformed():
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
-def refuses(position, scale, segment, dropout):
+ZEROS = "id_policy 'zero' is PyTorch's operators' alone"
+
+
+def refuses(position, scale, segment, dropout, policy="raise"):
     """Why `distinct` and `table` cannot serve a hidden of these terms; None: they can."""
+    if policy == "zero":
+        return ZEROS
     if dropout:
         return "dropout comes between sum and norm"
     if position is not None and not position.is_floating_point():

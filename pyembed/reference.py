@@ -32,20 +32,28 @@ def sinusoids(steps, position_ids, dtype):
     return (turn.double() * (math.pi * 2.0**-63)).sin().to(torch.promote_types(dtype, torch.float32)).to(dtype)
 
 
+def rows_of(table):
+    """How many rows a table has; one of positions.sinusoidal_steps computes those of any position."""
+    return table.shape[0] if table.is_floating_point() else 2**31 - 1
+
+
+def look_up(ids, table, padding_idx=None, dtype=None):
+    return F.embedding(ids, table, padding_idx) if table.is_floating_point() else sinusoids(table, ids, dtype)
+
+
 def embed(
-    ids, token, position=None, position_ids=None, *, padding_idx=None, scale=None, segment=None, segment_ids=None, dropout=0.0
-):
-    hidden = F.embedding(ids, token, padding_idx)
+    ids, token, position=None, position_ids=None, *, padding_idx=None, scale=None, segment=None, segment_ids=None, dropout=0.0,
+    look_up=look_up,
+):  # fmt: skip
+    hidden = look_up(ids, token, padding_idx)
     if scale is not None:
         hidden = hidden * scale
     if segment is not None:  # before positions, as in BERT
-        hidden = hidden + F.embedding(torch.zeros_like(ids) if segment_ids is None else segment_ids, segment)
+        hidden = hidden + look_up(torch.zeros_like(ids) if segment_ids is None else segment_ids, segment)
     if position is not None:
         if position_ids is None:
             position_ids = torch.arange(ids.shape[-1], device=ids.device) if ids.dim() else torch.zeros_like(ids)
-        computed = not position.is_floating_point()
-        rows = sinusoids(position, position_ids, token.dtype) if computed else F.embedding(position_ids, position)
-        hidden = hidden + rows
+        hidden = hidden + look_up(position_ids, position, None, token.dtype)
     return F.dropout(hidden, dropout) if dropout else hidden
 
 
@@ -104,10 +112,11 @@ def embed_qkv(
     head_eps=1e-6,
     query_biases=None,
     heads_first=False,
+    look_up=look_up,
 ):
     hidden = embed(
         ids, token, position, position_ids, padding_idx=padding_idx, scale=scale, segment=segment, segment_ids=segment_ids,
-        dropout=dropout,
+        dropout=dropout, look_up=look_up,
     )  # fmt: skip
     second = None
     if query_biases is not None:

@@ -126,7 +126,7 @@ def _terms(ids, p, token, position, position_ids, segment, segment_ids, seed):
 def _shard_embed(ids, token, position, position_ids, segment, segment_ids, seed, *scalars):
     placements = _alone(ids, position is not None and position_ids is None, alike=seed is not None)
     return [
-        ([p], [p, *_terms(ids, p, token, position, position_ids, segment, segment_ids, seed), *[None] * 3]) for p in placements
+        ([p], [p, *_terms(ids, p, token, position, position_ids, segment, segment_ids, seed), *[None] * 4]) for p in placements
     ]
 
 
@@ -143,7 +143,7 @@ def _sums(placement):
 
 @register_sharding(torch.ops.pyembed.embed_qkv.default)
 def _shard_embed_qkv(ids, token, weight, bias, position, position_ids, norm_weight, norm_bias, segment, segment_ids, *others):
-    seed, second, *_, cos, sin, turn_ids, _, query_norm, key_norm, _, heads_first = others
+    seed, second, *_, cos, sin, turn_ids, _, query_norm, key_norm, _, heads_first, _ = others
     first, last, turns = [token, weight, bias, position], [norm_weight, norm_bias, segment], [cos, sin, turn_ids]
     alike = seed is not None or second is not None or heads_first
     placements = _alone(ids, position is not None and position_ids is None, statistics=True, alike=alike)
@@ -163,8 +163,7 @@ def _shard_embed_qkv(ids, token, weight, bias, position, position_ids, norm_weig
                 *_tables(*turns),
                 None,
                 *_tables(query_norm, key_norm),
-                None,
-                None,
+                *[None] * 3,
             ],
         )
         for p in placements

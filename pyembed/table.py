@@ -142,19 +142,20 @@ class Table:
         rows = slice(ids.shape[-1] if ids.dim() else 1) if position_ids is None else position_ids.reshape(-1)
         return all(torch.equal(view[rows], copy[rows]) for view, copy in positions)
 
-    def look_up(self, ids, position_ids, num_heads, num_kv_heads, kernels, rotation=None) -> HiddenQKV:
-        """The front end of ids (..., T). IndexError: an id or place without a row. kernels: by Triton, ids checked before."""
+    def look_up(self, ids, position_ids, num_heads, num_kv_heads, kernels, reports, rotation=None) -> HiddenQKV:
+        """The front end of ids (..., T). IndexError: an id or place without a row. kernels: by Triton, ids checked before, and
+        reports: by the kernels, where they are not on a CPU."""
         position_ids = None if self.position is None else position_ids
-        found = self._look_up(ids, position_ids, num_heads, num_kv_heads, kernels, rotation)
+        found = self._look_up(ids, position_ids, num_heads, num_kv_heads, kernels, reports, rotation)
         return found if kernels or rotation is None else finish(found, rotation=rotation)
 
-    def _look_up(self, ids, position_ids, num_heads, num_kv_heads, kernels, rotation):
+    def _look_up(self, ids, position_ids, num_heads, num_kv_heads, kernels, reports, rotation):
         if self.position is not None and position_ids is None and ids.dim() and ids.shape[-1] > self.position.shape[0]:
             raise IndexError("position")
         if kernels:
             heads, factor = (num_heads, num_kv_heads, num_kv_heads), 1 / self.unit
             tables = (self.token, self.position, position_ids, self.projected, self.shift)
-            return HiddenQKV(*ops_distinct.look_up(ids, *tables, self.norm, self.eps, heads, factor, rotation))
+            return HiddenQKV(*ops_distinct.look_up(ids, *tables, self.norm, self.eps, heads, factor, rotation, reports))
         flat, shape, D, N = ids.reshape(-1), ids.shape, self.token.shape[1], self.projected.shape[1]
         if flat.numel() <= distinct.FEW or self.token.is_cuda:
             hidden, qkv = self._look_up_few(flat, shape[-1] if shape else 1, position_ids)

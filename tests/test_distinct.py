@@ -108,7 +108,20 @@ def test_opcheck():
     case = Case(torch.float32, "cpu", heads=1)
     p = {k: v.requires_grad_() for k, v in case.parameters.items()}
     affine = (p["norm_weight"], p["norm_bias"], 1, 1, "layer", 1e-5, -1)
-    arguments = (case.ids, p["token"], p["weight"], p["bias"], p["position"], None, *affine, None, None, False, *F.NO_ROTATION)
+    arguments = (
+        case.ids,
+        p["token"],
+        p["weight"],
+        p["bias"],
+        p["position"],
+        None,
+        *affine,
+        None,
+        None,
+        False,
+        *F.NO_ROTATION,
+        True,
+    )
     torch.library.opcheck(
         ops_distinct.distinct_qkv, arguments, test_utils=("test_schema", "test_autograd_registration", "test_faketensor")
     )

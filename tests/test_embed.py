@@ -104,5 +104,5 @@ def test_an_id_without_a_row_is_nan_by_the_kernel(bad):
         (fine, token, None, None, others, ids),
     ]
     for call in calls:
-        hidden = ops_embed.embed(*call, None, None, 0.0, -1)
+        hidden = ops_embed.embed(*call, None, None, 0.0, -1, False)
         assert hidden[0, 1].isnan().all() and hidden[0, ::2].isfinite().all()

@@ -96,7 +96,21 @@ def test_the_operator_has_no_gradient_of_normalised_heads():
     p = {k: v.requires_grad_() for k, v in case.parameters.items()}
     front = (case.ids, p["token"], p["weight"], p["bias"], p["position"], None, p["norm_weight"], p["norm_bias"])
     *outputs, _, _ = pyembed.ops.embed_qkv(
-        *front, *(None,) * 4, 4, 2, "layer", 1e-5, -1, None, 0.0, *F.NO_ROTATION, p["query_norm"], p["key_norm"], 1e-6, False
+        *front,
+        *(None,) * 4,
+        4,
+        2,
+        "layer",
+        1e-5,
+        -1,
+        None,
+        0.0,
+        *F.NO_ROTATION,
+        p["query_norm"],
+        p["key_norm"],
+        1e-6,
+        False,
+        True,
     )
     with pytest.raises(RuntimeError, match="no gradient of normalised heads"):
         outputs[1].sum().backward()

@@ -15,7 +15,8 @@ from pyembed import functional as F
 from pyembed import ops, ops_embed
 
 NO_TERMS = (None,) * 4  # no segment, its ids, no dropout's seed, no second query
-END = (None, 0.0, *F.NO_ROTATION, None, None, 0.0, False)  # no scale, dropout, rotation, norms of heads; heads behind tokens
+# No scale, dropout, rotation, norms of heads; heads behind tokens; absent rows are reported.
+END = (None, 0.0, *F.NO_ROTATION, None, None, 0.0, False, True)
 
 
 def inputs(dtype=torch.float32, norm="layer", requires_grad=True):
@@ -59,9 +60,9 @@ def test_opcheck_embed_qkv(norm):
 def test_opcheck_embed():
     ids, token, _, _, position, *_ = inputs()
     segment, seed = torch.randn(2, 6, device=DEVICE, requires_grad=True), torch.tensor([7], device=DEVICE)
-    opcheck(ops_embed.embed, (ids, token, position, None, None, None, None, None, 0.0, -1))
-    opcheck(ops_embed.embed, (ids, token, None, None, None, None, None, None, 0.0, 1))
-    opcheck(ops_embed.embed, (ids, token, position, None, segment, ids % 2, seed, 2.0, 0.5, 1))
+    opcheck(ops_embed.embed, (ids, token, position, None, None, None, None, None, 0.0, -1, True))
+    opcheck(ops_embed.embed, (ids, token, None, None, None, None, None, None, 0.0, 1, True))
+    opcheck(ops_embed.embed, (ids, token, position, None, segment, ids % 2, seed, 2.0, 0.5, 1, True))
     grad = torch.randn(2, 5, 6, device=DEVICE)
     opcheck(ops_embed.embed_backward, (grad, ids, None, ids % 2, seed, 2.0, 0.5, 7, 5, 2, -1))
 
@@ -70,7 +71,7 @@ def test_opcheck_terms_and_epilogue():
     args = list(inputs())
     segment, second = (torch.randn(shape, device=DEVICE, requires_grad=True) for shape in ((2, 6), (3,)))
     args[8:12] = segment, args[0] % 2, torch.tensor([7], device=DEVICE), second
-    args[17:19], args[-1] = (2.0, 0.5), True
+    args[17:19], args[-2] = (2.0, 0.5), True
     opcheck(ops.embed_qkv, tuple(args))
 
 
@@ -84,7 +85,7 @@ def test_gradcheck(norm):
 
     def function(*_):
         arguments = (ids, token, weight, bias, position, None, norm_weight, norm_bias, *terms, second, 1, 1, norm, 1e-5, -1)
-        arguments += (2.0, 0.5, *END[2:-1], True)
+        arguments += (2.0, 0.5, *END[2:-2], True, True)
         return ops.embed_qkv(*arguments)[:4]
 
     assert torch.autograd.gradcheck(function, leaves, fast_mode=True)
@@ -97,7 +98,7 @@ def test_gradcheck_embed():
     segment, seed = torch.randn(2, 6, dtype=torch.float64, requires_grad=True), torch.tensor([7])
 
     def function(token, position, segment):
-        return ops_embed.embed(ids, token, position, places, segment, ids % 2, seed, 2.0, 0.5, -1)
+        return ops_embed.embed(ids, token, position, places, segment, ids % 2, seed, 2.0, 0.5, -1, True)
 
     assert torch.autograd.gradcheck(function, (token, position, segment), fast_mode=True)
 

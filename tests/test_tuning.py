@@ -17,14 +17,20 @@ def meta(*shape, dtype=torch.int64):
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
+def reported(*shape):
+    """Where the kernels of a call over ids of this shape report those without a row."""
+    return meta(4, 5), meta(1, dtype=torch.int32), shape[-1]
+
+
 def front_end(dtype, M, D, N, norm, position, bias=True, affine=True, ids=torch.int64, transposed=False):
     """One call of the launcher over meta tensors."""
     weight = meta(D, N, dtype=dtype).t() if transposed else meta(N, D, dtype=dtype)
     vector = meta(D, dtype=dtype)
+    places, positions = meta(1, M, dtype=ids) if position == "ids" else None, meta(8192, D, dtype=dtype) if position else None
     embed_qkv.embed_qkv(
         meta(1, M, dtype=ids), meta(50257, D, dtype=dtype), weight, meta(N, dtype=dtype) if bias else None,
-        Terms(meta(8192, D, dtype=dtype) if position else None, meta(1, M, dtype=ids) if position == "ids" else None), norm,
-        vector if affine and norm != "none" else None, vector if affine and norm == "layer" else None, 1e-5, (1, 1, 1),
+        Terms(positions, places, report=reported(1, M)), norm, vector if affine and norm != "none" else None,
+        vector if affine and norm == "layer" else None, 1e-5, (1, 1, 1),
     )  # fmt: skip
 
 
@@ -37,7 +43,9 @@ def backward(dtype, M, D, norm, position):
             vector if norm == "layer" else None, mean, rstd, wanted, wanted, wanted is not None, True,
         )  # fmt: skip
     embed_grad.table_grad(rows, meta(M), 50257)
-    embed.embed(meta(1, M), meta(50257, D, dtype=dtype), Terms(meta(8192, D, dtype=dtype) if position else None))
+    for told in (reported(1, M), None):  # of a forward, and within the backward of embed_qkv
+        terms = Terms(meta(8192, D, dtype=dtype) if position else None, report=told)
+        embed.embed(meta(1, M), meta(50257, D, dtype=dtype), terms)
 
 
 def distinct_rows(dtype, M, D, N, norm, position, trains=True, affine=True, index=None, transposed=False):
@@ -53,7 +61,9 @@ def distinct_rows(dtype, M, D, N, norm, position, trains=True, affine=True, inde
     heads = (1, 1, 1)
     token, weight, bias, table = tables
     arguments = (token, weight, bias, table, places, vector, norm_bias)
-    *_, mean, rstd, projected, rows, index, count = distinct.forward(meta(B, T), *arguments, heads, norm, 1e-5, *given)
+    *_, mean, rstd, projected, rows, index, count = distinct.forward(
+        meta(B, T), *arguments, heads, norm, 1e-5, *given, None, reported(B, T)
+    )
     if trains:
         grads = [meta(B * T, N // 3, dtype=dtype) for _ in heads]
         distinct_grad.backward(
@@ -66,11 +76,11 @@ def distinct_rows(dtype, M, D, N, norm, position, trains=True, affine=True, inde
 def look_up(dtype, M, D, N, norm, position, entries):
     """A call by the `table` plan."""
     token, table = meta(50257, D, dtype=dtype), meta(1024, D, dtype=dtype) if position else None
-    P = 1024 if position else 0
-    projected = meta(50257 + P, N, dtype=entries)
+    projected = meta(50257 + (1024 if position else 0), N, dtype=entries)
     offset = meta(N, dtype=torch.float32) if position else None
     norm = norm if position else "none"
-    expand.expand(meta(1, M), token, table, None, projected, None, None, offset, norm, 1e-5, (1, 1, 1), P, False, 0.5)
+    report = reported(1, M)
+    expand.look_up(meta(1, M), token, table, None, projected, offset, norm, 1e-5, (1, 1, 1), 0.5, None, report)
 
 
 def turned(dtype, M, rotary_dim, interleaved, given=False, many=True):
@@ -79,12 +89,13 @@ def turned(dtype, M, rotary_dim, interleaved, given=False, many=True):
     rotation = (cos, cos, None if given else meta(M), interleaved)
     token, weight, vector = meta(50257, 768, dtype=dtype), meta(2304, 768, dtype=dtype), meta(768, dtype=dtype)
     heads, ids = (12, 12, 12), meta(1, M)
-    embed_qkv.embed_qkv(ids, token, weight, None, Terms(), "rms", vector, None, 1e-5, heads, Epilogue(rotary=rotation))
+    report, epilogue = reported(1, M), Epilogue(rotary=rotation)
+    embed_qkv.embed_qkv(ids, token, weight, None, Terms(report=report), "rms", vector, None, 1e-5, heads, epilogue)
     if many:
-        distinct.forward(ids, token, weight, None, None, None, vector, None, heads, "rms", 1e-5, rotary=rotation)
+        distinct.forward(ids, token, weight, None, None, None, vector, None, heads, "rms", 1e-5, None, None, rotation, report)
         projected, offset = meta(50257 + 1024, 2304, dtype=dtype), meta(2304, dtype=torch.float32)
         position = meta(1024, 768, dtype=dtype)
-        expand.look_up(ids, token, position, None, projected, offset, "layer", 1e-5, heads, 1.0, rotation)
+        expand.look_up(ids, token, position, None, projected, offset, "layer", 1e-5, heads, 1.0, rotation, report)
         rotary.turn_back(meta(1, M, 12, 64, dtype=dtype), rotation)
 
 
@@ -99,8 +110,9 @@ def terms(dtype, M, norm):
         Terms(meta(2, 768), ids, segment, None, 27.7, seed, 0.1),
     ]
     for each in several:
-        embed.embed(ids, token, each)
-        *_, mean, rstd = embed_qkv.embed_qkv(ids, token, weight, None, each, norm, *affine, 1e-5, (12, 12, 12))
+        forward = each._replace(report=reported(2, M // 2))
+        embed.embed(ids, token, forward)
+        *_, mean, rstd = embed_qkv.embed_qkv(ids, token, weight, None, forward, norm, *affine, 1e-5, (12, 12, 12))
         if norm != "none":
             rows = meta(M, 768, dtype=dtype)
             embed_grad.norm_backward(ids, token, each, *affine, mean, rstd, rows, rows, True, True)
@@ -115,8 +127,8 @@ def ends(dtype, M, head_dim, norms, second, interleaved, first, norm="rms"):
     rotation = None if interleaved is None else (cos, cos, None, interleaved)
     more = meta(16 * head_dim, dtype=dtype) if second else None
     epilogue = Epilogue(head, head, 1e-6, more, rotation, first)
-    affine = None if norm == "none" else vector
-    embed_qkv.embed_qkv(meta(2, M // 2), token, weight, None, Terms(), norm, affine, None, 1e-5, (16,) * 3, epilogue)
+    affine, terms = None if norm == "none" else vector, Terms(report=reported(2, M // 2))
+    embed_qkv.embed_qkv(meta(2, M // 2), token, weight, None, terms, norm, affine, None, 1e-5, (16,) * 3, epilogue)
 
 
 def launches(device):

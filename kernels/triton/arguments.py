@@ -17,6 +17,7 @@ class Terms(NamedTuple):
     scale: float | None = None
     seed: Tensor | None = None  # (1,) int64, of the dropout
     probability: float = 0.0  # that an element is dropped
+    report: tuple | None = None  # of tiles.report_absent; None: a row that is absent is NaN, and nothing more
 
     def period(self, T):
         """After how many tokens positions begin anew."""
@@ -45,7 +46,7 @@ class Terms(NamedTuple):
         position_ids, position, segment_ids, segment = dense(self.position_ids, self.position, self.segment_ids, self.segment)
         if segment is not None:
             segment = (segment_ids, 1 if segment_ids is None else segment_ids.numel(), segment, segment.shape[0])
-        return position_ids, position, segment, self.scale, self.dropout
+        return position_ids, position, segment, self.scale, self.dropout, self.report
 
 
 class Epilogue(NamedTuple):

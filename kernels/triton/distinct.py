@@ -241,7 +241,7 @@ def shift(weight, bias, norm_bias):
 
 def forward(
     ids, token, weight, bias, position, position_ids, norm_weight, norm_bias, heads, norm, eps, rows=None, index=None,
-    rotary=None,
+    rotary=None, report=None,
 ):  # fmt: skip
     """Arguments as of embed_qkv; rows (U,) and index (M,) where the batch's distinct ids are known.
 
@@ -268,6 +268,7 @@ def forward(
         projected = project(used, weight, units, count, P, dtype)
         offset = shift(weight, bias, norm_bias)
         outputs = expand(
-            ids, token, position, position_ids, projected, slots, index, offset, norm, eps, heads, P, gathered, rotary=rotary
-        )
+            ids, token, position, position_ids, projected, slots, index, offset, norm, eps, heads, P, gathered, rotary=rotary,
+            report=report,
+        )  # fmt: skip
     return *outputs, projected, rows, index, count

@@ -41,7 +41,7 @@ from .tiles import (
 @triton.jit
 def embed_qkv_kernel(
     ids,  # (M,)
-    terms,  # of hidden: position_ids, position, segment, scale and dropout, as tiles.find_rows has them
+    terms,  # of hidden, and where absent rows are reported, as tiles.find_rows has them
     token,  # (V, D)
     affine,  # the norm's weight and bias, (D,) or None
     weight,  # (N, D), and its strides
@@ -69,11 +69,12 @@ def embed_qkv_kernel(
     run = tl.program_id(0) % runs  # N fastest: programs that share rows run side by side
     m = (tl.program_id(0) // runs).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     rows, known = find_rows(ids, terms, m, M, T, V, L)
+    report_turns(epilogue, terms, m, M)
     writes = (run == 0) | READ_BACK
     mu, scale = gather_statistics(token, terms, rows, known, hidden, mean, rstd, M, writes, eps, D, BLOCK_M, BLOCK_K)
     if READ_BACK:  # as the folded kernel does: many terms cost more than a row
         tl.debug_barrier()
-        token, terms, rows = hidden, (None, None, None, None, None), (m, tl.minimum(m, M - 1), m, m)
+        token, terms, rows = hidden, (None, None, None, None, None, None), (m, tl.minimum(m, M - 1), m, m)
 
     tiles = count_tiles(query, key, BLOCK_N)
     for tile in range(run * tiles // runs, (run + 1) * tiles // runs):
@@ -93,6 +94,13 @@ def embed_qkv_kernel(
         if bias is not None:
             acc += tl.load(bias + column, mask=n < width, other=0.0).to(ACC)[None, :]
         store_projected(acc, out, m, M, n0, width, first, query, key, known, epilogue, HEAD_DIM, HALF, BLOCK_M, BLOCK_N)
+
+
+@triton.jit
+def report_turns(epilogue, terms, m, M):
+    """Where the epilogue turns heads: by rows that may be absent from another table than that of positions."""
+    if epilogue[2] is not None:
+        load_turns(epilogue[2], m, m < M, terms[5])
 
 
 @triton.jit
@@ -226,7 +234,7 @@ def fold_kernel(
 @triton.jit
 def embed_qkv_folded_kernel(
     ids,  # (M,)
-    terms,  # of hidden: position_ids, position, segment, scale and dropout, as tiles.find_rows has them
+    terms,  # of hidden, and where absent rows are reported, as tiles.find_rows has them
     token,  # (V, D)
     folded,  # descriptor of (N, D)
     shift,  # (N,)
@@ -251,6 +259,7 @@ def embed_qkv_folded_kernel(
     run = tl.program_id(0) % runs
     m = (tl.program_id(0) // runs).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     rows, known = find_rows(ids, terms, m, M, T, V, L)
+    report_turns(epilogue, terms, m, M)
     _, scale = gather_statistics(token, terms, rows, known, hidden, mean, rstd, M, True, eps, D, BLOCK_M, BLOCK_K)
     # Every program wrote the rows that it reads back (programs that share rows wrote the same bits): a barrier of its
     # own threads is all that it needs, and the product below is a plain one, with no gather and no sum in its way.

@@ -84,7 +84,7 @@ def expand_kernel(
     if GATHERED:
         place = m % T
     if rotary is not None:
-        turn_row, placed = load_turns(rotary, m, m < M)
+        turn_row, placed = load_turns(rotary, m, m < M, terms[5])
         known &= placed
 
     tiles = count_tiles(query, key, BLOCK_N)
@@ -109,8 +109,9 @@ def expand_kernel(
 
 
 def expand(
-    ids, token, position, position_ids, projected, slots, index, offset, norm, eps, heads, P, gathered, factor=1.0, rotary=None
-):
+    ids, token, position, position_ids, projected, slots, index, offset, norm, eps, heads, P, gathered, factor=1.0, rotary=None,
+    report=None,
+):  # fmt: skip
     """The streaming pass -> hidden (..., D), query, key and value (..., h, d_h), mean and rstd (M,) or (0,)."""
     M, T = ids.numel(), ids.shape[-1] if ids.dim() else 1
     (V, D), N = token.shape, projected.shape[1]
@@ -124,7 +125,7 @@ def expand(
     block_m, block_n, block_k = tuning.expand(D, N, token.dtype)
     blocks = triton.cdiv(M, block_m)
     runs = 1 if blocks >= 2 * tuning.device_of(token).multiprocessors else triton.cdiv(N, block_n)
-    terms = Terms(position, position_ids)
+    terms = Terms(position, position_ids, report=report)
     shape = (M, terms.period(T), V, terms.places, heads[0] * head_dim, heads[1] * head_dim, P, projected.shape[0] - P, runs)
     statistics = (mean if norm == "layer" else None, rstd if norm != "none" else None)
     (_, _, rotary, _), pairs = Epilogue(rotary=rotary).arguments(T, head_dim)
@@ -136,11 +137,12 @@ def expand(
     return hidden, *qkv, mean, rstd
 
 
-def look_up(ids, token, position, position_ids, projected, offset, norm, eps, heads, factor, rotary):
+def look_up(ids, token, position, position_ids, projected, offset, norm, eps, heads, factor, rotary, report=None):
     """The `table` plan: expand over a table (L + V, N) of all positions and tokens -> hidden, query, key, value."""
     ids, position_ids, token, position = tuning.dense(ids, position_ids, token, position)
     P = 0 if position is None else position.shape[0]
     with tuning.on_device(token):
         return expand(
-            ids, token, position, position_ids, projected, None, None, offset, norm, eps, heads, P, False, factor, rotary
+            ids, token, position, position_ids, projected, None, None, offset, norm, eps, heads, P, False, factor, rotary,
+            report,
         )[:4]  # fmt: skip

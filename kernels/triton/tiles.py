@@ -8,20 +8,41 @@ import triton.language as tl
 
 
 @triton.jit
-def load_rows(ids, index, mask, size):
-    """Table rows that ids[index] name, and which of them exist; a row that does not exist is read as row 0."""
+def report_absent(report, TABLE: tl.constexpr, row, m, absent, size):
+    """Keeps, for the host to read, the first token m whose id `row` is absent from a table of `size` rows.
+
+    report: words (tables, 5), where the smallest stays; flag, in memory of the host; length of sequences. Each word has the
+    token's number in front of 29 bits of what is told of it, so that all five are of one token, whatever the order."""
+    words, flag, length = report
+    words += TABLE * 5 + m * 0
+    token = m << 29
+    low: tl.constexpr = 536870911
+    last = ((row >> 58) & 63) | ((tl.cast(size, tl.int64) >> 29) << 6)
+    tl.atomic_min(words, token | (row & low), mask=absent, sem="relaxed")
+    tl.atomic_min(words + 1, token | ((row >> 29) & low), mask=absent, sem="relaxed")
+    tl.atomic_min(words + 2, token | (last & low), mask=absent, sem="relaxed")
+    tl.atomic_min(words + 3, token | (size & low), mask=absent, sem="relaxed")
+    tl.atomic_min(words + 4, token | tl.minimum(length, low), mask=absent, sem="relaxed")
+    tl.store(flag + m * 0, 1, mask=absent)
+
+
+@triton.jit
+def load_rows(ids, index, mask, size, report=None, m=None, TABLE: tl.constexpr = 0):
+    """Table rows that ids[index] name, and which of them exist; a row that does not exist is read as row 0, and reported."""
     row = tl.load(ids + index, mask=mask, other=0).to(tl.int64)
     known = (row >= 0) & (row < size)
+    if report is not None:
+        report_absent(report, TABLE, row, m, mask & (known == 0), size)
     return tl.where(known, row, 0), known
 
 
 @triton.jit
-def load_places(position_ids, m, mask, T, size):
+def load_places(position_ids, m, mask, T, size, report=None, TABLE: tl.constexpr = 1):
     """Rows of the position table: each token's place in its sequence, or what position_ids say."""
     place = m % T
     known = place < size
     if position_ids is not None:
-        place, known = load_rows(position_ids, place, mask, size)
+        place, known = load_rows(position_ids, place, mask, size, report, m, TABLE)
     return place, known
 
 
@@ -31,17 +52,17 @@ def find_rows(ids, terms, m, M, T, V, L):
 
     terms, here and below: position_ids (T,) or (M,) or None: the place in the sequence; position (L, D), or int64 (2, D) of
     wave(), or None; segment: its ids, their number, table and rows, or None; scale of the token row or None; dropout: seed,
-    probability and what is kept is multiplied by, or None."""
-    position_ids, position, segment, _, _ = terms
-    row, known = load_rows(ids, m, m < M, V)
+    probability and what is kept is multiplied by, or None; report, of report_absent, or None."""
+    position_ids, position, segment, _, _, report = terms
+    row, known = load_rows(ids, m, m < M, V, report, m)
     place, kind = m, tl.zeros_like(m)
     if position is not None:
-        place, placed = load_places(position_ids, m, m < M, T, L)
+        place, placed = load_places(position_ids, m, m < M, T, L, report)
         known &= placed
     if segment is not None:
         kind_ids, period, _, kinds = segment
         if kind_ids is not None:
-            kind, there = load_rows(kind_ids, m % period, m < M, kinds)
+            kind, there = load_rows(kind_ids, m % period, m < M, kinds, report, m, 2)
             known &= there
     return (m, row, place, kind), known
 
@@ -77,7 +98,7 @@ def drop(x, dropout, m, d, ACC: tl.constexpr):
 @triton.jit
 def load_hidden(token, terms, rows, d, D):
     """hidden[:, d], each term rounded to the table's dtype as eager rounds it; 0 past column D."""
-    _, position, segment, scale, dropout = terms
+    _, position, segment, scale, dropout, _ = terms
     m, row, place, kind = rows
     ACC: tl.constexpr = tl.float64 if token.dtype.element_ty == tl.float64 else tl.float32
     inside = (d < D)[None, :]
@@ -212,10 +233,10 @@ def find_pairs(n0, HEAD_DIM: tl.constexpr, HALF: tl.constexpr, BLOCK_N: tl.const
 
 
 @triton.jit
-def load_turns(rotary, m, mask):
+def load_turns(rotary, m, mask, report=None):
     """The row of cosines and sines that each token takes, and whether it exists."""
     _, _, turn_ids, period, rows, _ = rotary
-    return load_places(turn_ids, m, mask, period, rows)
+    return load_places(turn_ids, m, mask, period, rows, report, 3)
 
 
 @triton.jit
