@@ -83,6 +83,8 @@ class TokenPositionEmbedding(nn.Module):
                 segment_ids=segment_ids, dropout=self.dropout.p if self.training else 0.0,
             )  # fmt: skip
         checks.check_ids(ids, token, position, position_ids, segment_ids=segment_ids)
+        if position.device != token.device:
+            raise ValueError(f"position: expected device {token.device}, that of token; got {position.device}")
         rows = F.embed(ids, token, padding_idx=padding_idx, scale=self.scale)
         if position_ids is None:
             position_ids = positions.from_offset(0, ids.shape[-1], ids.device) if ids.dim() else torch.zeros_like(ids)

@@ -53,7 +53,7 @@ class KeepsTable(nn.Module):
         token, dtype = self._modules["token"].weight, self._table_dtype
         logger.info("building a table of %s bytes on %s", f"{self.table_nbytes(dtype):,}", token.device)
         weight, bias = self._projection()
-        self._table = made = table.Table(self._links(), token, weight, bias, self._position(), **self._norm(), dtype=dtype)
+        self._table = made = table.Table(self._links(), token, weight, bias, self._position(), **self._norm(token), dtype=dtype)
         return made
 
     def drop_table(self):

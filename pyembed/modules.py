@@ -206,14 +206,14 @@ class EmbeddingQKV(KeepsTable):
         token, padding_idx = module.weight, module.padding_idx
         position = self._position()
         weight, bias = self._projection()
-        options = {"num_heads": self.num_heads, "num_kv_heads": self.num_kv_heads, **self._norm(), **self._extras()}
+        options = {"num_heads": self.num_heads, "num_kv_heads": self.num_kv_heads, **self._norm(token), **self._extras(token)}
         if rotary is None:
-            rotary = self._own_rotary()
+            rotary = self._own_rotary(token.device)
         else:
             checks.check_rotary(rotary, ids, self._head_dim)
         arguments = {"position": position, "padding_idx": padding_idx, "rotary": rotary, **options}
         usual = distinct is None and segment_ids is None and query_biases is None
-        usual &= position_ids is None or rotary is None and position is not None
+        usual &= position_ids is None or rotary is None and position is not None and not position_ids.is_meta
         if usual and planner.is_trivial(ids, token, weight):
             # PyTorch checks too, but for shapes that it would broadcast; the call below says what is wrong.
             with contextlib.suppress(IndexError, RuntimeError, TypeError, AttributeError):
@@ -227,10 +227,13 @@ class EmbeddingQKV(KeepsTable):
 
     def _compose(self, ids, *call):
         """The call by the modules themselves, one after the other."""
+        if any(t is not None and t.is_meta for t in (ids, call[0], call[2])):
+            self._check(ids, call[0], call[2])  # PyTorch would return meta tensors unasked
         try:
             return self._call(ids, *call)
         except (IndexError, RuntimeError, TypeError):
             self._check(ids, call[0], call[2])  # says what is wrong, if it is an argument
+            parts.check_devices(self._modules)
             if spread.is_distributed(ids, self._modules["token"].weight):
                 F.embed(ids, self._modules["token"].weight)  # says which of the two is no DTensor
             raise
@@ -241,7 +244,7 @@ class EmbeddingQKV(KeepsTable):
         return packs and ids.numel() < parts.PACK_TOKENS and planner.is_free()
 
     def _call(self, ids, position_ids, rotary, segment_ids, query_biases):
-        rotary = self._own_rotary() if rotary is None else rotary
+        rotary = self._own_rotary(ids.device) if rotary is None else rotary
         rotation = None if rotary is None else self._rotation(ids, position_ids, rotary)
         if position_ids is not None or segment_ids is not None:  # PyTorch would broadcast, or never look
             self._check_shapes(ids, position_ids, segment_ids)
@@ -255,7 +258,7 @@ class EmbeddingQKV(KeepsTable):
             rows = self._place_rows(position, position_ids)
             concat = self.combine == "concat"
             hidden = torch.cat([hidden, rows.expand_as(hidden)], -1) if concat else hidden + rows
-        hidden = nn.functional.dropout(hidden, self.dropout.p, self._drops())
+        hidden = nn.functional.dropout(hidden, self.dropout.p) if self._drops() else hidden
         normed = hidden if norm is None else norm(hidden)
         projected = torch.cat([linear(normed) for linear in qkv], -1) if isinstance(qkv, nn.ModuleList) else qkv(normed)
         if self._groups:
@@ -288,7 +291,7 @@ class EmbeddingQKV(KeepsTable):
 
     def _rotation(self, ids, position_ids, rotary):
         """What turns the heads of a call, its arguments checked."""
-        rotary = self._own_rotary() if rotary is None else rotary
+        rotary = self._own_rotary(ids.device) if rotary is None else rotary
         self._check(ids, position_ids)
         checks.check_rotary(rotary, ids, self._head_dim)
         return None if rotary is None else as_rotation(rotary, ids, position_ids)
@@ -309,7 +312,8 @@ class EmbeddingQKV(KeepsTable):
             return planner.Plan("one_pass", f"by the modules themselves, since {foreign}", {})
         if self._packs_in_vain(ids) and not self._keeps_table:
             return planner.Plan("one_pass", f"by the modules: {ids.numel()} tokens do not pay for packing qkv's rows", {})
-        token, position, norm = self._modules["token"].weight, self._position(), self._norm()
+        token, position = self._modules["token"].weight, self._position()
+        norm = self._norm(token)
         weight, bias = self._projection()
         looks_up = (self._keeps_table or planner.forces("table")) and not refused and not self._table_failed
         known = ids.unique().numel() if distinct is None else distinct.ids.numel()
@@ -359,11 +363,11 @@ class EmbeddingQKV(KeepsTable):
             return None
         return module.weight[self.position_offset :] if self.position_offset else module.weight
 
-    def _norm(self):
-        return parts.norm_arguments(self._modules["norm"], self._modules["token"].weight.dtype)
+    def _norm(self, token):
+        return parts.norm_arguments(self._modules["norm"], token.dtype)
 
-    def _extras(self):
-        """What few front ends have, as functional.embed_qkv takes it."""
+    def _extras(self, token):
+        """What few front ends have, as functional.embed_qkv takes it. token: its weight, perhaps computed at each access."""
         segment, extras = self._modules["segment"], {}
         if self.scale is not None or self._own_scale is not None:
             extras["scale"] = self._scale()
@@ -374,16 +378,15 @@ class EmbeddingQKV(KeepsTable):
         if self.heads_first:
             extras["heads_first"] = True
         if self._modules["query_norm"] is not None:
-            dtype = self._modules["token"].weight.dtype
-            query, key = (parts.norm_arguments(self._modules[name], dtype) for name in ("query_norm", "key_norm"))
+            query, key = (parts.norm_arguments(self._modules[name], token.dtype) for name in ("query_norm", "key_norm"))
             extras |= {"query_norm": query["norm_weight"], "key_norm": key["norm_weight"], "head_eps": query["eps"]}
         return extras
 
-    def _own_rotary(self):
+    def _own_rotary(self, device):
         """On token's device: outside of its model's tree a front end does not hear of to() either."""
         rotary = self._modules["rotary"]
-        if rotary is not None and rotary.cos.device != self._modules["token"].weight.device:
-            rotary.to(self._modules["token"].weight.device)
+        if rotary is not None and rotary.cos.device != device:
+            rotary.to_empty(device=device)  # which fills its tables, also those that were on meta
         return rotary
 
     def _scale(self):

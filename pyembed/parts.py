@@ -146,6 +146,8 @@ def projection(qkv, groups=0, head_dim=0):
         weight, bias = qkv.weight.t(), qkv.bias
     elif isinstance(qkv, nn.ModuleList):
         weights, biases = zip(*((linear.weight, linear.bias) for linear in qkv), strict=True)
+        if len({w.device for w in weights}) > 1:
+            raise ValueError(f"qkv: expected weights on one device, got {', '.join(str(w.device) for w in weights)}")
         zeros = (w.new_zeros(w.shape[0]) if b is None else b for w, b in zip(weights, biases, strict=True))
         return torch.cat(weights), None if all(bias is None for bias in biases) else torch.cat(tuple(zeros))
     else:
@@ -186,6 +188,15 @@ def check_widths(modules, num_heads, num_kv_heads, combine):
     for name, head_norm in zip(("query_norm", "key_norm"), head_norms, strict=True):
         _check_norm(name, head_norm, head_dim, "head_dim")
     return head_dim
+
+
+def check_devices(modules):
+    """ValueError: a part whose weights are not where token's are."""
+    device = modules["token"].weight.device
+    for name in NAMES:
+        for key, tensor in {} if modules[name] is None else modules[name].state_dict(keep_vars=True).items():
+            if tensor.device != device:
+                raise ValueError(f"{name}.{key}: expected device {device}, that of token; got {tensor.device}")
 
 
 def _check_norm(name, norm, width, meaning):

@@ -146,7 +146,7 @@ def is_trivial(ids, token, weight):
 
     No call is, which will make a dense gradient of a large table: to fill fresh memory with zeros costs more than all else.
     """
-    if torch.compiler.is_compiling() or ids.is_cuda or _plan != "auto" or _backend == "triton" or spread.is_distributed(ids):
+    if torch.compiler.is_compiling() or ids.is_cuda or ids.is_meta or not is_free() or spread.is_distributed(ids):
         return False
     if token.requires_grad and torch.is_grad_enabled() and token.numel() * token.element_size() >= memory.SMALL_BYTES:
         return False
