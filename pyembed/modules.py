@@ -241,7 +241,7 @@ class EmbeddingQKV(KeepsTable):
     def _packs_in_vain(self, ids):
         """Whether to pack the rows of query, key and value would cost more than one kernel saves."""
         packs = self._groups > 0 or isinstance(self._modules["qkv"], nn.ModuleList)
-        return packs and ids.numel() < parts.PACK_TOKENS and planner.is_free()
+        return packs and planner.is_free() and parts.packs_in_vain(ids, self._modules["token"])
 
     def _call(self, ids, position_ids, rotary, segment_ids, query_biases):
         rotary = self._own_rotary(ids.device) if rotary is None else rotary

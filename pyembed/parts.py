@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from . import positions, spread
+from . import planner, positions, spread
 from .rotary import Rotary
 
 NAMES = ("token", "position", "segment", "norm", "qkv", "query_norm", "key_norm")
@@ -133,6 +133,12 @@ def norm_arguments(norm, dtype):
 
 
 PACK_TOKENS = 256  # below so many, packing a projection's rows costs more than one kernel saves
+
+
+def packs_in_vain(ids, token):
+    """Whether so many tokens do not pay for packing; of a graph for any number, whether no kernel does."""
+    by_torch = torch.compiler.is_compiling() and planner.why_torch(token.weight) is not None
+    return by_torch or not torch.compiler.is_exporting() and ids.numel() < PACK_TOKENS
 
 
 def projection(qkv, groups=0, head_dim=0):

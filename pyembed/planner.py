@@ -206,9 +206,10 @@ def choose(ids, token, weight, position, position_ids, normed, products, known=N
         if not runs or token.is_cuda and not kernels:
             raise RuntimeError(f"plan: 'distinct' runs by the kernels or eagerly on CPU tensors, not on {token.device} here")
         return Plan("distinct", "forced", {})
-    if token.is_cuda and ids.numel() < LEAST_TOKENS or not token.is_cuda and is_trivial(ids, token, weight):
+    compiles = torch.compiler.is_compiling()  # whose graph shall serve any number of tokens
+    if token.is_cuda and not compiles and ids.numel() < LEAST_TOKENS or not token.is_cuda and is_trivial(ids, token, weight):
         return Plan("one_pass", f"{ids.numel()} tokens are too few for another plan to save time", {})
-    if not runs or kernels and not token.is_cuda or token.is_cuda and (not kernels or torch.compiler.is_compiling()):
+    if not runs or kernels and not token.is_cuda or token.is_cuda and (not kernels or compiles):
         return Plan("one_pass", "the other plans do not run here", {})
     if token.is_cuda and known is None and not torch.are_deterministic_algorithms_enabled():
         known = _seen_distinct(ids, token)
