@@ -211,7 +211,7 @@ def choose(ids, token, weight, position, position_ids, normed, products, known=N
         return Plan("one_pass", f"{ids.numel()} tokens are too few for another plan to save time", {})
     if not runs or kernels and not token.is_cuda or token.is_cuda and (not kernels or compiles):
         return Plan("one_pass", "the other plans do not run here", {})
-    if token.is_cuda and known is None and not torch.are_deterministic_algorithms_enabled():
+    if token.is_cuda and known is None and not torch.are_deterministic_algorithms_enabled() and not is_traced():
         known = _seen_distinct(ids, token)
     elif known is None and not token.is_cuda:
         known = ids.unique().numel()
@@ -272,7 +272,7 @@ class _Seen:
 
     def __init__(self):
         self.tokens = self.distinct = self.pending = None
-        self.calls = 0
+        self.calls, self.expected = 0, {}
 
     def look(self, count, tokens):
         """count (1,) on the device, of a batch of that many tokens."""
@@ -297,6 +297,7 @@ class _Seen:
 
 
 _seen = WeakTensorKeyDictionary()
+KEPT_CALLS = 256  # whose expectations are kept for a checkpoint to compute its forward anew by the same plan
 LOOK_EVERY = 16  # calls by one_pass from one count of distinct ids to the next
 
 
@@ -307,7 +308,13 @@ def _table_of(token):
 def _seen_distinct(ids, token):
     """What is known of the ids that this table is called with, without waiting; now and then they are counted."""
     seen = _seen.setdefault(_table_of(token), _Seen())
-    found = seen.expect(ids.numel())
+    call = ids.data_ptr(), ids.shape
+    if torch._C._current_graph_task_id() != -1:  # within a backward, where a checkpoint must do as its forward did
+        return seen.expected.get(call)
+    seen.expected.pop(call, None)
+    seen.expected[call] = found = seen.expect(ids.numel())
+    if len(seen.expected) > KEPT_CALLS:
+        del seen.expected[next(iter(seen.expected))]
     if seen.pending is None and seen.calls % LOOK_EVERY == 0 and not torch.cuda.is_current_stream_capturing():
         seen.look(ops_distinct.count_distinct(ids, token.shape[0]), ids.numel())
     seen.calls += 1
