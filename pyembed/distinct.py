@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from . import memory, rates
 
@@ -29,6 +30,9 @@ class DistinctIds(NamedTuple):
 
     ids: Tensor  # (U,) ascending
     inverse: Tensor  # like the batch's ids: the place of each among the distinct ones
+
+
+pytree._register_namedtuple(DistinctIds, serialized_type_name="pyembed.DistinctIds")  # torch.export writes its name
 
 
 class Block(NamedTuple):

@@ -89,6 +89,8 @@ class TokenPositionEmbedding(outside.HasIdPolicy):
         policy = self._policy()
         ids, position_ids, _ = F.kept(policy, ids, token, position, position_ids, None, None)
         checks.check_front_end(ids, token, position, position_ids, segment_ids=segment_ids, policy=policy)
+        if position.device != token.device:
+            raise ValueError(f"position: expected device {token.device}, that of token; got {position.device}")
         rows = F.embed(ids, token, padding_idx=padding_idx, scale=self.scale, id_policy=policy)
         if position_ids is None:
             position_ids = positions.from_offset(0, ids.shape[-1], ids.device) if ids.dim() else torch.zeros_like(ids)

@@ -94,6 +94,8 @@ def unkernelled(ids, weight, max_norm=None, scale_grad_by_freq=False, sparse=Fal
         return "torch.fx traces it"
     check_integers("ids", ids)
     check_shape("token", weight, (None, None), "(num_embeddings, embedding_dim)", optional=False)
+    if ids.device != weight.device:
+        raise ValueError(f"ids: expected device {weight.device}, that of token; got {ids.device}")
     if max_norm is not None or scale_grad_by_freq or sparse:
         return "max_norm, scale_grad_by_freq and sparse have no kernel"
     if policy == "zero":

@@ -7,14 +7,14 @@ import warnings
 import torch
 
 from . import checks, parts, planner, table
-from . import ids as outside
+from .holder import HoldsParts
 
 logger = logging.getLogger(__name__)
 _building = threading.RLock()  # one table at a time: two would take twice the memory
 
 
-class KeepsTable(outside.HasIdPolicy):
-    """A front end that may keep a table; the methods that read its parts are EmbeddingQKV's."""
+class KeepsTable(HoldsParts):
+    """A front end that may keep a table."""
 
     _table, _table_dtype, _keeps_table, _table_failed = None, None, False, False
 
@@ -53,7 +53,7 @@ class KeepsTable(outside.HasIdPolicy):
         token, dtype = self._modules["token"].weight, self._table_dtype
         logger.info("building a table of %s bytes on %s", f"{self.table_nbytes(dtype):,}", token.device)
         weight, bias = self._projection()
-        self._table = made = table.Table(self._links(), token, weight, bias, self._position(), **self._norm(), dtype=dtype)
+        self._table = made = table.Table(self._links(), token, weight, bias, self._position(), **self._norm(token), dtype=dtype)
         return made
 
     def drop_table(self):

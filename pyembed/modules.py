@@ -36,9 +36,6 @@ class EmbeddingQKV(KeepsTable):
     (..., heads, T, head_dim), contiguous. ValueError: a head count or width that does not divide, another name.
     """
 
-    _groups = position_offset = 0
-    scale, combine, heads_first, _own_scale = None, "sum", False, None
-
     def __init__(
         self,
         num_embeddings,
@@ -211,14 +208,14 @@ class EmbeddingQKV(KeepsTable):
         token, padding_idx = module.weight, module.padding_idx
         position = self._position()
         weight, bias = self._projection()
-        options = {"num_heads": self.num_heads, "num_kv_heads": self.num_kv_heads, **self._norm(), **self._extras()}
+        options = {"num_heads": self.num_heads, "num_kv_heads": self.num_kv_heads, **self._norm(token), **self._extras(token)}
         if rotary is None:
-            rotary = self._own_rotary()
+            rotary = self._own_rotary(token.device)
         else:
             checks.check_rotary(rotary, ids, self._head_dim)
         arguments = {"position": position, "padding_idx": padding_idx, "rotary": rotary, **options}
         usual = distinct is None and segment_ids is None and query_biases is None and policy != "zero"
-        usual &= position_ids is None or rotary is None and position is not None
+        usual &= position_ids is None or rotary is None and position is not None and not position_ids.is_meta
         if usual and planner.is_trivial(ids, token, weight):
             # PyTorch checks too, but for shapes that it would broadcast; the call below says what is wrong.
             with contextlib.suppress(IndexError, RuntimeError, TypeError, AttributeError):
@@ -232,10 +229,13 @@ class EmbeddingQKV(KeepsTable):
 
     def _compose(self, ids, *call):
         """The call by the modules themselves, one after the other."""
+        if any(t is not None and t.is_meta for t in (ids, call[0], call[2])):
+            self._check(ids, call[0], call[2])  # PyTorch would return meta tensors unasked
         try:
             return self._call(ids, *call)
         except (IndexError, RuntimeError, TypeError):
             self._check(ids, call[0], call[2])  # says what is wrong, if it is an argument
+            parts.check_devices(self._modules)
             if spread.is_distributed(ids, self._modules["token"].weight):
                 F.embed(ids, self._modules["token"].weight)  # says which of the two is no DTensor
             raise
@@ -243,10 +243,10 @@ class EmbeddingQKV(KeepsTable):
     def _packs_in_vain(self, ids):
         """Whether to pack the rows of query, key and value would cost more than one kernel saves."""
         packs = self._groups > 0 or isinstance(self._modules["qkv"], nn.ModuleList)
-        return packs and ids.numel() < parts.PACK_TOKENS and planner.is_free()
+        return packs and planner.is_free() and parts.packs_in_vain(ids, self._modules["token"])
 
     def _call(self, ids, position_ids, rotary, segment_ids, query_biases):
-        rotary = self._own_rotary() if rotary is None else rotary
+        rotary = self._own_rotary(ids.device) if rotary is None else rotary
         rotation = None if rotary is None else self._rotation(ids, position_ids, rotary)
         if position_ids is not None or segment_ids is not None:  # PyTorch would broadcast, or never look
             self._check_shapes(ids, position_ids, segment_ids)
@@ -265,7 +265,7 @@ class EmbeddingQKV(KeepsTable):
             rows = outside.rows(policy, look_up, position_ids, rows_of(self._position()))
             concat = self.combine == "concat"
             hidden = torch.cat([hidden, rows.expand_as(hidden)], -1) if concat else hidden + rows
-        hidden = nn.functional.dropout(hidden, self.dropout.p, self._drops())
+        hidden = nn.functional.dropout(hidden, self.dropout.p) if self._drops() else hidden
         normed = hidden if norm is None else norm(hidden)
         projected = torch.cat([linear(normed) for linear in qkv], -1) if isinstance(qkv, nn.ModuleList) else qkv(normed)
         if self._groups:
@@ -288,7 +288,7 @@ class EmbeddingQKV(KeepsTable):
 
     def _rotation(self, ids, position_ids, rotary):
         """What turns the heads of a call, its arguments checked."""
-        rotary = self._own_rotary() if rotary is None else rotary
+        rotary = self._own_rotary(ids.device) if rotary is None else rotary
         self._check(ids, position_ids)
         checks.check_rotary(rotary, ids, self._head_dim)
         return None if rotary is None else outside.rotation(self._policy(), rotary, ids, position_ids)
@@ -310,7 +310,8 @@ class EmbeddingQKV(KeepsTable):
             return planner.Plan("one_pass", f"by the modules themselves, since {foreign}", {})
         if self._packs_in_vain(ids) and not self._keeps_table:
             return planner.Plan("one_pass", f"by the modules: {ids.numel()} tokens do not pay for packing qkv's rows", {})
-        token, position, norm = self._modules["token"].weight, self._position(), self._norm()
+        token, position = self._modules["token"].weight, self._position()
+        norm = self._norm(token)
         weight, bias = self._projection()
         looks_up = (self._keeps_table or planner.forces("table")) and not refused and not self._table_failed
         known = ids.unique().numel() if distinct is None else distinct.ids.numel()
@@ -332,69 +333,3 @@ class EmbeddingQKV(KeepsTable):
         usual = {"num_kv_heads": self.num_heads, "scale": None, "combine": "sum", "position_offset": 0, "heads_first": False}
         more = [f"{name}={getattr(self, name)!r}" for name, value in usual.items() if getattr(self, name) != value]
         return ", ".join([f"num_heads={self.num_heads}", *more])
-
-    def _check(self, ids, position_ids, segment_ids=None):
-        token, segment = self._modules["token"].weight, getattr(self._modules["segment"], "weight", None)
-        tables = (self._position(), position_ids, self._modules["rotary"], segment, segment_ids)
-        checks.check_front_end(ids, token, *tables, self._policy())
-
-    def _kept(self, ids, position_ids, segment_ids, rotary):
-        """The three as the policy leaves them."""
-        token, segment = self._modules["token"].weight, getattr(self._modules["segment"], "weight", None)
-        tables = (self._position(), position_ids, segment, segment_ids, rotary or self._modules["rotary"])
-        return F.kept(self._policy(), ids, token, *tables)
-
-    def _check_shapes(self, ids, position_ids, segment_ids):
-        token, position, segment = self._modules["token"].weight, self._position(), self._modules["segment"]
-        segment = None if segment is None else segment.weight
-        checks.check_terms(ids, token, None, position_ids, segment, segment_ids, None, 0.0)
-        checks.check_positions(ids, position, position_ids, self._modules["rotary"])
-
-    def _foreign(self):
-        """Why the parts must be called; None: their weights say all."""
-        return "positions stand beside token rows" if self.combine == "concat" else parts.foreign(self._modules)
-
-    def _refuses_plans(self):
-        """Why one_pass alone can run a call; None: other plans can."""
-        return planner.refuses(self._position(), self._scale(), self._modules["segment"], self._drops(), self._policy())
-
-    def _position(self):
-        module = self._modules["position"]
-        if module is None:
-            return None
-        return module.weight[self.position_offset :] if self.position_offset else module.weight
-
-    def _norm(self):
-        return parts.norm_arguments(self._modules["norm"], self._modules["token"].weight.dtype)
-
-    def _extras(self):
-        """What few front ends have, as functional.embed_qkv takes it."""
-        segment, extras = self._modules["segment"], {}
-        if self.scale is not None or self._own_scale is not None:
-            extras["scale"] = self._scale()
-        if segment is not None:
-            extras["segment"] = segment.weight
-        if self._drops():
-            extras["dropout"] = self._modules["dropout"].p
-        if self.heads_first:
-            extras["heads_first"] = True
-        if self._modules["query_norm"] is not None:
-            dtype = self._modules["token"].weight.dtype
-            query, key = (parts.norm_arguments(self._modules[name], dtype) for name in ("query_norm", "key_norm"))
-            extras |= {"query_norm": query["norm_weight"], "key_norm": key["norm_weight"], "head_eps": query["eps"]}
-        return extras
-
-    def _own_rotary(self):
-        """On token's device: outside of its model's tree a front end does not hear of to() either."""
-        rotary, device = self._modules["rotary"], self._modules["token"].weight.device
-        return rotary if rotary is None or rotary.cos.device == device else rotary.to(device)
-
-    def _scale(self):
-        return self.scale if self._own_scale is None else self._own_scale.of(self._modules["token"])
-
-    def _drops(self):
-        """As token says: a front end outside of its model's tree does not hear of train() and eval()."""
-        return self._modules["dropout"].p > 0 and self._modules["token"].training
-
-    def _projection(self):
-        return parts.projection(self._modules["qkv"], self._groups, self._head_dim)

@@ -145,9 +145,9 @@ class _Colwise:
         ids, position_ids = self._gathered("ids", ids, ids), self._gathered("position_ids", position_ids, ids)
         segment_ids = self._gathered("segment_ids", segment_ids, ids)
         token, position = self._modules["token"], self._position()
-        ends = {name: self._summed(value) for name, value in self._extras().items() if name != "dropout"}
+        ends = {name: self._summed(value) for name, value in self._extras(token.weight).items() if name != "dropout"}
         terms = {name: ends.pop(name) for name in ("scale", "segment") if name in ends} | {"segment_ids": segment_ids}
-        rotary = self._own_rotary() if rotary is None else rotary
+        rotary = self._own_rotary(token.weight.device) if rotary is None else rotary
         table, index, padding_idx = spread.local(token.weight), ids, token.padding_idx
         if style.shard_vocabulary:
             self._check(ids, position_ids)
@@ -165,7 +165,7 @@ class _Colwise:
         found = F.embed_qkv(
             index, table, weight, bias, num_heads=self.num_heads // mesh.size(), num_kv_heads=self.num_kv_heads // mesh.size(),
             position=position, position_ids=position_ids, padding_idx=padding_idx, distinct=distinct, rotary=rotary,
-            **self._norm(), **terms, **ends,
+            **self._norm(token.weight), **terms, **ends,
         )  # fmt: skip
         return self._laid_out(found)
 
@@ -224,8 +224,8 @@ class _Colwise:
     def _position(self):
         return self._summed(super()._position())
 
-    def _norm(self):
-        return {name: self._summed(value) for name, value in super()._norm().items()}
+    def _norm(self, token):
+        return {name: self._summed(value) for name, value in super()._norm(token).items()}
 
     def _projection(self):
         """This rank's rows of query, key and value."""

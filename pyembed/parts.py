@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from . import positions, spread
+from . import planner, positions, spread
 from .rotary import Rotary
 
 NAMES = ("token", "position", "segment", "norm", "qkv", "query_norm", "key_norm")
@@ -135,6 +135,12 @@ def norm_arguments(norm, dtype):
 PACK_TOKENS = 256  # below so many, packing a projection's rows costs more than one kernel saves
 
 
+def packs_in_vain(ids, token):
+    """Whether so many tokens do not pay for packing; of a graph for any number, whether no kernel does."""
+    by_torch = torch.compiler.is_compiling() and planner.why_torch(token.weight) is not None
+    return by_torch or not torch.compiler.is_exporting() and ids.numel() < PACK_TOKENS
+
+
 def projection(qkv, groups=0, head_dim=0):
     """Weight (N, D), rows of query, key, value, and bias (N,) or None of qkv, whatever holds them.
 
@@ -146,6 +152,8 @@ def projection(qkv, groups=0, head_dim=0):
         weight, bias = qkv.weight.t(), qkv.bias
     elif isinstance(qkv, nn.ModuleList):
         weights, biases = zip(*((linear.weight, linear.bias) for linear in qkv), strict=True)
+        if len({w.device for w in weights}) > 1:
+            raise ValueError(f"qkv: expected weights on one device, got {', '.join(str(w.device) for w in weights)}")
         zeros = (w.new_zeros(w.shape[0]) if b is None else b for w, b in zip(weights, biases, strict=True))
         return torch.cat(weights), None if all(bias is None for bias in biases) else torch.cat(tuple(zeros))
     else:
@@ -186,6 +194,15 @@ def check_widths(modules, num_heads, num_kv_heads, combine):
     for name, head_norm in zip(("query_norm", "key_norm"), head_norms, strict=True):
         _check_norm(name, head_norm, head_dim, "head_dim")
     return head_dim
+
+
+def check_devices(modules):
+    """ValueError: a part whose weights are not where token's are."""
+    device = modules["token"].weight.device
+    for name in NAMES:
+        for key, tensor in {} if modules[name] is None else modules[name].state_dict(keep_vars=True).items():
+            if tensor.device != device:
+                raise ValueError(f"{name}.{key}: expected device {device}, that of token; got {tensor.device}")
 
 
 def _check_norm(name, norm, width, meaning):

@@ -146,7 +146,7 @@ def is_trivial(ids, token, weight):
 
     No call is, which will make a dense gradient of a large table: to fill fresh memory with zeros costs more than all else.
     """
-    if torch.compiler.is_compiling() or ids.is_cuda or _plan != "auto" or _backend == "triton" or spread.is_distributed(ids):
+    if torch.compiler.is_compiling() or ids.is_cuda or ids.is_meta or not is_free() or spread.is_distributed(ids):
         return False
     if token.requires_grad and torch.is_grad_enabled() and token.numel() * token.element_size() >= memory.SMALL_BYTES:
         return False
@@ -211,11 +211,12 @@ def choose(ids, token, weight, position, position_ids, normed, products, known=N
         if not runs or token.is_cuda and not kernels:
             raise RuntimeError(f"plan: 'distinct' runs by the kernels or eagerly on CPU tensors, not on {token.device} here")
         return Plan("distinct", "forced", {})
-    if token.is_cuda and ids.numel() < LEAST_TOKENS or not token.is_cuda and is_trivial(ids, token, weight):
+    compiles = torch.compiler.is_compiling()  # whose graph shall serve any number of tokens
+    if token.is_cuda and not compiles and ids.numel() < LEAST_TOKENS or not token.is_cuda and is_trivial(ids, token, weight):
         return Plan("one_pass", f"{ids.numel()} tokens are too few for another plan to save time", {})
-    if not runs or kernels and not token.is_cuda or token.is_cuda and (not kernels or torch.compiler.is_compiling()):
+    if not runs or kernels and not token.is_cuda or token.is_cuda and (not kernels or compiles):
         return Plan("one_pass", "the other plans do not run here", {})
-    if token.is_cuda and known is None and not torch.are_deterministic_algorithms_enabled():
+    if token.is_cuda and known is None and not torch.are_deterministic_algorithms_enabled() and not is_traced():
         known = _seen_distinct(ids, token)
     elif known is None and not token.is_cuda:
         known = ids.unique().numel()
@@ -276,7 +277,7 @@ class _Seen:
 
     def __init__(self):
         self.tokens = self.distinct = self.pending = None
-        self.calls = 0
+        self.calls, self.expected = 0, {}
 
     def look(self, count, tokens):
         """count (1,) on the device, of a batch of that many tokens."""
@@ -301,6 +302,7 @@ class _Seen:
 
 
 _seen = WeakTensorKeyDictionary()
+KEPT_CALLS = 256  # whose expectations are kept for a checkpoint to compute its forward anew by the same plan
 LOOK_EVERY = 16  # calls by one_pass from one count of distinct ids to the next
 
 
@@ -311,7 +313,13 @@ def _table_of(token):
 def _seen_distinct(ids, token):
     """What is known of the ids that this table is called with, without waiting; now and then they are counted."""
     seen = _seen.setdefault(_table_of(token), _Seen())
-    found = seen.expect(ids.numel())
+    call = ids.data_ptr(), ids.shape
+    if torch._C._current_graph_task_id() != -1:  # within a backward, where a checkpoint must do as its forward did
+        return seen.expected.get(call)
+    seen.expected.pop(call, None)
+    seen.expected[call] = found = seen.expect(ids.numel())
+    if len(seen.expected) > KEPT_CALLS:
+        del seen.expected[next(iter(seen.expected))]
     if seen.pending is None and seen.calls % LOOK_EVERY == 0 and not torch.cuda.is_current_stream_capturing():
         seen.look(ops_distinct.count_distinct(ids, token.shape[0]), ids.numel())
     seen.calls += 1

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from .rotary import as_rotation, rotate
 
@@ -20,6 +21,9 @@ class HiddenQKV(NamedTuple):
     query: Tensor  # (..., T, H, d_h)
     key: Tensor  # (..., T, H_kv, d_h)
     value: Tensor  # (..., T, H_kv, d_h)
+
+
+pytree._register_namedtuple(HiddenQKV, serialized_type_name="pyembed.HiddenQKV")  # torch.export writes its name
 
 
 def embedding(ids, weight, padding_idx=None):

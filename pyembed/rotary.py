@@ -74,6 +74,8 @@ def as_rotation(rotary, ids: Tensor, position_ids: Tensor | None) -> Rotation:
     if isinstance(rotary, Rotary):
         found = rotary.rotation(ids, position_ids)
     else:
+        if rotary[0].device != rotary[1].device:
+            raise ValueError(f"rotary: expected cos and sin on one device, got {rotary[0].device} and {rotary[1].device}")
         half = rotary[0].shape[-1] // 2
         found = Rotation(*(table[..., :half].reshape(-1, half).to(torch.float32) for table in rotary), None, False)
     T = ids.shape[-1] if ids.dim() else 1
@@ -87,7 +89,7 @@ def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     if x.numel() == 0:
         return x
     cos, sin = (table if rotation.ids is None else table[rotation.ids] for table in rotation[:2])
-    heads = x.reshape(-1, len(cos), *x.shape[-2:])  # sequences of as many tokens as there are rows
+    heads = x.reshape(-1, cos.shape[0], *x.shape[-2:])  # sequences of as many tokens as there are rows
     cos, sin, half = cos.to(x.dtype)[:, None], sin.to(x.dtype)[:, None], cos.shape[-1]
     first, second = (slice(0, 2 * half, 2), slice(1, 2 * half, 2)) if rotation.interleaved else (
         slice(half), slice(half, 2 * half)
