@@ -194,6 +194,7 @@ def embed_qkv(
     query_biases: tuple[Tensor, Tensor] | None = None,
     heads_first: bool = False,
     id_policy: str | None = None,
+    batch_invariant: bool = False,
 ) -> HiddenQKV:
     """The front end of a transformer: gather, positional add, norm and QKV projection.
 
@@ -211,6 +212,9 @@ def embed_qkv(
     query_biases: two of (num_heads, head_dim), Transformer-XL's u and v: query is (2, …), q + u and q + v.
     Differentiable once in every floating argument. All tensors share one dtype (float32, float16, bfloat16; float64 on the
     CPU) and one device. fp32 products on a GPU use tf32 where torch.backends.cuda.matmul says so.
+    batch_invariant: a token's results have the same bits alone and at any place of any batch, by one order of sums for all
+    (slower where another would suit better). Else that holds by the kernels, within a plan, among calls of up to 16, 32, 256,
+    1,023 or more tokens. RuntimeError: a compiler is to run PyTorch's operators, whose order is its own.
     id_policy and errors as in embed.
     """
     policy = outside.applied(id_policy)
@@ -265,9 +269,9 @@ def embed_qkv(
         terms = (segment, segment_ids, _seed(dropout, ids.device))
         scalars = (scale, float(dropout))
         if query_norm is None or planner.normalises_heads(head_dim, token, weight, bias, position, segment, *affine):
-            last = (*rotation, query_norm, key_norm, head_eps, heads_first, reports)
+            last = (*rotation, query_norm, key_norm, head_eps, heads_first, reports, batch_invariant)
             return HiddenQKV(*ops.embed_qkv(*arguments, *terms, second, *options, *scalars, *last)[:4])
-        last = (*NO_ROTATION, None, None, 0.0, False, reports)
+        last = (*NO_ROTATION, None, None, 0.0, False, reports, batch_invariant)
         return reference.finish(HiddenQKV(*ops.embed_qkv(*arguments, *terms, None, *options, *scalars, *last)[:4]), **ends)
 
     def once_each():
@@ -279,18 +283,21 @@ def embed_qkv(
         return reference.finish(HiddenQKV(*outputs[:4]), **{**ends, "rotation": None if turns else ends["rotation"]})
 
     def eager():
+        if batch_invariant and torch.compiler.is_compiling():
+            raise RuntimeError("batch_invariant: expected the kernels or no compiler, which orders PyTorch's sums as it likes")
         found = reference.embed_qkv(
             ids, token, weight, bias, num_heads=num_heads, num_kv_heads=num_kv_heads, position=position,
             position_ids=position_ids, norm=norm, norm_weight=norm_weight, norm_bias=norm_bias, eps=eps,
             padding_idx=padding_idx, scale=scale, segment=segment, segment_ids=segment_ids, dropout=dropout,
             look_up=_looking_up(policy),
+            linear=reference.invariant_linear if batch_invariant else torch.nn.functional.linear,
         )  # fmt: skip
         return reference.finish(found, **ends)
 
     affine = (norm_weight, norm_bias, query_norm, key_norm, second)
     products = planner.products_of(token, weight, position, norm_weight, norm_bias, bias)
     known = None if distinct is None else distinct.ids.numel()
-    refused = planner.refuses(position, scale, segment, dropout, policy)
+    refused = planner.refuses(position, scale, segment, dropout, policy, batch_invariant)
     if planner.choose(ids, token, weight, position, places, norm is not None, products, known, refused).name == "distinct":
         kernel = eager = once_each
     return _run(kernel, eager, token, policy, ids, token, position, position_ids, rotary, segment, segment_ids)

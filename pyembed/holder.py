@@ -10,6 +10,7 @@ class HoldsParts(outside.HasIdPolicy):
 
     _groups = position_offset = 0
     scale, combine, heads_first, _own_scale = None, "sum", False, None
+    batch_invariant = False
 
     def _check(self, ids, position_ids, segment_ids=None):
         token, segment = self._modules["token"].weight, getattr(self._modules["segment"], "weight", None)
@@ -30,11 +31,15 @@ class HoldsParts(outside.HasIdPolicy):
 
     def _foreign(self):
         """Why the parts must be called; None: their weights say all."""
-        return "positions stand beside token rows" if self.combine == "concat" else parts.foreign(self._modules)
+        foreign = "positions stand beside token rows" if self.combine == "concat" else parts.foreign(self._modules)
+        if foreign and self.batch_invariant:
+            raise RuntimeError(f"batch_invariant: expected modules that are no more than their weights, but {foreign}")
+        return foreign
 
     def _refuses_plans(self):
         """Why one_pass alone can run a call; None: other plans can."""
-        return planner.refuses(self._position(), self._scale(), self._modules["segment"], self._drops(), self._policy())
+        terms = (self._position(), self._scale(), self._modules["segment"], self._drops())
+        return planner.refuses(*terms, self._policy(), self.batch_invariant)
 
     def _position(self):
         module = self._modules["position"]
@@ -56,6 +61,8 @@ class HoldsParts(outside.HasIdPolicy):
             extras["dropout"] = self._modules["dropout"].p
         if self.heads_first:
             extras["heads_first"] = True
+        if self.batch_invariant:
+            extras["batch_invariant"] = True
         if self._modules["query_norm"] is not None:
             query, key = (parts.norm_arguments(self._modules[name], token.dtype) for name in ("query_norm", "key_norm"))
             extras |= {"query_norm": query["norm_weight"], "key_norm": key["norm_weight"], "head_eps": query["eps"]}

@@ -33,7 +33,8 @@ class EmbeddingQKV(KeepsTable):
     What else there may be: scale of the token row; num_segments, rows of segment (nn.Embedding, BERT's token types); qk_norm
     "rms" or "layer", of each head (query_norm, key_norm); combine="concat", position row behind token row, 2·embedding_dim
     wide; position_offset, rows of the position table before that of position 0 (OPT has 2); heads_first, query, key and value
-    (..., heads, T, head_dim), contiguous. ValueError: a head count or width that does not divide, another name.
+    (..., heads, T, head_dim), contiguous; batch_invariant, as in functional.embed_qkv.
+    ValueError: a head count or width that does not divide, another name.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class EmbeddingQKV(KeepsTable):
         combine="sum",
         position_offset=0,
         heads_first=False,
+        batch_invariant=False,
         device=None,
         dtype=None,
     ):
@@ -88,7 +90,7 @@ class EmbeddingQKV(KeepsTable):
         self.register_module("position", positions.make(position, rows, embedding_dim, **factory))
         self.register_module("rotary", parts.fitting(rotary, head_dim))
         self.register_module("segment", nn.Embedding(num_segments, embedding_dim, **factory) if num_segments else None)
-        self._set(scale, combine, position_offset, heads_first)
+        self._set(scale, combine, position_offset, heads_first, batch_invariant)
         width = 2 * embedding_dim if combine == "concat" else embedding_dim
         self.register_module("norm", parts.make_norm("norm", norm, width, eps, bias, **factory))
         self.qkv = nn.Linear(width, (num_heads + 2 * num_kv_heads) * head_dim, bias=bias, **factory)
@@ -96,7 +98,7 @@ class EmbeddingQKV(KeepsTable):
             self.register_module(name, parts.make_norm("qk_norm", qk_norm, head_dim, eps, bias, **factory))
         self.dropout = nn.Dropout(dropout)
 
-    def _set(self, scale, combine, position_offset, heads_first):
+    def _set(self, scale, combine, position_offset, heads_first, batch_invariant):
         if not isinstance(position_offset, int) or position_offset < 0:
             raise ValueError(f"position_offset: expected an int of at least 0, got {position_offset}")
         if combine not in COMBINES:
@@ -108,7 +110,8 @@ class EmbeddingQKV(KeepsTable):
         self._own_scale = parts.OwnScale(self.token) if parts.scales_itself(self.token) else None
         if scale is not None and self._own_scale is not None:
             raise ValueError(f"scale: expected None where token multiplies its rows itself, got {scale}")
-        self.scale, self.combine, self.position_offset, self.heads_first = scale, combine, position_offset, heads_first
+        self.scale, self.combine, self.position_offset = scale, combine, position_offset
+        self.heads_first, self.batch_invariant = heads_first, batch_invariant
 
     @classmethod
     def from_modules(
@@ -129,6 +132,7 @@ class EmbeddingQKV(KeepsTable):
         key_norm=None,
         combine="sum",
         heads_first=False,
+        batch_invariant=False,
     ):
         """A front end over modules that a model already has: it holds them, copies nothing, and trains what they hold.
 
@@ -167,7 +171,7 @@ class EmbeddingQKV(KeepsTable):
         for name, module in {"token": token, "position": position, "segment": segment, **norms, "qkv": qkv}.items():
             self.register_module(name, module)
         self.dropout = nn.Dropout(dropout)
-        self._set(scale, combine, parts.position_offset(position), heads_first)
+        self._set(scale, combine, parts.position_offset(position), heads_first, batch_invariant)
         self._head_dim = parts.check_widths(self._modules, self.num_heads, self.num_kv_heads, combine)
         if per_head:
             if isinstance(qkv, nn.ModuleList):
@@ -214,7 +218,8 @@ class EmbeddingQKV(KeepsTable):
         else:
             checks.check_rotary(rotary, ids, self._head_dim)
         arguments = {"position": position, "padding_idx": padding_idx, "rotary": rotary, **options}
-        usual = distinct is None and segment_ids is None and query_biases is None and policy != "zero"
+        usual = distinct is None and segment_ids is None and query_biases is None
+        usual &= policy != "zero" and not self.batch_invariant
         usual &= position_ids is None or rotary is None and position is not None and not position_ids.is_meta
         if usual and planner.is_trivial(ids, token, weight):
             # PyTorch checks too, but for shapes that it would broadcast; the call below says what is wrong.
@@ -243,7 +248,7 @@ class EmbeddingQKV(KeepsTable):
     def _packs_in_vain(self, ids):
         """Whether to pack the rows of query, key and value would cost more than one kernel saves."""
         packs = self._groups > 0 or isinstance(self._modules["qkv"], nn.ModuleList)
-        return packs and planner.is_free() and parts.packs_in_vain(ids, self._modules["token"])
+        return packs and planner.is_free() and not self.batch_invariant and parts.packs_in_vain(ids, self._modules["token"])
 
     def _call(self, ids, position_ids, rotary, segment_ids, query_biases):
         rotary = self._own_rotary(ids.device) if rotary is None else rotary
@@ -330,6 +335,7 @@ class EmbeddingQKV(KeepsTable):
             return chosen._replace(seconds=weighed.seconds) if chosen.reason == weighed.reason else chosen
 
     def extra_repr(self):
-        usual = {"num_kv_heads": self.num_heads, "scale": None, "combine": "sum", "position_offset": 0, "heads_first": False}
+        usual = {"num_kv_heads": self.num_heads, "scale": None, "combine": "sum", "position_offset": 0}
+        usual |= {"heads_first": False, "batch_invariant": False}
         more = [f"{name}={getattr(self, name)!r}" for name, value in usual.items() if getattr(self, name) != value]
         return ", ".join([f"num_heads={self.num_heads}", *more])

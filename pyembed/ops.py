@@ -91,6 +91,7 @@ def embed_qkv(
     head_eps: float,
     heads_first: bool,
     reports: bool,
+    batch_invariant: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Terms and epilogue are those of kernels/triton/arguments.py; query_norm and key_norm have no backward. reports: whether
     absent rows are to raise an error.
@@ -101,7 +102,9 @@ def embed_qkv(
     terms = terms_of(position, position_ids, segment, segment_ids, seed, scale, dropout, report)
     epilogue = _arguments().Epilogue(query_norm, key_norm, head_eps, second, rotary, heads_first)
     with running:
-        return module.embed_qkv(ids, token, weight, bias, terms, norm, norm_weight, norm_bias, eps, heads, epilogue)
+        return module.embed_qkv(
+            ids, token, weight, bias, terms, norm, norm_weight, norm_bias, eps, heads, epilogue, batch_invariant=batch_invariant
+        )
 
 
 @embed_qkv.register_fake
@@ -109,7 +112,7 @@ def _(
     ids, token, weight, bias, position, position_ids, norm_weight, norm_bias, segment, segment_ids, seed, second, num_heads,
     num_kv_heads, norm, *others,
 ):  # fmt: skip
-    statistics, heads_first = distinct.wide_dtype(token.dtype), others[-2]
+    statistics, heads_first = distinct.wide_dtype(token.dtype), others[-3]
     shapes = projected_shapes(ids, weight, num_heads, num_kv_heads)
     if heads_first:
         shapes = [(*shape[:-3], shape[-2], shape[-3], shape[-1]) for shape in shapes]
@@ -244,7 +247,7 @@ def turned_back(ctx, grads):
 def _embed_qkv_setup(ctx, inputs, output):
     ids, token, weight, _, position, position_ids, norm_weight, norm_bias, *terms, second = inputs[:12]
     *ctx.heads, _, _, ctx.padding_idx, ctx.scale, ctx.dropout = inputs[12:19]
-    *turns, ctx.interleaved, query_norm, _, _, ctx.heads_first, _ = inputs[19:]
+    *turns, ctx.interleaved, query_norm, _, _, ctx.heads_first, _, _ = inputs[19:]
     ctx.has_second, ctx.has_head_norm = second is not None, query_norm is not None
     *_, mean, rstd = output
     ctx.set_materialize_grads(False)

@@ -174,8 +174,10 @@ def is_transformed():
 ZEROS = "id_policy 'zero' is PyTorch's operators' alone"
 
 
-def refuses(position, scale, segment, dropout, policy="raise"):
+def refuses(position, scale, segment, dropout, policy="raise", batch_invariant=False):
     """Why `distinct` and `table` cannot serve a hidden of these terms; None: they can."""
+    if batch_invariant:
+        return "batch_invariant wants one order of sums"
     if policy == "zero":
         return ZEROS
     if dropout:

@@ -71,6 +71,17 @@ def normalise(hidden, norm, weight=None, bias=None, eps=1e-5):
     return hidden
 
 
+ROWS = 32  # of a product of invariant_linear
+
+
+def invariant_linear(x, weight, bias=None):
+    """F.linear by products of one shape, from memory aligned alike, so that a row's bits are the same in every batch."""
+    rows = x.reshape(-1, x.shape[-1])
+    padded = (F.pad(part, (0, 0, 0, ROWS - part.shape[0])) for part in rows.split(ROWS))  # a copy of its own, always
+    found = [F.linear(part, weight, bias) for part in padded]
+    return torch.cat(found)[: rows.shape[0]].view(*x.shape[:-1], weight.shape[0])
+
+
 def split_heads(hidden, qkv, num_heads, num_kv_heads):
     total = num_heads + 2 * num_kv_heads
     heads = qkv.view(*qkv.shape[:-1], total, qkv.shape[-1] // total)
@@ -117,6 +128,7 @@ def embed_qkv(
     query_biases=None,
     heads_first=False,
     look_up=look_up,
+    linear=F.linear,
 ):
     hidden = embed(
         ids, token, position, position_ids, padding_idx=padding_idx, scale=scale, segment=segment, segment_ids=segment_ids,
@@ -125,7 +137,7 @@ def embed_qkv(
     second = None
     if query_biases is not None:
         bias, second = biases_of(weight, bias, *query_biases)
-    qkv = F.linear(normalise(hidden, norm, norm_weight, norm_bias, eps), weight, bias)
+    qkv = linear(normalise(hidden, norm, norm_weight, norm_bias, eps), weight, bias)
     found = split_heads(hidden, qkv, num_heads, num_heads if num_kv_heads is None else num_kv_heads)
     if rotary is None and query_norm is None and second is None and not heads_first:
         return found  # a decode step counts every call

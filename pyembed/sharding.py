@@ -143,7 +143,7 @@ def _sums(placement):
 
 @register_sharding(torch.ops.pyembed.embed_qkv.default)
 def _shard_embed_qkv(ids, token, weight, bias, position, position_ids, norm_weight, norm_bias, segment, segment_ids, *others):
-    seed, second, *_, cos, sin, turn_ids, _, query_norm, key_norm, _, heads_first, _ = others
+    seed, second, *_, cos, sin, turn_ids, _, query_norm, key_norm, _, heads_first, _, _ = others
     first, last, turns = [token, weight, bias, position], [norm_weight, norm_bias, segment], [cos, sin, turn_ids]
     alike = seed is not None or second is not None or heads_first
     placements = _alone(ids, position is not None and position_ids is None, statistics=True, alike=alike)
@@ -163,7 +163,7 @@ def _shard_embed_qkv(ids, token, weight, bias, position, position_ids, norm_weig
                 *_tables(*turns),
                 None,
                 *_tables(query_norm, key_norm),
-                *[None] * 3,
+                *[None] * 4,
             ],
         )
         for p in placements

@@ -16,7 +16,7 @@ from pyembed import ops, ops_embed
 
 NO_TERMS = (None,) * 4  # no segment, its ids, no dropout's seed, no second query
 # No scale, dropout, rotation, norms of heads; heads behind tokens; absent rows are reported.
-END = (None, 0.0, *F.NO_ROTATION, None, None, 0.0, False, True)
+END = (None, 0.0, *F.NO_ROTATION, None, None, 0.0, False, True, False)
 
 
 def inputs(dtype=torch.float32, norm="layer", requires_grad=True):
@@ -71,7 +71,7 @@ def test_opcheck_terms_and_epilogue():
     args = list(inputs())
     segment, second = (torch.randn(shape, device=DEVICE, requires_grad=True) for shape in ((2, 6), (3,)))
     args[8:12] = segment, args[0] % 2, torch.tensor([7], device=DEVICE), second
-    args[17:19], args[-2] = (2.0, 0.5), True
+    args[17:19], args[-3] = (2.0, 0.5), True
     opcheck(ops.embed_qkv, tuple(args))
 
 
@@ -85,7 +85,7 @@ def test_gradcheck(norm):
 
     def function(*_):
         arguments = (ids, token, weight, bias, position, None, norm_weight, norm_bias, *terms, second, 1, 1, norm, 1e-5, -1)
-        arguments += (2.0, 0.5, *END[2:-2], True, True)
+        arguments += (2.0, 0.5, *END[2:-3], True, True, False)
         return ops.embed_qkv(*arguments)[:4]
 
     assert torch.autograd.gradcheck(function, leaves, fast_mode=True)

@@ -340,7 +340,7 @@ def operators(rank, n, folder):
             turned = *(spread(t) if has_turns else None for t in turns), None, False
             terms = (segment, spread(places % 2, of_ids), None)
             call = (spread(ids, of_ids), token, w, b, position, where, *norm, *terms, None, 8, 4, "layer", 1e-5, 3, 2.0, 0.0)
-            out = ops.embed_qkv(*call, *turned, None, None, 0.0, False, True)[:4]
+            out = ops.embed_qkv(*call, *turned, None, None, 0.0, False, True, False)[:4]
             if not has_turns:
                 out = *out, ops_embed.embed(call[0], token, position, where, *terms, 2.0, 0.0, 3, True)
             torch.autograd.backward(out, [spread(grad, of_grads) for grad in grads[: len(out)]])

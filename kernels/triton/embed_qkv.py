@@ -301,13 +301,15 @@ def fold(weight, bias, norm, norm_weight, norm_bias, pairs):
 
 
 def embed_qkv(
-    ids, token, weight, bias, terms, norm, norm_weight, norm_bias, eps, heads, epilogue=PLAIN, folds=None, tiles=None
-):
+    ids, token, weight, bias, terms, norm, norm_weight, norm_bias, eps, heads, epilogue=PLAIN, folds=None, tiles=None,
+    batch_invariant=False,
+):  # fmt: skip
     """ids (..., T), token (V, D), weight (N, D), bias (N,), terms: Terms of hidden, norm "layer", "rms" or "none", heads:
     how many of query, key and value, epilogue: Epilogue -> hidden (..., T, D), query, key and value (..., T, h, d_h), or
     (..., h, T, d_h) where heads come first, mean (M,) and rstd (M,), the last two empty where the norm has none.
 
     With a second query, query is (2, ..., T, h, d_h). folds and tiles override what tuning.py would choose.
+    batch_invariant: one order of sums for any number of tokens, so that a token's results have the same bits in every batch.
     """
     M, T = ids.numel(), ids.shape[-1] if ids.dim() else 1
     (V, D), N = token.shape, weight.shape[0]
@@ -321,11 +323,12 @@ def embed_qkv(
     if M == 0 or N == 0 or D == 0:
         return hidden, *qkv, mean, rstd
     device = tuning.device_of(token)
-    folds = norm != "none" and (tuning.folds(M, token.dtype) if folds is None else folds)
+    size = tuning.INVARIANT if batch_invariant else M
+    folds = norm != "none" and (tuning.folds(size, token.dtype) if folds is None else folds)
     ends, pairs = epilogue.arguments(T, head_dim)
     if tiles is None:
         choose = tuning.embed_qkv_folded if folds else tuning.embed_qkv
-        tiles = choose(M, N, D, token.dtype, device, *epilogue.needs(head_dim))
+        tiles = choose(size, N, D, token.dtype, device, *epilogue.needs(head_dim))
     query, key = heads[0] * head_dim, heads[1] * head_dim
     runs = tuning.runs(M, triton.cdiv(query, tiles.BLOCK_N) + 2 * triton.cdiv(key, tiles.BLOCK_N), tiles, device)
     outputs = (hidden, qkv, (mean if norm == "layer" else None, rstd if norm != "none" else None))

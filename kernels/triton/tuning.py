@@ -77,6 +77,9 @@ def weight_descriptor(weight, tiles):
     return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), block), transposed
 
 
+INVARIANT = 64  # tokens whose tiles serve any number where sums must have one order
+
+
 def folds(M, dtype):
     """Whether to fold the norm into the weight: from some 1,024 tokens on it costs less than normalising on the way.
 
