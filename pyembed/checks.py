@@ -42,6 +42,8 @@ def check_alike(token: Tensor, ids: Tensor | None, **others: Tensor | None):
             dtypes.add(torch.promote_types(token.dtype, torch.float32))
         if name == "position":
             dtypes.add(torch.int64)  # positions.sinusoidal_steps
+        if name in ("weight", "bias") and tensor.is_floating_point() and planner.autocast_dtype(token):
+            continue  # the product casts them
         if not name.endswith("ids") and tensor.dtype not in dtypes:
             raise TypeError(f"{name}: expected dtype {token.dtype}, that of token; got {tensor.dtype}")
 

@@ -215,6 +215,7 @@ def embed_qkv(
     batch_invariant: a token's results have the same bits alone and at any place of any batch, by one order of sums for all
     (slower where another would suit better). Else that holds by the kernels, within a plan, among calls of up to 16, 32, 256,
     1,023 or more tokens. RuntimeError: a compiler is to run PyTorch's operators, whose order is its own.
+    Under autocast, weight and bias are cast to its dtype, which query, key and value have, and hidden and the norm keep theirs.
     id_policy and errors as in embed.
     """
     policy = outside.applied(id_policy)
@@ -253,6 +254,7 @@ def embed_qkv(
     padding_idx = padding_row(padding_idx, token.shape[0])
     check_distinct(distinct, ids)
 
+    cast = planner.autocast_dtype(token)
     if query_biases is not None:
         bias, second = reference.biases_of(weight, bias, first, second)
     row = -1 if padding_idx is None else padding_idx
@@ -268,11 +270,14 @@ def embed_qkv(
     def kernel():
         terms = (segment, segment_ids, _seed(dropout, ids.device))
         scalars = (scale, float(dropout))
-        if query_norm is None or planner.normalises_heads(head_dim, token, weight, bias, position, segment, *affine):
+        w, b, more = (t if t is None or cast is None else t.to(cast) for t in (weight, bias, second))
+        front = (ids, token, w, b, *arguments[4:], *terms)
+        fits = cast is None and planner.normalises_heads(head_dim, token, weight, bias, position, segment, *affine)
+        if query_norm is None or fits:
             last = (*rotation, query_norm, key_norm, head_eps, heads_first, reports, batch_invariant)
-            return HiddenQKV(*ops.embed_qkv(*arguments, *terms, second, *options, *scalars, *last)[:4])
+            return HiddenQKV(*ops.embed_qkv(*front, more, *options, *scalars, *last)[:4])
         last = (*NO_ROTATION, None, None, 0.0, False, reports, batch_invariant)
-        return reference.finish(HiddenQKV(*ops.embed_qkv(*arguments, *terms, None, *options, *scalars, *last)[:4]), **ends)
+        return reference.finish(HiddenQKV(*ops.embed_qkv(*front, None, *options, *scalars, *last)[:4]), **ends)
 
     def once_each():
         known = (None, None) if distinct is None else (distinct.ids, distinct.inverse.reshape(-1))
@@ -298,6 +303,8 @@ def embed_qkv(
     products = planner.products_of(token, weight, position, norm_weight, norm_bias, bias)
     known = None if distinct is None else distinct.ids.numel()
     refused = planner.refuses(position, scale, segment, dropout, policy, batch_invariant)
+    if cast is not None and not refused:
+        refused = "autocast is on"
     if planner.choose(ids, token, weight, position, places, norm is not None, products, known, refused).name == "distinct":
         kernel = eager = once_each
     return _run(kernel, eager, token, policy, ids, token, position, position_ids, rotary, segment, segment_ids)

@@ -20,13 +20,19 @@ def kernels_for(name, tensor):
     before met an id without a row; on a CPU, those of this call."""
     if tensor.is_cuda:
         outside.look(tensor.device)
-        return importlib.import_module(f"pyembed.kernels.{name}"), contextlib.nullcontext()
+        return importlib.import_module(f"pyembed.kernels.{name}"), _as_given("cuda")
     return importlib.import_module("pyembed.kernels.interpreter").load(name), _interpreting(tensor.device)
+
+
+def _as_given(device_type):
+    """Products within an operator have the dtypes that it was given."""
+    casts = torch.is_autocast_enabled(device_type)
+    return torch.autocast(device_type, enabled=False) if casts else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
 def _interpreting(device):
-    with importlib.import_module("pyembed.kernels.interpreter").running():
+    with importlib.import_module("pyembed.kernels.interpreter").running(), _as_given(device.type):
         yield
     outside.look(device)
 
@@ -93,8 +99,8 @@ def embed_qkv(
     reports: bool,
     batch_invariant: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Terms and epilogue are those of kernels/triton/arguments.py; query_norm and key_norm have no backward. reports: whether
-    absent rows are to raise an error.
+    """Terms and epilogue are those of kernels/triton/arguments.py; query_norm and key_norm have no backward. weight, bias and
+    second may have another dtype, that of query, key and value. reports: whether absent rows are to raise an error.
     -> hidden (..., D), query (..., H, d_h), key and value (..., H_kv, d_h), mean (M,) or (0,), rstd (M,) or (0,)."""
     module, running = kernels_for("embed_qkv", token)
     heads, rotary = (num_heads, num_kv_heads, num_kv_heads), rotation_of(cos, sin, turn_ids, interleaved)
@@ -120,7 +126,7 @@ def _(
         shapes[0] = (2, *shapes[0])
     return (
         token.new_empty(*ids.shape, token.shape[1]),
-        *(token.new_empty(shape) for shape in shapes),
+        *(weight.new_empty(shape) for shape in shapes),
         token.new_empty(ids.numel() if norm == "layer" else 0, dtype=statistics),
         token.new_empty(ids.numel() if norm != "none" else 0, dtype=statistics),
     )

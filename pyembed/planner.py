@@ -155,9 +155,17 @@ def is_trivial(ids, token, weight):
 
 def is_plain_eager():
     """No compiler, tracer, autocast, torch.func transform or forward-mode AD is at work, which our operators would miss."""
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
         return False
     return not is_traced() and not is_transformed()
+
+
+def autocast_dtype(token):
+    """The dtype that products over this table have under autocast; None: autocast is off, or leaves them alone."""
+    kind = token.device.type
+    if kind not in ("cpu", "cuda") or not torch.is_autocast_enabled(kind) or token.dtype == torch.float64:
+        return None
+    return torch.get_autocast_dtype(kind)
 
 
 def is_traced():

@@ -94,7 +94,7 @@ def finish(found, *, query_norm=None, key_norm=None, head_eps=1e-6, second=None,
     if query_norm is not None:
         query, key = (normalise(x, "rms", norm, None, head_eps) for x, norm in ((query, query_norm), (key, key_norm)))
     if second is not None:
-        query = torch.stack([query, query + second.view(query.shape[-2:])])
+        query = torch.stack([query, query + second.view(query.shape[-2:]).to(query.dtype)])
     if rotation is not None:
         query, key = rotate(query, rotation), rotate(key, rotation)
     if heads_first:

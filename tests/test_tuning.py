@@ -8,7 +8,7 @@ from aot import record, report
 
 pytest.importorskip("triton")
 from pyembed.kernels import distinct, distinct_grad, embed, embed_grad, embed_qkv, expand, rotary, tuning
-from pyembed.kernels.arguments import Epilogue, Terms
+from pyembed.kernels.arguments import PLAIN, Epilogue, Terms
 
 HALF, FULL = (torch.bfloat16, torch.float16), (torch.float32,)
 
@@ -34,13 +34,27 @@ def front_end(dtype, M, D, N, norm, position, bias=True, affine=True, ids=torch.
     )  # fmt: skip
 
 
+def mixed(dtype, M, norm, rotates=False):
+    """Under autocast: 16-bit products over a table of another dtype, forward and backward."""
+    token, weight, vector = meta(50257, 768), meta(2304, 768, dtype=torch.bfloat16), meta(768, dtype=dtype)
+    token, terms = token.to(dtype), Terms(meta(8192, 768, dtype=dtype), report=reported(1, M))
+    cos = meta(8192, 32, dtype=torch.float32)
+    epilogue = Epilogue(rotary=(cos, cos, None, False)) if rotates else PLAIN
+    affine = (vector if norm != "none" else None, vector if norm == "layer" else None)
+    bias = meta(2304, dtype=torch.bfloat16)
+    *_, mean, rstd = embed_qkv.embed_qkv(meta(1, M), token, weight, bias, terms, norm, *affine, 1e-5, (12, 12, 12), epilogue)
+    if norm != "none":
+        rows, grad, terms = meta(M, 768, dtype=dtype), meta(M, 768, dtype=torch.bfloat16), terms._replace(report=None)
+        embed_grad.norm_backward(meta(1, M), token, terms, *affine, mean, rstd, grad, rows, True, torch.bfloat16)
+
+
 def backward(dtype, M, D, norm, position):
     vector, rows = meta(D, dtype=dtype), meta(M, D, dtype=dtype)
     mean, rstd = meta(M if norm == "layer" else 0, dtype=torch.float32), meta(M, dtype=torch.float32)
     for wanted in (rows, None):  # with frozen tables and norm, only normed is computed
         embed_grad.norm_backward(
             meta(1, M), meta(50257, D, dtype=dtype), Terms(meta(8192, D, dtype=dtype) if position else None), vector,
-            vector if norm == "layer" else None, mean, rstd, wanted, wanted, wanted is not None, True,
+            vector if norm == "layer" else None, mean, rstd, wanted, wanted, wanted is not None, dtype,
         )  # fmt: skip
     embed_grad.table_grad(rows, meta(M), 50257)
     for told in (reported(1, M), None):  # of a forward, and within the backward of embed_qkv
@@ -115,7 +129,7 @@ def terms(dtype, M, norm):
         *_, mean, rstd = embed_qkv.embed_qkv(ids, token, weight, None, forward, norm, *affine, 1e-5, (12, 12, 12))
         if norm != "none":
             rows = meta(M, 768, dtype=dtype)
-            embed_grad.norm_backward(ids, token, each, *affine, mean, rstd, rows, rows, True, True)
+            embed_grad.norm_backward(ids, token, each, *affine, mean, rstd, rows, rows, True, dtype)
         elif each.dropout:
             embed.drop_again(meta(M, 768, dtype=dtype), each.dropout)
 
@@ -181,6 +195,10 @@ def launches(device):
         for dtype, M in itertools.product((torch.bfloat16, torch.float32), (2, 4098)):
             calls += [(False, terms, dtype, M, norm) for norm in ("layer", "rms", "none")]
         calls.append((False, terms, torch.bfloat16, 200, "layer"))
+        for M in (1, 17, 199, 513, 4097):
+            calls += [(False, mixed, torch.float32, M, norm) for norm in ("layer", "rms", "none")]
+            calls.append((False, mixed, torch.float32, M, "rms", True))
+        calls.append((False, mixed, torch.float16, 513, "layer"))
         for dtype, M in itertools.product((torch.bfloat16, torch.float32), (2, 20, 200, 514, 4098)):
             for head_dim in (64, 128, 256):
                 calls.append((False, ends, dtype, M, head_dim, True, False, False, True))

@@ -208,9 +208,9 @@ def segment_grad(rows, shape, segment_ids, size):
     return grad
 
 
-def norm_backward(ids, token, terms, norm_weight, norm_bias, mean, rstd, grad_normed, grad_hidden, wants_sum, wants_normed):
+def norm_backward(ids, token, terms, norm_weight, norm_bias, mean, rstd, grad_normed, grad_hidden, wants_sum, normed_dtype):
     """grad_normed (M, D) -> grad_sum (M, D), before dropout, normed (M, D), grad_norm_weight (D,), grad_norm_bias (D,); what is
-    not wanted comes as None. Without grad_normed only normed is computed."""
+    not wanted comes as None, normed where it has no dtype. Without grad_normed only normed is computed."""
     M, T = ids.numel(), ids.shape[-1] if ids.dim() else 1
     V, D = token.shape
     affine_like = norm_bias if norm_weight is None else norm_weight
@@ -218,7 +218,7 @@ def norm_backward(ids, token, terms, norm_weight, norm_bias, mean, rstd, grad_no
     block_m, block_d, warps = tuning.rows(D)
     programs = min(triton.cdiv(M, block_m), 2 * tuning.device_of(token).multiprocessors)
     grad_sum = token.new_empty(M, D) if wants_sum else None
-    normed = token.new_empty(M, D) if wants_normed else None
+    normed = token.new_empty(M, D, dtype=normed_dtype) if normed_dtype else None
     partials = token.new_empty(2, programs, D, dtype=rstd.dtype) if wants_affine else None
     ids, token, norm_weight, norm_bias = tuning.dense(ids, token, norm_weight, norm_bias)
     with tuning.on_device(token):
@@ -295,14 +295,17 @@ def embed_qkv_backward(
             if wants_grad or needs_weight:
                 new_sum, normed, grad_norm_weight, grad_norm_bias = norm_backward(
                     ids, token, terms, norm_weight, norm_bias, mean, rstd, grad_qkv @ weight if wants_grad else None, grad_sum,
-                    needs_sum, needs_weight,
+                    needs_sum, weight.dtype if needs_weight else None,
                 )  # fmt: skip
                 grad_sum, drops = new_sum if needs_sum else None, False
         else:
             if needs_weight:
-                normed = embed(ids, token, terms).view(-1, token.shape[1])
-            if needs_sum:
-                grad_sum = grad_qkv @ weight if grad_sum is None else torch.addmm(grad_sum, grad_qkv, weight)
+                normed = embed(ids, token, terms).view(-1, token.shape[1]).to(weight.dtype)
+            if needs_sum and grad_sum is not None and grad_sum.dtype == weight.dtype:
+                grad_sum = torch.addmm(grad_sum, grad_qkv, weight)
+            elif needs_sum:
+                reached = (grad_qkv @ weight).to(token.dtype)
+                grad_sum = reached if grad_sum is None else grad_sum + reached
         grad_weight = grad_qkv.t() @ normed if needs_weight else None
         grad_bias = grad_qkv.sum(0) if needs_bias else None
     grad_token = grad_position = grad_segment = None

@@ -87,7 +87,8 @@ def embed_qkv_kernel(
             a = load_hidden(token, terms, rows, d, D)
             if rstd is not None:
                 centre = mu if mean is not None else None
-                a = normalise(a.to(ACC), centre, scale, norm_weight, norm_bias, d, D).to(a.dtype)
+                a = normalise(a.to(ACC), centre, scale, norm_weight, norm_bias, d, D)
+            a = a.to(weight.dtype.element_ty)  # under autocast another one than the table's
             inside = (d < D)[:, None] & (n < width)[None, :]
             w = tl.load(weight + column[None, :] * stride_wn + d[:, None] * stride_wd, mask=inside, other=0.0)
             acc = dot(a, w, acc, PRECISION)
@@ -308,6 +309,8 @@ def embed_qkv(
     how many of query, key and value, epilogue: Epilogue -> hidden (..., T, D), query, key and value (..., T, h, d_h), or
     (..., h, T, d_h) where heads come first, mean (M,) and rstd (M,), the last two empty where the norm has none.
 
+    weight and bias may have another dtype than token: that of query, key and value.
+
     With a second query, query is (2, ..., T, h, d_h). folds and tiles override what tuning.py would choose.
     batch_invariant: one order of sums for any number of tokens, so that a token's results have the same bits in every batch.
     """
@@ -316,7 +319,7 @@ def embed_qkv(
     token, bias, norm_weight, norm_bias = tuning.dense(token, bias, norm_weight, norm_bias)
     hidden = token.new_empty(*ids.shape, D)  # in their last shape: a view could not be changed in place by its user
     head_dim = N // sum(heads)
-    qkv = tuple(token.new_empty(shape) for shape in epilogue.shapes(ids.shape, heads, head_dim))
+    qkv = tuple(weight.new_empty(shape) for shape in epilogue.shapes(ids.shape, heads, head_dim))
     statistics = torch.promote_types(token.dtype, torch.float32)
     mean = token.new_empty(M if norm == "layer" else 0, dtype=statistics)
     rstd = token.new_empty(M if norm != "none" else 0, dtype=statistics)
@@ -324,16 +327,18 @@ def embed_qkv(
         return hidden, *qkv, mean, rstd
     device = tuning.device_of(token)
     size = tuning.INVARIANT if batch_invariant else M
-    folds = norm != "none" and (tuning.folds(size, token.dtype) if folds is None else folds)
+    if folds is None:
+        folds = tuning.folds(size, token.dtype) and weight.dtype == token.dtype
+    folds = folds and norm != "none"
     ends, pairs = epilogue.arguments(T, head_dim)
     if tiles is None:
         choose = tuning.embed_qkv_folded if folds else tuning.embed_qkv
-        tiles = choose(size, N, D, token.dtype, device, *epilogue.needs(head_dim))
+        tiles = choose(size, N, D, weight.dtype, device, *epilogue.needs(head_dim))
     query, key = heads[0] * head_dim, heads[1] * head_dim
     runs = tuning.runs(M, triton.cdiv(query, tiles.BLOCK_N) + 2 * triton.cdiv(key, tiles.BLOCK_N), tiles, device)
     outputs = (hidden, qkv, (mean if norm == "layer" else None, rstd if norm != "none" else None))
     shape = (M, terms.period(T), V, terms.places, query, key, runs)
-    options = {"PRECISION": tuning.precision(token.dtype), **pairs, **tiles._asdict(), **tuning.registers(device)}
+    options = {"PRECISION": tuning.precision(weight.dtype), **pairs, **tiles._asdict(), **tuning.registers(device)}
     grid = (triton.cdiv(M, tiles.BLOCK_M) * runs,)
     (ids,) = tuning.dense(ids)
     with tuning.on_device(token):
