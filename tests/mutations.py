@@ -26,6 +26,7 @@ class Mutation(NamedTuple):
 
 KERNELS, QKV, TERMS, ENDS = "kernels/triton/", "tests/test_embed_qkv.py", "tests/test_terms.py", "tests/test_epilogue.py"
 GRAD, ROTARY, DISTINCT = "tests/test_embed_grad.py", "tests/test_rotary.py", "tests/test_distinct_kernels.py"
+IDS, SAME, CAST = "tests/test_ids.py", "tests/test_determinism.py", "tests/test_autocast.py"
 MUTATIONS = [
     Mutation(
         KERNELS + "tiles.py", "known = (row >= 0) & (row < size)", "known = row < size", "tests/test_embed.py -k without_a_row"
@@ -111,8 +112,8 @@ MUTATIONS = [
     ),
     Mutation(
         "pyembed/functional.py",
-        "return torch.randint(2**62, (1,)",
-        "return torch.zeros(1, dtype=torch.int64); (1,)",
+        "torch.randint(2**62, (1,), device=device)",
+        "torch.zeros(1, dtype=torch.int64, device=device)",
         TERMS + " -k nn",
     ),
     Mutation("pyembed/checks.py", "if low < 0 or high >= size:", "if high >= size:", "tests/test_functional.py"),
@@ -121,6 +122,18 @@ MUTATIONS = [
     ),
     Mutation("pyembed/checks.py", "if not 0 <= dropout <= 1:", "if dropout < 0:", TERMS + " -k bad"),
     Mutation("pyembed/planner.py", 'return "token rows are scaled"', "return None", TERMS + " " + ENDS),
+    Mutation(KERNELS + "tiles.py", "token | ((row >> 29) & low)", "token | ((row >> 28) & low)", IDS + " -k report"),
+    Mutation(KERNELS + "tiles.py", "mask & (known == 0), size)", "known == 0, size)", IDS + " -k report"),
+    Mutation(KERNELS + "tiles.py", "period, rows, report, 3)", "period, rows, report, 1)", IDS + " -k report"),
+    Mutation(KERNELS + "embed_qkv.py", "tuning.INVARIANT if batch_invariant else M", "M", SAME + " -k tiles"),
+    Mutation("pyembed/ids.py", "token, table, words = min(found)", "token, table, words = max(found)", IDS + " -k report"),
+    Mutation("pyembed/ids.py", "x.clamp(0, size - 1)", "x.clamp(0, size)", IDS + " -k clamp"),
+    Mutation("pyembed/ids.py", "absent.unsqueeze(-1), 0)", "absent.unsqueeze(-1), 1)", IDS + " -k zero"),
+    Mutation("pyembed/ids.py", ".unsqueeze(-1), 1.0), sin", ".unsqueeze(-1), 0.0), sin", IDS + " -k zero"),
+    Mutation("pyembed/reference.py", "rows.split(ROWS)", "rows.split(max(1, rows.shape[0]))", SAME + " -k invariant"),
+    Mutation("pyembed/ops.py", "torch.autocast(device_type, enabled=False)", "contextlib.nullcontext()", CAST),
+    Mutation("pyembed/functional.py", "else t.to(cast) for t in", "else t for t in", CAST),
+    Mutation("pyembed/planner.py", 'is_autocast_enabled("cpu") or', 'is_autocast_enabled("xpu") or', CAST + " -k plans"),
     Mutation("pyembed/parts.py", 'return f"{name} has a padding_idx"', "pass", "tests/test_modules.py"),
     Mutation("pyembed/reference.py", "query, query + second.view", "query, query - second.view", ENDS + " -k transformer_xl"),
 ]
