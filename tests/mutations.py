@@ -123,7 +123,6 @@ MUTATIONS = [
     Mutation("pyembed/checks.py", "if not 0 <= dropout <= 1:", "if dropout < 0:", TERMS + " -k bad"),
     Mutation("pyembed/planner.py", 'return "token rows are scaled"', "return None", TERMS + " " + ENDS),
     Mutation(KERNELS + "tiles.py", "token | ((row >> 29) & low)", "token | ((row >> 28) & low)", IDS + " -k report"),
-    Mutation(KERNELS + "tiles.py", "mask & (known == 0), size)", "known == 0, size)", IDS + " -k report"),
     Mutation(KERNELS + "tiles.py", "period, rows, report, 3)", "period, rows, report, 1)", IDS + " -k report"),
     Mutation(KERNELS + "embed_qkv.py", "tuning.INVARIANT if batch_invariant else M", "M", SAME + " -k tiles"),
     Mutation("pyembed/ids.py", "token, table, words = min(found)", "token, table, words = max(found)", IDS + " -k report"),

@@ -32,7 +32,7 @@ def load_rows(ids, index, mask, size, report=None, m=None, TABLE: tl.constexpr =
     row = tl.load(ids + index, mask=mask, other=0).to(tl.int64)
     known = (row >= 0) & (row < size)
     if report is not None:
-        report_absent(report, TABLE, row, m, mask & (known == 0), size)
+        report_absent(report, TABLE, row, m, known == 0, size)
     return tl.where(known, row, 0), known
 
 
