@@ -32,9 +32,11 @@ def _seed(dropout: float, device: torch.device) -> Tensor | None:
     return torch.randint(2**62, (1,), device=device) if dropout else None
 
 
-def _check_computed(ids, token, position, position_ids):
-    if position is not None and not position.is_floating_point():  # PyTorch would compute any, but kernels not
-        check_ranges(ids, token, position, position_ids)
+def _check_computed(ids, token, position, position_ids, rotary=None):
+    """Positions that PyTorch would take though no row is theirs: it computes any, and counts negative turns from the end."""
+    turns = position is None and position_ids is not None and isinstance(rotary, Rotary)
+    if turns or position is not None and not position.is_floating_point():
+        check_ranges(ids, token, position, position_ids, rotary)
 
 
 def _run(kernel, eager, token, *looked_at):
@@ -44,7 +46,7 @@ def _run(kernel, eager, token, *looked_at):
         return kernel()
     try:
         return eager()
-    except IndexError:  # PyTorch looks at every id on the CPU anyway: only its message lacks what is wrong where
+    except (IndexError, RuntimeError):  # PyTorch looks at every id on the CPU anyway: its message lacks what is wrong where
         check_ranges(*looked_at)
         raise
 
@@ -69,7 +71,7 @@ def embedding(
         return embed(ids, weight, padding_idx=padding_idx)
     try:
         return torch.nn.functional.embedding(ids, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
-    except (AssertionError, IndexError):  # PyTorch's message lacks what is wrong where
+    except (AssertionError, IndexError, RuntimeError):  # PyTorch's message lacks what is wrong where
         padding_row(padding_idx, weight.shape[0])
         check_ranges(ids, weight, None, None)
         raise
@@ -203,7 +205,7 @@ def embed_qkv(
         bias=bias, norm_weight=norm_weight, norm_bias=norm_bias, query_norm=query_norm, key_norm=key_norm,
     )  # fmt: skip
     check_positions(ids, position, position_ids, rotary)
-    _check_computed(ids, token, position, position_ids)
+    _check_computed(ids, token, position, position_ids, rotary)
     check_rotary(rotary, ids, head_dim)
     if heads_first and ids.dim() == 0:
         raise ValueError("heads_first: expected False for ids of shape (), which have no length to come behind heads; got True")

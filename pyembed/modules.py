@@ -213,7 +213,7 @@ class EmbeddingQKV(KeepsTable):
             checks.check_rotary(rotary, ids, self._head_dim)
         arguments = {"position": position, "padding_idx": padding_idx, "rotary": rotary, **options}
         usual = distinct is None and segment_ids is None and query_biases is None
-        usual &= position_ids is None or rotary is None and position is not None
+        usual &= position_ids is None or rotary is None and position is not None and position.is_floating_point()
         if usual and planner.is_trivial(ids, token, weight):
             # PyTorch checks too, but for shapes that it would broadcast; the call below says what is wrong.
             with contextlib.suppress(IndexError, RuntimeError, TypeError, AttributeError):
@@ -246,6 +246,8 @@ class EmbeddingQKV(KeepsTable):
         if position_ids is not None or segment_ids is not None:  # PyTorch would broadcast, or never look
             self._check_shapes(ids, position_ids, segment_ids)
         token, position, norm, qkv = (self._modules[name] for name in ("token", "position", "norm", "qkv"))
+        if position_ids is not None and (self.position_offset or isinstance(position, positions.Sinusoidal)):
+            self._check(ids, position_ids)  # a negative one would have a row
         hidden = token(ids) if self.scale is None else token(ids) * self.scale
         if self._modules["segment"] is not None:
             hidden = hidden + self.segment(torch.zeros_like(ids) if segment_ids is None else segment_ids)
