@@ -34,11 +34,12 @@ def _seed(dropout: float, device: torch.device) -> Tensor | None:
     return torch.randint(2**62, (1,), device=device) if dropout else None
 
 
-def _check_computed(policy, ids, token, position, position_ids):
-    if (
-        policy == "raise" and position is not None and not position.is_floating_point()
-    ):  # PyTorch would compute any, but kernels not
-        check_ranges(ids, token, position, position_ids)
+def _check_computed(policy, ids, token, position, position_ids, rotary=None):
+    """Positions that PyTorch would take though no row is theirs: it computes any, and counts negative turns from the end."""
+    turns = position is None and position_ids is not None and isinstance(rotary, Rotary)
+    computed = position is not None and not position.is_floating_point()
+    if policy == "raise" and (turns or computed):
+        check_ranges(ids, token, position, position_ids, rotary)
 
 
 def _run(kernel, eager, token, policy, *looked_at):
@@ -49,7 +50,7 @@ def _run(kernel, eager, token, policy, *looked_at):
         return kernel()
     try:
         return eager()
-    except IndexError:  # PyTorch looks at every id on the CPU anyway: only its message lacks what is wrong where
+    except (IndexError, RuntimeError):  # PyTorch looks at every id on the CPU anyway: its message lacks what is wrong where
         check_ranges(*looked_at)
         raise
 
@@ -82,7 +83,7 @@ def embedding(
 
     try:
         return outside.rows(policy, look_up, kept(policy, ids, weight)[0], weight.shape[0])
-    except (AssertionError, IndexError):  # PyTorch's message lacks what is wrong where
+    except (AssertionError, IndexError, RuntimeError):  # PyTorch's message lacks what is wrong where
         padding_row(padding_idx, weight.shape[0])
         check_ranges(ids, weight, None, None)
         raise
@@ -247,7 +248,7 @@ def embed_qkv(
     )  # fmt: skip
     ids, position_ids, segment_ids = kept(policy, ids, token, position, position_ids, segment, segment_ids, rotary)
     check_positions(ids, position, position_ids, rotary)
-    _check_computed(policy, ids, token, position, position_ids)
+    _check_computed(policy, ids, token, position, position_ids, rotary)
     check_rotary(rotary, ids, head_dim)
     if heads_first and ids.dim() == 0:
         raise ValueError("heads_first: expected False for ids of shape (), which have no length to come behind heads; got True")

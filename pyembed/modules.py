@@ -220,7 +220,8 @@ class EmbeddingQKV(KeepsTable):
         arguments = {"position": position, "padding_idx": padding_idx, "rotary": rotary, **options}
         usual = distinct is None and segment_ids is None and query_biases is None
         usual &= policy != "zero" and not self.batch_invariant
-        usual &= position_ids is None or rotary is None and position is not None and not position_ids.is_meta
+        if position_ids is not None:
+            usual &= rotary is None and position is not None and position.is_floating_point() and not position_ids.is_meta
         if usual and planner.is_trivial(ids, token, weight):
             # PyTorch checks too, but for shapes that it would broadcast; the call below says what is wrong.
             with contextlib.suppress(IndexError, RuntimeError, TypeError, AttributeError):
@@ -257,6 +258,8 @@ class EmbeddingQKV(KeepsTable):
             self._check_shapes(ids, position_ids, segment_ids)
         token, position, norm, qkv = (self._modules[name] for name in ("token", "position", "norm", "qkv"))
         policy = self._policy()
+        if position_ids is not None and (self.position_offset or isinstance(position, positions.Sinusoidal)):
+            self._check(ids, position_ids)  # a negative one would have a row
         hidden = outside.rows(policy, token, ids, token.weight.shape[0])
         if self.scale is not None:
             hidden = hidden * self.scale

@@ -76,7 +76,7 @@ class Table:
             raise torch.OutOfMemoryError(str(error)) from error  # the CPU's allocator has no type of its own
 
     def _build(self, weight, bias, norm_weight, norm_bias):
-        tables = [self.token] if self.position is None else [self.position, self.token]
+        tables = [table for table in (self.position, self.token) if table is not None and len(table)]
         places = 0 if self.position is None else self.position.shape[0]
         wide, N = distinct.wide_dtype(self.token.dtype), weight.shape[0]
         self.projected = self.token.new_empty(places + self.token.shape[0], N, dtype=self.dtype)
@@ -86,7 +86,7 @@ class Table:
             # No entry exceeds the product of two norms (Cauchy, Schwarz): a power of two that brings all of them into range.
             longest = [distinct.centred(t, self.norm).norm(dim=1).amax().item() for t in (*tables, weight)]
             scale = 1.0 if norm_weight is None else norm_weight.abs().amax().item()
-            bound = max(max(longest[:-1]) * longest[-1] * scale, 1e-30)
+            bound = max(max(longest[:-1], default=0.0) * longest[-1] * scale, 1e-30)
             self.unit = 2.0 ** math.floor(15 - math.log2(bound)) if math.isfinite(bound) else 1.0
         for table in tables:
             for rows in table.split(CHUNK):

@@ -7,6 +7,7 @@ import torch
 import pyembed
 
 hypothesis.settings.register_profile("ci", derandomize=True)  # the same cases on every run: a red test is a change's doing
+hypothesis.settings.register_profile("nightly", max_examples=2000)  # other cases on every run, of tests that set no number
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 if "PYTEST_XDIST_WORKER" in os.environ:

@@ -31,6 +31,9 @@ MUTATIONS = [
     Mutation(
         KERNELS + "tiles.py", "known = (row >= 0) & (row < size)", "known = row < size", "tests/test_embed.py -k without_a_row"
     ),
+    Mutation(
+        KERNELS + "tiles.py", "other=0).to(tl.int64)\n    known", "other=0)\n    known", "tests/test_sizes.py -k tables_beyond"
+    ),
     Mutation(KERNELS + "tiles.py", "place = m % T\n    known = place", "place = m\n    known = place", QKV),
     Mutation(KERNELS + "tiles.py", "x = (x.to(ACC) * scale).to(x.dtype)", "x = x", TERMS + " -k scale"),
     Mutation(KERNELS + "tiles.py", "load_rows(kind_ids, m % period,", "load_rows(kind_ids, m,", TERMS + " -k segments"),

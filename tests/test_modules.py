@@ -419,3 +419,33 @@ def test_combine_refuses():
     assert "combine='concat', scale=4.0" in repr(TokenPositionEmbedding(11, 16, 5, combine="concat", scale=4.0))
     scalar = TokenPositionEmbedding(11, 16, 5, combine="concat")(torch.tensor(3))
     assert scalar.shape == (32,)
+
+
+def fronts_of_positions():
+    """Whose rows PyTorch's operators would find for a negative position too."""
+    three, token = tuple(nn.Linear(4, 4) for _ in range(3)), nn.Embedding(3, 4)
+    sines, turns = {"position": "sinusoidal", "max_length": None}, {"position": "rotary", "max_length": 8}
+    return {
+        "sines": pyembed.EmbeddingQKV(3, 4, 1, **sines),
+        "sines beside": pyembed.EmbeddingQKV(3, 4, 1, **sines, combine="concat"),
+        "sines, three projections": pyembed.EmbeddingQKV.from_modules(
+            token, pyembed.positions.Sinusoidal(None, 4), qkv=three, num_heads=1
+        ),
+        "turns": pyembed.EmbeddingQKV(3, 4, 1, **turns),
+        "turns, three projections": pyembed.EmbeddingQKV.from_modules(
+            token, qkv=three, num_heads=1, rotary=pyembed.Rotary(4, 8)
+        ),
+        "offset": pyembed.EmbeddingQKV(3, 4, 1, max_length=5, position_offset=2),
+        "offset beside": pyembed.EmbeddingQKV(3, 4, 1, max_length=5, position_offset=2, combine="concat"),
+    }
+
+
+@pytest.mark.parametrize("plan", ["auto", "one_pass"])
+@pytest.mark.parametrize("backend", ["auto", "torch", "triton"])
+@pytest.mark.parametrize("kind", fronts_of_positions())
+def test_a_negative_position_has_no_row(kind, backend, plan):
+    front, ids = fronts_of_positions()[kind], torch.tensor([[0, 1]])
+    with pyembed.backend(backend), pyembed.plan(plan):
+        front(ids, torch.tensor([0, 1]))
+        with pytest.raises(IndexError, match=r"position_ids: expected values in .* got -1 at \(1,\)"):
+            front(ids, torch.tensor([0, -1]))

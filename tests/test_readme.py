@@ -1,5 +1,6 @@
 """What README shows is run."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -10,10 +11,11 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_snippets_run():
+def test_snippets_run(tmp_path, monkeypatch):
     """The Python blocks, in order, in one namespace; the lines below «Equivalent to» are."""
     blocks = re.findall(r"```python\n(.*?)```", README, re.S)
     assert len(blocks) >= 4
+    monkeypatch.chdir(tmp_path)
     names = {}
     for block in blocks:
         before = {k: names.get(k) for k in ("hidden", "query", "key", "value")}
@@ -34,3 +36,28 @@ def test_commands_are_whole(command):
 def test_kernels_folder_is_no_package():
     """kernels/__init__.py would shadow Hugging Face's `kernels`."""
     assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def calls_of(path):
+    """(function, arguments, arguments by keyword), as their source, of every call in a file."""
+    text = path.read_text(encoding="utf-8")
+    for part in re.findall(r"```python\n(.*?)```", text, re.S) if path.suffix == ".md" else [text]:
+        for node in ast.walk(ast.parse(part)):
+            if isinstance(node, ast.Call):
+                named = {k.arg: ast.unparse(k.value) for k in node.keywords}
+                yield ast.unparse(node.func), [ast.unparse(argument) for argument in node.args], named
+
+
+def test_files_are_loaded_without_running_code():
+    """By safetensors, or torch.load(weights_only=True): a pickle runs what it holds. Tests copy modules by one, in memory."""
+    paths = [path for path in (*ROOT.rglob("*.py"), *ROOT.rglob("*.md")) if ".git" not in path.parts]
+    assert {"modules.py", "README.md", "bench_plans.py", "test_embedding.py", "setup.py"} <= {path.name for path in paths}
+    unsafe = ("pickle.load", "Unpickler", "dill.load", "joblib.load", "marshal.load", "marshal.loads", "shelve.open")
+    for path in paths:
+        for function, given, named in calls_of(path):
+            where = f"{path.relative_to(ROOT)}: {function}"
+            assert not function.endswith(unsafe) and named.get("allow_pickle") != "True", where
+            if function.endswith("pickle.loads"):
+                assert "tests" in path.parts and given[0].startswith("pickle.dumps("), where
+            if function == "torch.load":
+                assert named.get("weights_only") == "True", where
