@@ -221,7 +221,8 @@ class EmbeddingQKV(KeepsTable):
         usual = distinct is None and segment_ids is None and query_biases is None
         usual &= policy != "zero" and not self.batch_invariant
         if position_ids is not None:
-            usual &= rotary is None and position is not None and position.is_floating_point() and not position_ids.is_meta
+            usual &= rotary is None and position is not None and position.is_floating_point()
+            usual &= not getattr(position_ids, "is_meta", True)
         if usual and planner.is_trivial(ids, token, weight):
             # PyTorch checks too, but for shapes that it would broadcast; the call below says what is wrong.
             with contextlib.suppress(IndexError, RuntimeError, TypeError, AttributeError):
@@ -235,7 +236,7 @@ class EmbeddingQKV(KeepsTable):
 
     def _compose(self, ids, *call):
         """The call by the modules themselves, one after the other."""
-        if any(t is not None and t.is_meta for t in (ids, call[0], call[2])):
+        if any(getattr(t, "is_meta", False) for t in (ids, call[0], call[2])):
             self._check(ids, call[0], call[2])  # PyTorch would return meta tensors unasked
         try:
             return self._call(ids, *call)
