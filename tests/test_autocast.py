@@ -65,6 +65,20 @@ def test_functional(backend, variant, inside):
         assert_no_worse(f"grad of {name}", ours, theirs[name], oracle[f"grad of {name}"])
 
 
+@pytest.mark.parametrize("plan", ["one_pass", "distinct"])
+def test_a_backward_within_it_of_a_forward_outside(plan):
+    """Loses no digit: an operator's products have the dtypes of what it was given."""
+    case = Case(torch.float32, DEVICE)
+    leaves = {k: p.detach().requires_grad_() for k, p in case.parameters.items()}
+    with pyembed.backend("triton"), pyembed.plan(plan):
+        outputs = F.embed_qkv(case.ids, **leaves, **case.options)
+        outside = torch.autograd.grad(list(outputs), list(leaves.values()), case.grads, retain_graph=True)
+        with autocast():
+            within = torch.autograd.grad(list(outputs), list(leaves.values()), case.grads)
+    for name, ours, theirs in zip(leaves, within, outside, strict=True):
+        assert torch.equal(ours, theirs), name
+
+
 def options(name):
     head = torch.ones(8, device=DEVICE) * 1.25
     return {
