@@ -43,6 +43,9 @@ def check_alike(token: Tensor, ids: Tensor | None, **others: Tensor | None):
             dtypes.add(torch.int64)  # positions.sinusoidal_steps
         if not name.endswith("ids") and tensor.dtype not in dtypes:
             raise TypeError(f"{name}: expected dtype {token.dtype}, that of token; got {tensor.dtype}")
+    weight, bias = others.get("norm_weight"), others.get("norm_bias")
+    if weight is not None and bias is not None and weight.dtype != bias.dtype:
+        raise TypeError(f"norm_bias: expected dtype {weight.dtype}, that of norm_weight; got {bias.dtype}")
 
 
 def check_positions(ids: Tensor, position: Tensor | None, position_ids: Tensor | None, rotary=None):
