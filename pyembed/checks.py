@@ -46,6 +46,9 @@ def check_alike(token: Tensor, ids: Tensor | None, **others: Tensor | None):
             continue  # the product casts them
         if not name.endswith("ids") and tensor.dtype not in dtypes:
             raise TypeError(f"{name}: expected dtype {token.dtype}, that of token; got {tensor.dtype}")
+    weight, bias = others.get("norm_weight"), others.get("norm_bias")
+    if weight is not None and bias is not None and weight.dtype != bias.dtype:
+        raise TypeError(f"norm_bias: expected dtype {weight.dtype}, that of norm_weight; got {bias.dtype}")
 
 
 def places_of(position: Tensor | None, rotary) -> dict[str, int]:

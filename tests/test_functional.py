@@ -93,6 +93,16 @@ def test_embed_and_embedding_check_too(backend):
             F.embed(torch.tensor([0]), torch.randn(7, 3), torch.randn(7, 4))
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_norm_has_one_dtype(backend):
+    given = {k: v.half() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in arguments().items()}
+    with (
+        pyembed.backend(backend),
+        pytest.raises(TypeError, match=r"norm_bias: expected dtype torch.float32, .* got torch.float16"),
+    ):
+        F.embed_qkv(**given | {"norm_weight": torch.ones(8)})
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_backends_agree(dtype):
     given = arguments()

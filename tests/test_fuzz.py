@@ -24,7 +24,7 @@ RUNS = [
     *(("triton", plan) for plan in ("one_pass", "distinct", "table")),
 ]
 TERMS = ("position", "position_ids", "padding_idx", "scale", "segment", "segment_ids")
-NEIGHBOURS = 16
+NEIGHBOURS = 32
 
 
 def module_of(call, leaves):
@@ -136,9 +136,10 @@ def _ratio(size, sum_size):
 def assert_right(call, found, plan):
     eager, oracle = eager_and_oracle(call)
     lost, near = lost_by_cancelling(call, plan, oracle), None
-    computed = "position" in call.options  # its sines, by a polynomial: one rounding more than float64's
+    floor = 4.0 if "position" in call.options else 1.0  # of computed sines: one rounding more than float64's
+    factor = 3.0 if call.parameters["token"].dtype == torch.float64 else 2.0  # its oracle errs as eager does
     for name in oracle:
-        budget = {"factor": 2.0 * lost[name], "floor": (4.0 if computed else 1.0) * lost[name]}
+        budget = {"factor": factor * lost[name], "floor": floor * lost[name]}
         try:
             assert_no_worse(name, found[name], eager[name].to(found[name].dtype), oracle[name], **budget)
         except AssertionError:
@@ -171,7 +172,8 @@ def assert_dropped(call, found):
     hidden = found["hidden"].double()
     kept, factor = hidden != 0, 0.0 if probability == 1 else 1 / (1 - probability)
     torch.testing.assert_close(hidden[kept], whole.double()[kept] * factor, rtol=4 * torch.finfo(whole.dtype).eps, atol=1e-6)
-    assert all(tensor.isfinite().all() for tensor in found.values())
+    overflows = whole.dtype == torch.float16  # eager's gradients too, of rows of which all was dropped
+    assert all(tensor.isfinite().all() for name, tensor in found.items() if not (overflows and name.startswith("grad")))
     if "query" in found:
         options |= {"position_ids": call.options.get("position_ids")}
         rows = {k: v for k, v in call.parameters.items() if k not in ("token", "position", "segment")}
@@ -213,6 +215,7 @@ def test_calls(backend, plan, data):
             if call.error[0] is IndexError and plan != "distinct":
                 assert_policies(call, plan)
             return
+        torch.manual_seed(0)
         found = run(call, ours=True)
     if call.options.get("dropout"):
         assert_dropped(call, found)
