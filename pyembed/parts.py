@@ -17,7 +17,7 @@ def is_conv1d(qkv):
 
 def is_llama_norm(norm):
     """Hugging Face's RMSNorm of Llama and of the models that copied it: weight, and variance_epsilon."""
-    return hasattr(norm, "variance_epsilon") and "RMSNorm" in type(norm).__name__
+    return "variance_epsilon" in norm.__dict__ and "RMSNorm" in type(norm).__name__
 
 
 def is_gemma_norm(norm):
@@ -66,6 +66,14 @@ def _has_stock_forward(kind):
     return kind in _STOCK or any(kind.forward is stock.forward for stock in _STOCK if issubclass(kind, stock))
 
 
+def _is_known(name, part):
+    """Whether it is one of transformers' whose forward is known."""
+    if "norm" in name:
+        return is_llama_norm(part) or is_gemma_norm(part)
+    known = {"qkv": is_conv1d, "position": position_offset, "token": scales_itself}
+    return name in known and known[name](part)
+
+
 def foreign(modules):
     """Why the parts must be called, since their weights are not all that they do; None: they are."""
     for name in NAMES:
@@ -80,12 +88,8 @@ def foreign(modules):
         for part in module if isinstance(module, nn.ModuleList) else (module,):
             if part._forward_pre_hooks or part._forward_hooks or part._backward_pre_hooks or part._backward_hooks:
                 return f"{name} has hooks"
-            kind = type(part)
-            copied = is_llama_norm(part) or is_gemma_norm(part) if "norm" in name else name == "qkv" and is_conv1d(part)
-            stock = _has_stock_forward(kind) or copied or name == "position" and position_offset(part)
-            stock = stock or name == "token" and scales_itself(part)
-            if not stock or "forward" in part.__dict__:
-                return f"{name}, a {kind.__name__}, has a forward of its own"
+            if not (_has_stock_forward(type(part)) or _is_known(name, part)) or "forward" in part.__dict__:
+                return f"{name}, a {type(part).__name__}, has a forward of its own"
     query, key = modules["query_norm"], modules["key_norm"]
     if query is not None and not (_is_rms(query) and _is_rms(key) and _eps(query) == _eps(key)):
         return "query_norm and key_norm are not RMSNorms with weights and the same eps"
