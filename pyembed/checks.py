@@ -5,6 +5,7 @@ from torch import Tensor
 
 from . import planner
 from .distinct import DistinctIds
+from .ids import given_places
 from .reference import rows_of
 from .rotary import Rotary
 
@@ -42,8 +43,8 @@ def check_alike(token: Tensor, ids: Tensor | None, **others: Tensor | None):
             dtypes.add(torch.promote_types(token.dtype, torch.float32))
         if name == "position":
             dtypes.add(torch.int64)  # positions.sinusoidal_steps
-        if name in ("weight", "bias") and tensor.is_floating_point() and planner.autocast_dtype(token):
-            continue  # the product casts them
+        if name in ("weight", "bias") and planner.autocast_dtype(token):
+            dtypes |= {torch.float32, torch.float16, torch.bfloat16}  # which the product casts
         if not name.endswith("ids") and tensor.dtype not in dtypes:
             raise TypeError(f"{name}: expected dtype {token.dtype}, that of token; got {tensor.dtype}")
     weight, bias = others.get("norm_weight"), others.get("norm_bias")
@@ -94,6 +95,10 @@ def check_terms(ids: Tensor, token: Tensor, position, position_ids, segment, seg
         if segment is None:
             raise ValueError("segment_ids: expected None where there is no table of segments, got a Tensor")
         _check_like_ids("segment_ids", segment_ids, ids)
+    for name, table, given in (("token", token, ids), ("position", position, position_ids)):
+        if table is not None and given is not None and table.shape[0] == 0 and given.numel() and ids.numel():
+            of = "ids" if given is ids else "position_ids"
+            raise IndexError(f"{name}: expected a row for each of {of}, got a table of 0 rows")
     if segment is not None and segment.shape[0] == 0 and ids.numel():
         raise IndexError("segment: expected a row for each of segment_ids (None: row 0), got a table of 0 rows")
     if not isinstance(dropout, int | float):
@@ -188,6 +193,8 @@ def check_front_end(
     """A front end's ids: types, devices and shapes, and values too where the policy is "raise" and looking costs no wait."""
     check_terms(ids, token, position, position_ids, segment, segment_ids, None, 0.0)
     check_alike(token, ids, position_ids=position_ids, segment_ids=segment_ids)
+    if policy in ("clamp", "zero"):
+        position_ids = given_places(ids, position_ids, min([*places_of(position, rotary).values(), 2**31]))
     check_positions(ids, position, position_ids, rotary)
     if policy == "raise":
         check_ranges(ids, token, position, position_ids, rotary, segment, segment_ids)

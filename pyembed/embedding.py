@@ -87,8 +87,9 @@ class TokenPositionEmbedding(outside.HasIdPolicy):
                 segment_ids=segment_ids, dropout=self.dropout.p if self.training else 0.0, id_policy=self._id_policy,
             )  # fmt: skip
         policy = self._policy()
-        ids, position_ids, _ = F.kept(policy, ids, token, position, position_ids, None, None)
         checks.check_front_end(ids, token, position, position_ids, segment_ids=segment_ids, policy=policy)
+        if policy in ("clamp", "zero"):
+            ids, position_ids, _ = F.kept(policy, ids, token, position, position_ids)
         if position.device != token.device:
             raise ValueError(f"position: expected device {token.device}, that of token; got {position.device}")
         rows = F.embed(ids, token, padding_idx=padding_idx, scale=self.scale, id_policy=policy)

@@ -82,11 +82,21 @@ def embedding(
         return torch.nn.functional.embedding(ids, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
 
     try:
-        return outside.rows(policy, look_up, kept(policy, ids, weight)[0], weight.shape[0])
+        if policy == "zero":
+            return _zeros_for_absent(look_up, ids, weight, max_norm is not None or scale_grad_by_freq or sparse)
+        return look_up(outside.clamped(ids, weight.shape[0]) if policy == "clamp" else ids)
     except (AssertionError, IndexError, RuntimeError):  # PyTorch's message lacks what is wrong where
         padding_row(padding_idx, weight.shape[0])
         check_ranges(ids, weight, None, None)
         raise
+
+
+def _zeros_for_absent(look_up, ids, weight, has_side_effects):
+    """look_up(ids), zeros where there is no row; where looking up has side effects, no other row is looked up instead."""
+    if not has_side_effects:
+        return outside.rows("zero", look_up, ids, weight.shape[0])
+    there = (ids >= 0) & (ids < weight.shape[0])
+    return weight.new_zeros(*ids.shape, weight.shape[1]).index_put((there,), look_up(ids[there]))
 
 
 def unkernelled(ids, weight, max_norm=None, scale_grad_by_freq=False, sparse=False, policy="raise") -> str | None:
@@ -110,14 +120,14 @@ def unkernelled(ids, weight, max_norm=None, scale_grad_by_freq=False, sparse=Fal
 
 
 def kept(policy, ids, token, position=None, position_ids=None, segment=None, segment_ids=None, rotary=None):
-    """ids, position_ids and segment_ids as the policy leaves them."""
-    if policy not in ("clamp", "zero"):
-        return ids, position_ids, segment_ids
-    places = min(places_of(position, rotary).values(), default=None)
+    """ids, position_ids and segment_ids as the policies "clamp" and "zero" leave them."""
+    sizes = places_of(position, rotary).values()
+    position_ids = outside.given_places(ids, position_ids, min([*sizes, 2**31]))
     if policy == "zero":
-        return ids, outside.given_places(ids, position_ids, places), segment_ids
-    kinds = None if segment is None else segment.shape[0]
-    return outside.clamped(ids, position_ids, segment_ids, token.shape[0], places, kinds)
+        return ids, position_ids, segment_ids
+    places, kinds = None if position is None else reference.rows_of(position), None if segment is None else segment.shape[0]
+    given = ((ids, token.shape[0]), (position_ids, places), (segment_ids, kinds))
+    return tuple(outside.clamped(x, size) for x, size in given)
 
 
 def _looking_up(policy):
@@ -148,7 +158,8 @@ def embed(
     policy = outside.applied(id_policy)
     check_terms(ids, token, position, position_ids, segment, segment_ids, scale, dropout)
     check_alike(token, ids, position=position, position_ids=position_ids, segment=segment, segment_ids=segment_ids)
-    ids, position_ids, segment_ids = kept(policy, ids, token, position, position_ids, segment, segment_ids)
+    if policy in ("clamp", "zero"):
+        ids, position_ids, segment_ids = kept(policy, ids, token, position, position_ids, segment, segment_ids)
     check_positions(ids, position, position_ids)
     _check_computed(policy, ids, token, position, position_ids)
     padding_idx = padding_row(padding_idx, token.shape[0])
@@ -246,14 +257,17 @@ def embed_qkv(
         token, ids, position=position, position_ids=position_ids, segment=segment, segment_ids=segment_ids, weight=weight,
         bias=bias, norm_weight=norm_weight, norm_bias=norm_bias, query_norm=query_norm, key_norm=key_norm,
     )  # fmt: skip
-    ids, position_ids, segment_ids = kept(policy, ids, token, position, position_ids, segment, segment_ids, rotary)
+    check_rotary(rotary, ids, head_dim)
+    check_distinct(distinct, ids)
+    turn_ids = position_ids
+    if policy in ("clamp", "zero"):
+        distinct = None  # of ids as they came
+        ids, position_ids, segment_ids = kept(policy, ids, token, position, position_ids, segment, segment_ids, rotary)
     check_positions(ids, position, position_ids, rotary)
     _check_computed(policy, ids, token, position, position_ids, rotary)
-    check_rotary(rotary, ids, head_dim)
     if heads_first and ids.dim() == 0:
         raise ValueError("heads_first: expected False for ids of shape (), which have no length to come behind heads; got True")
     padding_idx = padding_row(padding_idx, token.shape[0])
-    check_distinct(distinct, ids)
 
     cast = planner.autocast_dtype(token)
     if query_biases is not None:
@@ -262,7 +276,7 @@ def embed_qkv(
     places = None if position is None else position_ids
     arguments = (ids, token, weight, bias, position, places, norm_weight, norm_bias)
     options = (num_heads, num_kv_heads, norm or "none", eps, row)
-    rotation = NO_ROTATION if rotary is None else outside.rotation(policy, rotary, ids, position_ids)
+    rotation = NO_ROTATION if rotary is None else outside.rotation(policy, rotary, ids, turn_ids)
     # What comes after the projection, and the part of it that PyTorch's operators do where a kernel does not.
     ends = {"query_norm": query_norm, "key_norm": key_norm, "head_eps": head_eps, "second": second, "heads_first": heads_first}
     ends["rotation"] = None if rotary is None else rotation
@@ -303,9 +317,7 @@ def embed_qkv(
     affine = (norm_weight, norm_bias, query_norm, key_norm, second)
     products = planner.products_of(token, weight, position, norm_weight, norm_bias, bias)
     known = None if distinct is None else distinct.ids.numel()
-    refused = planner.refuses(position, scale, segment, dropout, policy, batch_invariant)
-    if cast is not None and not refused:
-        refused = "autocast is on"
+    refused = planner.refuses(token, position, scale, segment, dropout, policy, batch_invariant)
     if planner.choose(ids, token, weight, position, places, norm is not None, products, known, refused).name == "distinct":
         kernel = eager = once_each
     return _run(kernel, eager, token, policy, ids, token, position, position_ids, rotary, segment, segment_ids)

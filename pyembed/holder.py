@@ -17,11 +17,13 @@ class HoldsParts(outside.HasIdPolicy):
         tables = (self._position(), position_ids, self._modules["rotary"], segment, segment_ids)
         checks.check_front_end(ids, token, *tables, self._policy())
 
-    def _kept(self, ids, position_ids, segment_ids, rotary):
+    def _kept(self, ids, position_ids, segment_ids):
         """The three as the policy leaves them."""
+        policy = self._policy()
+        if policy not in ("clamp", "zero"):
+            return ids, position_ids, segment_ids
         token, segment = self._modules["token"].weight, getattr(self._modules["segment"], "weight", None)
-        tables = (self._position(), position_ids, segment, segment_ids, rotary or self._modules["rotary"])
-        return F.kept(self._policy(), ids, token, *tables)
+        return F.kept(policy, ids, token, self._position(), position_ids, segment, segment_ids)
 
     def _check_shapes(self, ids, position_ids, segment_ids):
         token, position, segment = self._modules["token"].weight, self._position(), self._modules["segment"]
@@ -38,7 +40,8 @@ class HoldsParts(outside.HasIdPolicy):
 
     def _refuses_plans(self):
         """Why one_pass alone can run a call; None: other plans can."""
-        terms = (self._position(), self._scale(), self._modules["segment"], self._drops())
+        token = self._modules["token"].weight
+        terms = (token, self._position(), self._scale(), self._modules["segment"], self._drops())
         return planner.refuses(*terms, self._policy(), self.batch_invariant)
 
     def _position(self):

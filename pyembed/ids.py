@@ -1,7 +1,7 @@
 """What becomes of an id that has no row in its table: an error that names it, another row, a row of zeros, or NaN unsaid.
 
 A GPU's kernels do not wait for the host, nor it for them, so there an error comes late: the kernel makes the token's results
-NaN, notes the first such token in the device's memory and raises a flag in the host's, which every later call reads.
+NaN and notes one such token in the host's memory, which every later call by a kernel reads.
 """
 
 import contextlib
@@ -11,13 +11,11 @@ import threading
 import torch
 from torch import Tensor, nn
 
-from . import reference
+from . import reference, spread
 from .rotary import Rotary, Rotation, as_rotation
 
 POLICIES = ("raise", "clamp", "zero", "trust")
 TABLES = (("ids", "token"), ("position_ids", "position"), ("segment_ids", "segment"), ("position_ids", "rotary"))
-NOTHING = 2**63 - 1
-BITS = 29  # of a word, behind the token's number: see kernels/triton/tiles.py
 _policy = "raise"
 
 
@@ -26,10 +24,11 @@ def id_policy(name):
     """Within it, what calls do with ids, positions and segments outside of their tables; a module's own id_policy goes first.
 
     "raise"  IndexError that names the first one. On a CPU at once. On a GPU without any waiting: its results are NaN, and the
-             next call or backward of this library on that device, or pyembed.check_ids(), raises; the process goes on.
+             next call or backward by a kernel of ours on that device, or pyembed.check_ids(), raises and names the one that
+             came first there; the process goes on.
     "clamp"  The nearest row serves, and gets the gradient.
     "zero"   A row of zeros serves (a rotary position turns nothing), by PyTorch's operators: this policy has no kernel.
-    "trust"  None is looked for: on a GPU its results are NaN and nobody says so.
+    "trust"  None is looked for: by the kernels its results are NaN and nobody says so. PyTorch's operators look anyway.
 
     What runs by PyTorch's operators on a GPU (see explain) under "raise" or "trust" ends in PyTorch's device-side assertion.
     ValueError: another name. The setting is the process's.
@@ -72,81 +71,78 @@ class HasIdPolicy(nn.Module):
 
 
 class _Report:
-    """What the kernels on one device tell of absent rows."""
+    """What the kernels on one device tell of absent rows: see tiles.report_absent."""
 
     def __init__(self, device):
         self.device, self._lock = device, threading.Lock()
-        with torch.inference_mode(False):  # tensors made in it could not be cleared outside
-            self.words = torch.full((len(TABLES), 5), NOTHING, dtype=torch.int64, device=device)
-            self.flag = torch.zeros(1, dtype=torch.int32, device="cpu", pin_memory=device.type == "cuda")
-        self._raised = ctypes.c_int32.from_address(self.flag.data_ptr())  # reads in 0.1 µs, where a tensor takes 1
+        with torch.inference_mode(False):  # tensors made in it could not be changed outside
+            self.words = torch.zeros(6, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
+        self._came = ctypes.c_int64.from_address(self.words.data_ptr())  # reads in 0.1 µs, where a tensor takes 1
 
     def look(self):
-        if self._raised.value:
+        if self._came.value:
             self._fail()
+
+    def clear(self):
+        with torch.inference_mode(False):
+            self.words.zero_()
 
     def _fail(self):
         if self.device.type == "cuda":
             if torch.cuda.is_current_stream_capturing():
                 return  # a later call will
             torch.cuda.synchronize(self.device)
-        with self._lock, torch.inference_mode(False):
-            found = [(words[0] >> BITS, table, words) for table, words in enumerate(self.words.tolist())]
-            self.words.fill_(NOTHING)
-            self.flag.zero_()
-        token, table, words = min(found)
-        if words[0] == NOTHING:
-            return  # another thread was first
-        a, b, c, d, length = (word & (1 << BITS) - 1 for word in words)
-        value, size = a | b << BITS | (c & 63) << 2 * BITS, d | c >> 6 << BITS
-        value -= 2**64 if value >= 2**63 else 0
-        name, of = TABLES[table]
-        raise IndexError(
-            f"{name}: expected values in [0, {size}), the rows of {of}; got {value} for token {token % length} of sequence "
-            f"{token // length}, in a call on {self.device}"
-        )
+        with self._lock:
+            came, table, value, token, size, length = self.words.tolist()
+            self.clear()
+        if came:  # another thread may have been first
+            name, of = TABLES[table]
+            raise IndexError(
+                f"{name}: expected values in [0, {size}), the rows of {of}; got {value} for token {token % length} of sequence "
+                f"{token // length}, in a call on {self.device}"
+            )
 
 
 _reports = {}
 
 
 def report_of(device: torch.device, shape: tuple, raises: bool):
-    """Where the kernels of a call report absent rows, as tiles.report_absent takes it. raises: it is going to be read."""
-    report = _reports.get((device, raises))
-    if report is None:
-        report = _reports.setdefault((device, raises), _Report(device))
-    return report.words, report.flag, shape[-1] if shape else 1
+    """Where the kernels of a call over ids of this shape report absent rows. raises: somebody is going to look."""
+    reports = _reports.get(device)
+    if reports is None:
+        reports = _reports.setdefault(device, (_Report(device), _Report(device)))
+    return reports[raises].words, shape[-1] if shape else 1
+
+
+def forget(device: torch.device):
+    """After another error than that of an absent row."""
+    if device in _reports:
+        _reports[device][True].clear()
 
 
 def look(device: torch.device):
     """IndexError: a kernel on this device is known to have met an absent row."""
-    report = _reports.get((device, True))
-    if report is not None:
-        report.look()
+    if device in _reports:
+        _reports[device][True].look()
 
 
 def check_ids():
     """Waits for the GPUs and raises IndexError if a call before this one had an id without a row, under the policy "raise"."""
-    for (device, raises), report in list(_reports.items()):
-        if raises:
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            report.look()
+    for device in list(_reports):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        look(device)
 
 
 def given_places(ids: Tensor, position_ids: Tensor | None, size: int | None) -> Tensor | None:
     """position_ids, or 0 … T−1 where a table of that size has not so many rows."""
     T = ids.shape[-1] if ids.dim() else 1
-    if position_ids is not None or size is None or size >= T:
-        return position_ids
-    return torch.arange(T, device=ids.device) if ids.dim() else torch.zeros_like(ids)
+    return spread.places(ids) if position_ids is None and size is not None and size < T else position_ids
 
 
-def clamped(ids, position_ids, segment_ids, rows, places, kinds):
-    """The three, each within its table of so many rows; None: there is no such table."""
-    position_ids = given_places(ids, position_ids, places)
-    given = ((ids, rows), (position_ids, places), (segment_ids, kinds))
-    return tuple(x if x is None or not size else x.clamp(0, size - 1) for x, size in given)
+def clamped(ids: Tensor | None, size: int | None) -> Tensor | None:
+    """ids within a table of so many rows; None: there is no such table, or it has none."""
+    return ids.clamp(0, size - 1) if ids is not None and size else ids
 
 
 def rows(policy, look_up, ids: Tensor, size: int) -> Tensor:
@@ -163,9 +159,13 @@ def look_up_or_zero(ids, table, padding_idx=None, dtype=None):
 
 
 def rotation(policy, rotary, ids: Tensor, position_ids: Tensor | None) -> Rotation:
-    """as_rotation; under the policy "zero" an absent row turns nothing."""
-    if policy != "zero" or position_ids is None or not isinstance(rotary, Rotary):
+    """as_rotation; under the policy "clamp" the nearest row serves, under "zero" an absent one turns nothing."""
+    if policy not in ("clamp", "zero") or not isinstance(rotary, Rotary):
         return as_rotation(rotary, ids, position_ids)
-    place, size = position_ids.reshape(-1), rotary.cos.shape[0]
+    size = rotary.cos.shape[0]
+    position_ids = given_places(ids, position_ids, size)
+    if policy == "clamp" or position_ids is None:
+        return as_rotation(rotary, ids, clamped(position_ids, size))
+    place = position_ids.reshape(-1)
     cos, sin = (rows(policy, table.__getitem__, place, size) for table in (rotary.cos, rotary.sin))
     return Rotation(cos.masked_fill(((place < 0) | (place >= size)).unsqueeze(-1), 1.0), sin, None, rotary.interleaved)

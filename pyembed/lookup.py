@@ -46,11 +46,12 @@ class KeepsTable(HoldsParts):
         foreign = self._foreign() or parts.distributed(self._modules)
         if foreign:
             raise RuntimeError(f"table: expected modules that are no more than their weights, but {foreign}")
-        refused = planner.refuses(self._position(), self._scale(), self._modules["segment"], False)
+        token, terms = self._modules["token"].weight, (self._position(), self._scale(), self._modules["segment"])
+        refused = planner.refuses(token, *terms, False)
         if refused:
             raise RuntimeError(f"table: expected token and position rows as they are, but {refused}")
         self._table = None  # its memory comes first
-        token, dtype = self._modules["token"].weight, self._table_dtype
+        dtype = self._table_dtype
         logger.info("building a table of %s bytes on %s", f"{self.table_nbytes(dtype):,}", token.device)
         weight, bias = self._projection()
         self._table = made = table.Table(self._links(), token, weight, bias, self._position(), **self._norm(token), dtype=dtype)
@@ -75,6 +76,7 @@ class KeepsTable(HoldsParts):
             self._check(ids, position_ids, segment_ids)
         turns = rotary is not None or self._modules["rotary"] is not None
         rotation = self._rotation(ids, position_ids, rotary) if turns else None
+        ids, position_ids, _ = self._kept(ids, position_ids, segment_ids)
         ends = self._modules["query_norm"] is not None or query_biases is not None or self.heads_first
         try:
             found = self._current_table(ids, position_ids)

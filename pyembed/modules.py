@@ -196,8 +196,6 @@ class EmbeddingQKV(KeepsTable):
         if not isinstance(ids, Tensor):
             raise TypeError(f"ids: expected a Tensor, got {type(ids).__name__}")
         policy = self._policy()
-        if policy in ("clamp", "zero"):
-            ids, position_ids, segment_ids = self._kept(ids, position_ids, segment_ids, rotary)
         call = (position_ids, rotary, segment_ids, query_biases)
         if self._keeps_table or planner.forces("table"):
             found = self._look_up(ids, distinct, *call)
@@ -219,7 +217,7 @@ class EmbeddingQKV(KeepsTable):
             checks.check_rotary(rotary, ids, self._head_dim)
         arguments = {"position": position, "padding_idx": padding_idx, "rotary": rotary, **options}
         usual = distinct is None and segment_ids is None and query_biases is None
-        usual &= policy != "zero" and not self.batch_invariant
+        usual &= policy in ("raise", "trust") and not self.batch_invariant
         if position_ids is not None:
             usual &= rotary is None and position is not None and position.is_floating_point()
             usual &= not getattr(position_ids, "is_meta", True)
@@ -244,7 +242,7 @@ class EmbeddingQKV(KeepsTable):
             self._check(ids, call[0], call[2])  # says what is wrong, if it is an argument
             parts.check_devices(self._modules)
             if spread.is_distributed(ids, self._modules["token"].weight):
-                F.embed(ids, self._modules["token"].weight)  # says which of the two is no DTensor
+                F.embed(ids, self._modules["token"].weight, id_policy="clamp")  # says which of the two is no DTensor
             raise
 
     def _packs_in_vain(self, ids):
@@ -257,6 +255,7 @@ class EmbeddingQKV(KeepsTable):
         rotation = None if rotary is None else self._rotation(ids, position_ids, rotary)
         if position_ids is not None or segment_ids is not None:  # PyTorch would broadcast, or never look
             self._check_shapes(ids, position_ids, segment_ids)
+        ids, position_ids, segment_ids = self._kept(ids, position_ids, segment_ids)
         token, position, norm, qkv = (self._modules[name] for name in ("token", "position", "norm", "qkv"))
         policy = self._policy()
         if position_ids is not None and (self.position_offset or isinstance(position, positions.Sinusoidal)):
@@ -308,9 +307,9 @@ class EmbeddingQKV(KeepsTable):
         Nothing runs and no table is built; its str() is a line to read. On a GPU it waits for the ids to be counted.
         """
         ids, position_ids = spread.local(ids), spread.local(position_ids)
-        ids, position_ids, _ = self._kept(ids, position_ids, None, None)
         self._check(ids, position_ids)
         checks.check_distinct(distinct, ids)
+        ids, position_ids, _ = self._kept(ids, position_ids, None)
         refused = self._refuses_table()
         if refused and planner.forces("table"):
             raise RuntimeError(f"plan: 'table' cannot run here: {refused}")
@@ -339,7 +338,7 @@ class EmbeddingQKV(KeepsTable):
             return chosen._replace(seconds=weighed.seconds) if chosen.reason == weighed.reason else chosen
 
     def extra_repr(self):
-        usual = {"num_kv_heads": self.num_heads, "scale": None, "combine": "sum", "position_offset": 0}
+        usual = {"num_kv_heads": self.num_heads, "scale": None, "combine": "sum", "position_offset": 0, "id_policy": None}
         usual |= {"heads_first": False, "batch_invariant": False}
         more = [f"{name}={getattr(self, name)!r}" for name, value in usual.items() if getattr(self, name) != value]
         return ", ".join([f"num_heads={self.num_heads}", *more])

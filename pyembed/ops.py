@@ -32,8 +32,12 @@ def _as_given(device_type):
 
 @contextlib.contextmanager
 def _interpreting(device):
-    with importlib.import_module("pyembed.kernels.interpreter").running(), _as_given(device.type):
-        yield
+    try:
+        with importlib.import_module("pyembed.kernels.interpreter").running(), _as_given(device.type):
+            yield
+    except BaseException:
+        outside.forget(device)
+        raise
     outside.look(device)
 
 

@@ -149,6 +149,7 @@ class _Colwise:
         terms = {name: ends.pop(name) for name in ("scale", "segment") if name in ends} | {"segment_ids": segment_ids}
         rotary = self._own_rotary(token.weight.device) if rotary is None else rotary
         table, index, padding_idx = spread.local(token.weight), ids, token.padding_idx
+        policy = self._policy()
         if style.shard_vocabulary:
             self._check(ids, position_ids)
             table, index, distinct = _as_table(self._rows(ids, table, group))
@@ -157,7 +158,9 @@ class _Colwise:
             table = _Sum.apply(table, ids if ids.numel() < table.shape[0] else None, group, False)
         if self._drops():
             places = None if position is None else position_ids
-            hidden = F.embed(index, table, position, places, padding_idx=padding_idx, dropout=self.dropout.p, **terms)
+            hidden = F.embed(
+                index, table, position, places, padding_idx=padding_idx, dropout=self.dropout.p, id_policy=policy, **terms
+            )
             table, index, distinct = _as_table(hidden)
             position = padding_idx = None
             position_ids, terms = position_ids if isinstance(rotary, Rotary) else None, {}
@@ -165,7 +168,7 @@ class _Colwise:
         found = F.embed_qkv(
             index, table, weight, bias, num_heads=self.num_heads // mesh.size(), num_kv_heads=self.num_kv_heads // mesh.size(),
             position=position, position_ids=position_ids, padding_idx=padding_idx, distinct=distinct, rotary=rotary,
-            **self._norm(token.weight), **terms, **ends,
+            id_policy=policy, **self._norm(token.weight), **terms, **ends,
         )  # fmt: skip
         return self._laid_out(found)
 
@@ -207,9 +210,13 @@ class _Colwise:
         start = self._mesh.get_local_rank() * -(-V // n)
         padding = checks.padding_row(self._modules["token"].padding_idx, V)
         padding = padding - start if padding is not None and 0 <= padding - start < len(table) else None
-        index = ids - start
-        others = ((index < 0) | (index >= len(table))) & (ids >= 0) & (ids < V)  # an id of nobody is wrong on every rank
-        rows = F.embedding(index.masked_fill(others, 0), table, padding).masked_fill(others[..., None], 0)
+        policy = self._policy()
+        index = (ids.clamp(0, V - 1) if policy == "clamp" else ids) - start
+        others = (index < 0) | (index >= len(table))
+        if policy in ("raise", "trust"):
+            others &= (ids >= 0) & (ids < V)  # an id of nobody is wrong on every rank
+        rows = F.embedding(index.masked_fill(others, 0), table, padding, id_policy="trust" if policy == "trust" else "raise")
+        rows = rows.masked_fill(others[..., None], 0)
         return _Sum.apply(rows, None, group, True)
 
     def explain(self, ids, position_ids=None, distinct=None):

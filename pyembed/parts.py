@@ -204,7 +204,8 @@ def check_devices(modules):
     """ValueError: a part whose weights are not where token's are."""
     device = modules["token"].weight.device
     for name in NAMES:
-        for key, tensor in {} if modules[name] is None else modules[name].state_dict(keep_vars=True).items():
+        module = nn.Module() if modules[name] is None else modules[name]
+        for key, tensor in (*module.named_parameters(), *module.named_buffers()):
             if tensor.device != device:
                 raise ValueError(f"{name}.{key}: expected device {device}, that of token; got {tensor.device}")
 

@@ -112,7 +112,7 @@ def why_torch(token):
         return "torch.func and forward-mode AD are PyTorch's operators' alone"
     if not HAS_TRITON:
         raise RuntimeError("backend: 'triton' needs the package triton, which is not installed (pip install triton)")
-    if token.dtype == torch.bfloat16 and token.device.type == "cpu":
+    if torch.bfloat16 in (token.dtype, autocast_dtype(token)) and token.device.type == "cpu":
         raise TypeError("token: Triton's interpreter has no bfloat16 arithmetic; take float32 or float16, or a GPU")
     if not takes(token) and not token.is_meta:
         raise TypeError(f"token: the kernels take float32, float16 or bfloat16, got {token.dtype}")
@@ -182,8 +182,10 @@ def is_transformed():
 ZEROS = "id_policy 'zero' is PyTorch's operators' alone"
 
 
-def refuses(position, scale, segment, dropout, policy="raise", batch_invariant=False):
+def refuses(token, position, scale, segment, dropout, policy="raise", batch_invariant=False):
     """Why `distinct` and `table` cannot serve a hidden of these terms; None: they can."""
+    if autocast_dtype(token) is not None:
+        return "autocast is on"
     if batch_invariant:
         return "batch_invariant wants one order of sums"
     if policy == "zero":

@@ -77,7 +77,8 @@ ROWS = 32  # of a product of invariant_linear
 def invariant_linear(x, weight, bias=None):
     """F.linear by products of one shape, from memory aligned alike, so that a row's bits are the same in every batch."""
     rows = x.reshape(-1, x.shape[-1])
-    padded = (F.pad(part, (0, 0, 0, ROWS - part.shape[0])) for part in rows.split(ROWS))  # a copy of its own, always
+    D, line = x.shape[-1], 64 // x.element_size()  # each row begins a line of the cache, in a copy of its own
+    padded = (F.pad(part, (0, -D % line, 0, ROWS - part.shape[0]))[:, :D] for part in rows.split(ROWS))
     found = [F.linear(part, weight, bias) for part in padded]
     return torch.cat(found)[: rows.shape[0]].view(*x.shape[:-1], weight.shape[0])
 
@@ -92,7 +93,8 @@ def finish(found, *, query_norm=None, key_norm=None, head_eps=1e-6, second=None,
     """The epilogue: heads normalised, a second query, query and key turned, heads before tokens."""
     query, key, value = found[1:]
     if query_norm is not None:
-        query, key = (normalise(x, "rms", norm, None, head_eps) for x, norm in ((query, query_norm), (key, key_norm)))
+        pairs = ((query, query_norm), (key, key_norm))
+        query, key = (normalise(x, "rms", norm, None, head_eps).to(x.dtype) for x, norm in pairs)  # autocast's is wider
     if second is not None:
         query = torch.stack([query, query + second.view(query.shape[-2:]).to(query.dtype)])
     if rotation is not None:

@@ -149,6 +149,14 @@ def test_what_autocast_leaves_alone(backend):
         front(ids)
 
 
+@pytest.mark.skipif(CUDA, reason="of the interpreter")
+def test_bf16_is_refused_by_the_interpreter():
+    """Its products would be garbage: also where the table has another dtype."""
+    front, ids = pyembed.EmbeddingQKV(31, 16, 2, max_length=12), torch.randint(31, (2, 9))
+    with pyembed.backend("triton"), autocast(torch.bfloat16), pytest.raises(TypeError, match="no bfloat16 arithmetic"):
+        front(ids)
+
+
 def test_plans():
     """The others are for one dtype: explain says so, and a table is not asked."""
     front = pyembed.EmbeddingQKV(31, 16, 2, max_length=12).to(DEVICE).eval()

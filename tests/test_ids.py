@@ -11,7 +11,7 @@ from numerics import Case
 import pyembed
 from pyembed import functional as F
 from pyembed import ids as outside
-from pyembed import reference
+from pyembed import ops, reference
 
 BAD = [-1, 31, 2**31, 2**40, -(2**63), 2**63 - 1]
 ROUTES = [("torch", "auto"), ("triton", "one_pass"), ("triton", "distinct"), ("torch", "distinct")]
@@ -32,9 +32,7 @@ def unseen(monkeypatch):
     monkeypatch.setattr(F, "check_ranges", lambda *a: None)
     with pyembed.backend("triton"):
         yield
-    with pytest.MonkeyPatch.context() as patch:  # what the test left unread
-        patch.setattr(outside._Report, "_fail", lambda self: (self.words.fill_(outside.NOTHING), self.flag.zero_()))
-        pyembed.check_ids()
+    outside.forget(torch.device(DEVICE, 0) if DEVICE == "cuda" else torch.device("cpu"))  # what the test left unread
 
 
 def raises_once(call, match):
@@ -50,10 +48,10 @@ def table(rows=31, width=6):
 
 
 @pytest.mark.parametrize("bad", BAD)
-def test_kernels_report_the_first(bad, unseen):
-    """Its value, whatever its 64 bits, its place and its table's size."""
+def test_kernels_report_an_id(bad, unseen):
+    """Its value, of 64 bits, its place and its table's size."""
     ids = torch.randint(31, (3, 70), device=DEVICE)
-    ids[1, 65], ids[1, 66], ids[2, 0] = bad, -7, 99
+    ids[1, 65] = bad
     match = (
         rf"ids: expected values in \[0, 31\), the rows of token; got {bad} for token 65 of sequence 1, in a call on {DEVICE}"
     )
@@ -113,12 +111,37 @@ def test_a_backward_raises_what_its_forward_met(unseen):
     """The host reads the flag with every operator of ours, backwards too; here another call's kernel raised it."""
     weight = table().requires_grad_()
     out = F.embedding(torch.tensor([1], device=DEVICE), weight)
-    words, flag, _ = outside.report_of(weight.device, (2, 3), True)
-    words[1] = torch.tensor([(4 << 29) + word for word in (9, 0, 0, 8, 3)], device=DEVICE)
-    flag.fill_(1)
+    words, _ = outside.report_of(weight.device, (2, 3), True)
+    words.copy_(torch.tensor([1, 1, 9, 4, 8, 3]))
     with pytest.raises(IndexError, match=r"position_ids.*\[0, 8\).*got 9 for token 1 of sequence 1"):
         out.sum().backward()
-    assert not flag.any() and (words == outside.NOTHING).all()
+    assert not words.any()
+
+
+def test_the_first_of_several_launches_stays(unseen, monkeypatch):
+    """The host may look long after: what came later changes nothing, and the next error begins anew."""
+    with monkeypatch.context() as patch:
+        patch.setattr(outside, "look", lambda device: None)
+        F.embedding(torch.tensor([2**29], device=DEVICE), table(5))
+        F.embedding(torch.tensor([-1], device=DEVICE), table(70))
+    raises_once(lambda: pyembed.check_ids(), r"in \[0, 5\).* got 536870912 for token 0 of sequence 0")
+    raises_once(lambda: F.embedding(torch.tensor([-1], device=DEVICE), table(70)), r"in \[0, 70\).* got -1 for")
+
+
+def test_another_error_leaves_no_report(unseen, monkeypatch):
+    """It is not blamed on the next call."""
+    kernels, _ = ops.kernels_for("embed", table())
+    launch = kernels.embed
+
+    def failing(*args):
+        launch(*args)
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kernels, "embed", failing)
+        with pytest.raises(MemoryError):
+            F.embedding(torch.tensor([31]), table().cpu())
+    F.embedding(torch.tensor([30]), table().cpu())
 
 
 def clamp_case(case):
@@ -301,6 +324,108 @@ def test_settings_are_checked_and_kept():
             assert outside.applied(None) == "trust"
         assert outside.applied(None) == "zero"
     assert outside.applied(None) == "raise"
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="PyTorch's operators assert on a GPU")
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("policy", outside.POLICIES)
+def test_compiled_policies(policy, backend):
+    """One graph of each, which does as eager does."""
+    torch.manual_seed(0)
+    ids, places = torch.randint(31, (2, 9)), torch.randint(12, (2, 9))
+    if policy in ("clamp", "zero"):
+        ids[0, 1], places[1, 2] = 31, -1
+    for module in (
+        pyembed.EmbeddingQKV(31, 16, 2, max_length=12, num_segments=2),
+        pyembed.EmbeddingQKV(31, 16, 2, position="rotary", max_length=12),
+        pyembed.TokenPositionEmbedding(31, 16, 12),
+    ):
+        torch._dynamo.reset()
+        module.id_policy = policy
+        with pyembed.backend(backend), torch.no_grad():
+            compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+            torch.testing.assert_close(compiled(ids, places), module(ids, places))
+
+
+def test_clamp_takes_each_tables_nearest_row():
+    """A place that one table has and the other has not, both ways round."""
+    torch.manual_seed(0)
+    for rows, turns in ((24, 20), (20, 24)):
+        position, token, weight = table(rows), table(31), table(6, 6)
+        rotary = pyembed.Rotary(2, turns, device=DEVICE)
+        ids, place = torch.tensor([[3, 4]], device=DEVICE), torch.tensor([[5, 22]], device=DEVICE)
+        weight = torch.eye(6, device=DEVICE)
+        with pyembed.backend("torch"):
+            found = F.embed_qkv(
+                ids, token, weight, num_heads=1, position=position, position_ids=place, rotary=rotary, id_policy="clamp"
+            )
+            hidden = F.embed(ids, token, position, place.clamp(max=rows - 1))
+            near = place.clamp(max=turns - 1)
+            expected = F.embed_qkv(
+                hidden.new_tensor([[0, 1]]).long(), hidden[0], weight, num_heads=1, rotary=rotary, position_ids=near
+            )
+        torch.testing.assert_close(found.query, expected.query)
+        front = pyembed.EmbeddingQKV(31, 6, 3, max_length=rows, rotary=rotary).to(DEVICE)
+        front.id_policy = "clamp"
+        front.token.register_forward_hook(lambda *a: None)
+        by_modules = front(ids, place)
+        front.token._forward_hooks.clear()
+        torch.testing.assert_close(front(ids, place), by_modules)
+
+
+@pytest.mark.parametrize("plan", ["one_pass", "distinct"])
+def test_clamp_counts_anew_what_a_loader_counted(plan):
+    case = Case(torch.float32, DEVICE)
+    case.ids[0, 2] = 31
+    given = pyembed.DistinctIds(*case.ids.unique(return_inverse=True))
+    with pyembed.plan(plan), pyembed.id_policy("clamp"):
+        found = F.embed_qkv(case.ids, **case.parameters, **case.options, distinct=given)
+        expected = F.embed_qkv(case.ids.clamp(max=30), **case.parameters, **case.options)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("policy", outside.POLICIES)
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_table_without_rows(backend, policy):
+    """Has no nearest one either."""
+    empty, ids = table(0), torch.tensor([0], device=DEVICE)
+    with pyembed.backend(backend):
+        for call in (
+            lambda: F.embedding(ids, empty, id_policy=policy),
+            lambda: F.embed(ids, empty, id_policy=policy),
+            lambda: F.embed(ids, table(3), empty, ids, id_policy=policy),
+        ):
+            with pytest.raises(
+                IndexError, match=r"(token|position): expected a row for each of|ids: expected values in \[0, 0\)"
+            ):
+                call()
+
+
+def test_zero_touches_no_other_row():
+    """max_norm, scale_grad_by_freq and sparse see the ids that have rows."""
+    ids = torch.tensor([0, 9, 9], device=DEVICE)
+    counted = pyembed.Embedding(5, 3, scale_grad_by_freq=True).to(DEVICE)
+    bounded = pyembed.Embedding(5, 3, max_norm=1.0).to(DEVICE)
+    spare = pyembed.Embedding(5, 3, sparse=True).to(DEVICE)
+    before = bounded.weight.detach().clone().mul_(10)
+    bounded.weight.data.copy_(before)
+    with pyembed.id_policy("zero"):
+        counted(ids).sum().backward()
+        assert torch.equal(counted.weight.grad[0], torch.ones(3, device=DEVICE))
+        assert not bounded(ids[1:]).any() and torch.equal(bounded.weight.detach(), before)
+        spare(ids[1:]).sum().backward()
+        assert spare.weight.grad is None or spare.weight.grad._nnz() == 0
+
+
+@pytest.mark.parametrize("norm", ["layer", None])
+def test_a_bad_id_outside_of_the_loss_spoils_no_gradient(norm, unseen):
+    case = Case(torch.float32, DEVICE, norm=norm)
+    case.ids[1, 5] = 31
+    leaves = {k: None if p is None else p.detach().requires_grad_() for k, p in case.parameters.items()}
+    out = F.embed_qkv(case.ids, **leaves, **case.options, id_policy="trust")
+    out.query[0].square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in leaves.values() if p is not None)
 
 
 @pytest.mark.gpu

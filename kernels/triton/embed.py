@@ -14,6 +14,7 @@ def embed_kernel(
     terms,  # of hidden, as tiles.find_rows has them
     token,  # (V, D)
     hidden,  # (M, D) out
+    absent,  # what hidden is where a row is absent
     shape,  # M, T, V, L
     D,
     BLOCK_M: tl.constexpr,
@@ -24,12 +25,12 @@ def embed_kernel(
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     rows, known = find_rows(ids, terms, m, M, T, V, L)
     h = load_hidden(token, terms, rows, d, D)
-    h = tl.where(known[:, None], h, float("nan"))
+    h = tl.where(known[:, None], h, absent)
     tl.store(hidden + m[:, None] * D + d[None, :], h, mask=(m < M)[:, None] & (d < D)[None, :])
 
 
-def embed(ids, token, terms):
-    """ids (..., T), token (V, D), terms: tuning.Terms -> hidden (..., T, D)."""
+def embed(ids, token, terms, absent=float("nan")):
+    """ids (..., T), token (V, D), terms: Terms -> hidden (..., T, D), `absent` where a row is."""
     M, T = ids.numel(), ids.shape[-1] if ids.dim() else 1
     V, D = token.shape
     hidden = token.new_empty(*ids.shape, D)
@@ -39,8 +40,8 @@ def embed(ids, token, terms):
     ids, token = tuning.dense(ids, token)
     with tuning.on_device(token):
         embed_kernel[(triton.cdiv(M, rows), triton.cdiv(D, columns))](
-            ids, terms.arguments(), token, hidden, (M, terms.period(T), V, terms.places), D=D, BLOCK_M=rows, BLOCK_D=columns,
-            num_warps=4,
+            ids, terms.arguments(), token, hidden, absent, (M, terms.period(T), V, terms.places), D=D, BLOCK_M=rows,
+            BLOCK_D=columns, num_warps=4,
         )  # fmt: skip
     return hidden
 

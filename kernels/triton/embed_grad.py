@@ -300,7 +300,7 @@ def embed_qkv_backward(
                 grad_sum, drops = new_sum if needs_sum else None, False
         else:
             if needs_weight:
-                normed = embed(ids, token, terms).view(-1, token.shape[1]).to(weight.dtype)
+                normed = embed(ids, token, terms, 0.0).view(-1, token.shape[1]).to(weight.dtype)
             if needs_sum and grad_sum is not None and grad_sum.dtype == weight.dtype:
                 grad_sum = torch.addmm(grad_sum, grad_qkv, weight)
             elif needs_sum:

@@ -9,21 +9,18 @@ import triton.language as tl
 
 @triton.jit
 def report_absent(report, TABLE: tl.constexpr, row, m, absent, size):
-    """Keeps, for the host to read, the first token m whose id `row` is absent from a table of `size` rows.
+    """Tells the host of a token m whose id `row` is absent from a table of `size` rows: the first to come since it last looked.
 
-    report: words (tables, 5), where the smallest stays; flag, in memory of the host; length of sequences. Each word has the
-    token's number in front of 29 bits of what is told of it, so that all five are of one token, whatever the order."""
-    words, flag, length = report
-    words += TABLE * 5 + m * 0
-    token = m << 29
-    low: tl.constexpr = 536870911
-    last = ((row >> 58) & 63) | ((tl.cast(size, tl.int64) >> 29) << 6)
-    tl.atomic_min(words, token | (row & low), mask=absent, sem="relaxed")
-    tl.atomic_min(words + 1, token | ((row >> 29) & low), mask=absent, sem="relaxed")
-    tl.atomic_min(words + 2, token | (last & low), mask=absent, sem="relaxed")
-    tl.atomic_min(words + 3, token | (size & low), mask=absent, sem="relaxed")
-    tl.atomic_min(words + 4, token | tl.minimum(length, low), mask=absent, sem="relaxed")
-    tl.store(flag + m * 0, 1, mask=absent)
+    report: words (6,) in memory of the host, where the first word counts those that came; length of sequences."""
+    words, length = report
+    words += m * 0
+    came = tl.atomic_add(words, tl.full(m.shape, 1, tl.int64), mask=absent, sem="relaxed")
+    first = absent & (came == 0)
+    tl.store(words + 1, TABLE, mask=first)
+    tl.store(words + 2, row, mask=first)
+    tl.store(words + 3, m, mask=first)
+    tl.store(words + 4, size, mask=first)
+    tl.store(words + 5, length, mask=first)
 
 
 @triton.jit
