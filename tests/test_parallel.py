@@ -284,6 +284,24 @@ def tensor_parallel_refuses(rank, n, folder):
 
 
 @check
+def tensor_parallel_policies(rank, n, folder):
+    """Ids and positions without a row, as on one process: of a vocabulary in shards the nearest row is one rank's alone."""
+    mesh, ids = init_device_mesh("cpu", (n,)), batch()
+    ids[0, 0], ids[1, 2], ids[1, 3] = V, -1, 2**40
+    places = torch.arange(T).repeat(B, 1)
+    places[1, 0], places[0, 2] = 12, -3
+    for style in STYLES:
+        one, several = make(), parallelize_module(make(), mesh, ColwiseQKV(**style))
+        for policy in ("clamp", "zero"):
+            one.id_policy = several.id_policy = policy
+            for call in ((ids,), (ids, places)):
+                with pyembed.id_policy("raise"):
+                    found, expected = several(*call), one(*call)
+                torch.testing.assert_close(found.hidden, expected.hidden, msg=f"{style} {policy}")
+                torch.testing.assert_close(found.query, expected.query.chunk(n, -2)[rank], msg=f"{style} {policy}")
+
+
+@check
 def ids_in_shards(rank, n, folder):
     """DTensors: ids in shards, every parameter whole."""
     ids = batch()
