@@ -133,7 +133,7 @@ class KeepsTable(HoldsParts):
         if refused:
             return refused
         if not planner.is_plain_eager():
-            return "a compiler, autocast, torch.func or forward-mode AD is at work"
+            return "a compiler, torch.func or forward-mode AD is at work"
         return None
 
     def _links(self):

@@ -154,10 +154,8 @@ def is_trivial(ids, token, weight):
 
 
 def is_plain_eager():
-    """No compiler, tracer, autocast, torch.func transform or forward-mode AD is at work, which our operators would miss."""
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
-        return False
-    return not is_traced() and not is_transformed()
+    """No compiler, tracer, torch.func transform or forward-mode AD is at work, which our operators would miss."""
+    return not (torch.compiler.is_compiling() or is_traced() or is_transformed())
 
 
 def autocast_dtype(token):

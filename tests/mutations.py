@@ -136,7 +136,7 @@ MUTATIONS = [
     Mutation("pyembed/reference.py", "rows.split(ROWS)", "rows.split(max(1, rows.shape[0]))", SAME + " -k invariant"),
     Mutation("pyembed/ops.py", "torch.autocast(device_type, enabled=False)", "contextlib.nullcontext()", CAST),
     Mutation("pyembed/functional.py", "else t.to(cast) for t in", "else t for t in", CAST),
-    Mutation("pyembed/planner.py", 'is_autocast_enabled("cpu") or', 'is_autocast_enabled("xpu") or', CAST + " -k plans"),
+    Mutation("pyembed/planner.py", 'return "autocast is on"', "pass", CAST + " -k plans"),
     Mutation("pyembed/parts.py", 'return f"{name} has a padding_idx"', "pass", "tests/test_modules.py"),
     Mutation("pyembed/reference.py", "query, query + second.view", "query, query - second.view", ENDS + " -k transformer_xl"),
 ]
