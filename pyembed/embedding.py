@@ -76,6 +76,9 @@ class TokenPositionEmbedding(outside.HasIdPolicy):
         self.dropout = nn.Dropout(dropout)
         self.combine, self.scale = combine, scale
 
+    def _policy(self):
+        return outside.applied(self._id_policy or self.token._id_policy)
+
     def forward(self, ids: Tensor, position_ids: Tensor | None = None, segment_ids: Tensor | None = None) -> Tensor:
         """ids (..., T), position_ids and segment_ids (T,), (1, T) or like ids, None: 0 … T−1, and 0 -> hidden (..., T,
         embedding_dim)."""
@@ -84,7 +87,7 @@ class TokenPositionEmbedding(outside.HasIdPolicy):
         if self.combine == "sum":
             return F.embed(
                 ids, token, position, position_ids, padding_idx=padding_idx, scale=self.scale, segment=segment,
-                segment_ids=segment_ids, dropout=self.dropout.p if self.training else 0.0, id_policy=self._id_policy,
+                segment_ids=segment_ids, dropout=self.dropout.p if self.training else 0.0, id_policy=self._policy(),
             )  # fmt: skip
         policy = self._policy()
         checks.check_front_end(ids, token, position, position_ids, segment_ids=segment_ids, policy=policy)

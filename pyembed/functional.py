@@ -226,7 +226,7 @@ def embed_qkv(
     CPU) and one device. fp32 products on a GPU use tf32 where torch.backends.cuda.matmul says so.
     batch_invariant: a token's results have the same bits alone and at any place of any batch, by one order of sums for all
     (slower where another would suit better). Else that holds by the kernels, within a plan, among calls of up to 16, 32, 256,
-    1,023 or more tokens. RuntimeError: a compiler is to run PyTorch's operators, whose order is its own.
+    1,023 or more tokens. RuntimeError: torch.export, or torch.compile with fullgraph, of PyTorch's operators.
     Under autocast, weight and bias are cast to its dtype, which query, key and value have, and hidden and the norm keep theirs.
     id_policy and errors as in embed.
     """

@@ -12,6 +12,11 @@ class HoldsParts(outside.HasIdPolicy):
     scale, combine, heads_first, _own_scale = None, "sum", False, None
     batch_invariant = False
 
+    def _policy(self):
+        """Its own, or its token table's, where that is a pyembed.Embedding with one."""
+        token = self._modules["token"]
+        return outside.applied(self._id_policy or (token._id_policy if isinstance(token, outside.HasIdPolicy) else None))
+
     def _check(self, ids, position_ids, segment_ids=None):
         token, segment = self._modules["token"].weight, getattr(self._modules["segment"], "weight", None)
         tables = (self._position(), position_ids, self._modules["rotary"], segment, segment_ids)

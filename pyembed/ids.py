@@ -43,7 +43,7 @@ def id_policy(name):
 
 def checked(name):
     if name not in POLICIES:
-        raise ValueError(f"id_policy: expected one of {POLICIES}, got {name!r}")
+        raise ValueError(f"id_policy: expected one of {POLICIES} (a module's may be None), got {name!r}")
     return name
 
 
@@ -60,6 +60,7 @@ class HasIdPolicy(nn.Module):
 
     @property
     def id_policy(self) -> str | None:
+        """What becomes of ids without a row, as pyembed.id_policy has it; None, the default: what the context says."""
         return self._id_policy
 
     @id_policy.setter

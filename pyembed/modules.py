@@ -304,7 +304,8 @@ class EmbeddingQKV(KeepsTable):
     def explain(self, ids: Tensor, position_ids: Tensor | None = None, distinct: DistinctIds | None = None) -> planner.Plan:
         """Which plan a call with these arguments would run now, why, and the seconds predicted for each that could run it.
 
-        Nothing runs and no table is built; its str() is a line to read. On a GPU it waits for the ids to be counted.
+        Nothing runs and no table is built; its str() is a line to read. On a GPU it waits for the ids to be counted. Errors as
+        in forward.
         """
         ids, position_ids = spread.local(ids), spread.local(position_ids)
         self._check(ids, position_ids)

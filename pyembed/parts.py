@@ -4,10 +4,11 @@ import torch
 from torch import nn
 
 from . import planner, positions, spread
+from .embedding import Embedding
 from .rotary import Rotary
 
 NAMES = ("token", "position", "segment", "norm", "qkv", "query_norm", "key_norm")
-_STOCK = (nn.Embedding, nn.LayerNorm, nn.RMSNorm, nn.Linear, positions.Sinusoidal)
+_STOCK = (nn.Embedding, Embedding, nn.LayerNorm, nn.RMSNorm, nn.Linear, positions.Sinusoidal)
 
 
 def is_conv1d(qkv):

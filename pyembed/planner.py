@@ -219,7 +219,10 @@ def choose(ids, token, weight, position, position_ids, normed, products, known=N
     runs = not token.is_meta and (token.is_cuda or is_plain_eager())
     if _plan == "distinct":
         if not runs or token.is_cuda and not kernels:
-            raise RuntimeError(f"plan: 'distinct' runs by the kernels or eagerly on CPU tensors, not on {token.device} here")
+            raise RuntimeError(
+                f"plan: 'distinct' cannot run here: on {token.device} it needs the kernels"
+                + ("" if token.is_cuda else ", or no compiler, exporter, torch.func or forward-mode AD")
+            )
         return Plan("distinct", "forced", {})
     compiles = torch.compiler.is_compiling()  # whose graph shall serve any number of tokens
     if token.is_cuda and not compiles and ids.numel() < LEAST_TOKENS or not token.is_cuda and is_trivial(ids, token, weight):

@@ -36,7 +36,7 @@ class Rotary(nn.Module):
         if max_length < 1:
             raise ValueError(f"max_length: expected a positive number, got {max_length}")
         if inv_freq is None:
-            inv_freq = base ** (-torch.arange(0, rotary_dim, 2, dtype=torch.float64) / rotary_dim)
+            inv_freq = base ** (-torch.arange(0, rotary_dim, 2, dtype=torch.float64, device="cpu") / rotary_dim)
         elif tuple(inv_freq.shape) != (rotary_dim // 2,):
             raise ValueError(f"inv_freq: expected shape {(rotary_dim // 2,)}, half of rotary_dim; got {tuple(inv_freq.shape)}")
         self.rotary_dim, self.interleaved, self.scale = rotary_dim, interleaved, scale

@@ -465,3 +465,18 @@ def test_a_graph_reports_what_it_replays():
     graph.replay()
     pyembed.check_ids()
     assert torch.equal(out, weight[ids])
+
+
+def test_a_table_brings_its_own_policy():
+    """A pyembed.Embedding within a front end: it is stock to it, and the front end's own policy goes first."""
+    token = pyembed.Embedding(31, 16)
+    token.id_policy = "clamp"
+    front = pyembed.EmbeddingQKV.from_modules(token, qkv=torch.nn.Linear(16, 48), num_heads=2).to(DEVICE)
+    sums = pyembed.TokenPositionEmbedding(31, 16, 12).to(DEVICE)
+    sums.token.id_policy = "clamp"
+    bad, near = torch.tensor([[3, 99]], device=DEVICE), torch.tensor([[3, 30]], device=DEVICE)
+    assert "modules" not in front.explain(bad).reason
+    assert torch.equal(front(bad).query, front(near).query) and torch.equal(sums(bad), sums(near))
+    front.id_policy = sums.id_policy = "zero"
+    assert not front(bad).hidden[0, 1].any()
+    assert torch.equal(sums(bad)[0, 1], sums.position.weight[1])

@@ -166,17 +166,15 @@ def test_plan_refuses():
     with (
         pyembed.plan("distinct"),
         torch.autocast("cpu", torch.bfloat16),
-        pytest.raises(RuntimeError, match="plan: 'distinct' runs by the kernels or eagerly on CPU tensors, not on cpu here"),
+        pytest.raises(RuntimeError, match="plan: 'distinct' cannot run here: autocast is on"),
     ):
         F.embed_qkv(torch.tensor([0]), torch.randn(3, 2), torch.randn(6, 2), num_heads=1)
     assert planner._plan == "auto"
 
 
 def test_other_machinery_keeps_pytorchs_composition(steady):
-    """Under autocast, torch.func or forward-mode AD an operator of our own would give another dtype, or no tangent."""
+    """Under torch.func or forward-mode AD an operator of our own would give no tangent."""
     repeats = torch.arange(32768).remainder(5000).view(32, 1024)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert chosen(repeats).name == "one_pass"
     seen = []
     torch.func.jvp(lambda x: seen.append(chosen(repeats).name) or x, (torch.ones(1),), (torch.ones(1),))
     with torch.autograd.forward_ad.dual_level():

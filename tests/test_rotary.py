@@ -166,6 +166,9 @@ def test_module(monkeypatch):
         torch.testing.assert_close(a, b)
     dropping = pyembed.EmbeddingQKV(11, 16, 4, position="rotary", dropout=1e-9)
     torch.testing.assert_close(dropping(ids), dropping.eval()(ids))
+    with torch.device("meta"):
+        front = pyembed.EmbeddingQKV(11, 16, 4, position="rotary", max_length=7)
+    assert torch.equal(front.to_empty(device="cpu").rotary.cos, empty.rotary.cos)
 
 
 def test_given_frequencies():
