@@ -285,6 +285,8 @@ def embed_qkv(
     def kernel():
         terms = (segment, segment_ids, _seed(dropout, ids.device))
         scalars = (scale, float(dropout))
+        if cast == torch.bfloat16 and not token.is_cuda:
+            raise TypeError(f"autocast: {planner.NO_BF16}")
         w, b, more = (t if t is None or cast is None else t.to(cast) for t in (weight, bias, second))
         front = (ids, token, w, b, *arguments[4:], *terms)
         fits = cast is None and planner.normalises_heads(head_dim, token, weight, bias, position, segment, *affine)

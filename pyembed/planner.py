@@ -90,6 +90,9 @@ def looks(tensor):
     return not is_traced() and not is_transformed()
 
 
+NO_BF16 = "Triton's interpreter has no bfloat16 arithmetic; take float32 or float16, or a GPU"
+
+
 def takes(token):
     """Whether a table of this dtype has a kernel on its device."""
     return token.dtype in (_INTERPRETED_DTYPES if token.device.type == "cpu" else _COMPILED_DTYPES)
@@ -112,8 +115,8 @@ def why_torch(token):
         return "torch.func and forward-mode AD are PyTorch's operators' alone"
     if not HAS_TRITON:
         raise RuntimeError("backend: 'triton' needs the package triton, which is not installed (pip install triton)")
-    if torch.bfloat16 in (token.dtype, autocast_dtype(token)) and token.device.type == "cpu":
-        raise TypeError("token: Triton's interpreter has no bfloat16 arithmetic; take float32 or float16, or a GPU")
+    if token.dtype == torch.bfloat16 and token.device.type == "cpu":
+        raise TypeError(f"token: {NO_BF16}")
     if not takes(token) and not token.is_meta:
         raise TypeError(f"token: the kernels take float32, float16 or bfloat16, got {token.dtype}")
     return None

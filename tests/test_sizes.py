@@ -95,7 +95,10 @@ def test_no_row_for_an_id(backend):
     token, some, weight = (t.to(DEVICE) for t in (token, some, torch.ones(12, 4)))
     with pyembed.backend(backend), pyembed.debug():
         for call in (lambda: F.embedding(ids, token), lambda: F.embed_qkv(ids, token, weight, num_heads=1)):
-            with pytest.raises(IndexError, match=r"ids: expected values in \[0, 0\), the rows of token; got 0 at \(0, 0\)"):
+            with pytest.raises(
+                IndexError,
+                match=r"token: expected a row for each of ids, got a table of 0 rows|ids: expected values in \[0, 0\)",
+            ):
                 call()
         with pytest.raises(IndexError, match="sequence length 2 needs positions up to 1, position has 0 rows"):
             F.embed(ids, some, token)

@@ -41,7 +41,7 @@ def embed(ids, token, terms, absent=float("nan")):
     with tuning.on_device(token):
         embed_kernel[(triton.cdiv(M, rows), triton.cdiv(D, columns))](
             ids, terms.arguments(), token, hidden, absent, (M, terms.period(T), V, terms.places), D=D, BLOCK_M=rows,
-            BLOCK_D=columns, num_warps=4,
+            BLOCK_D=columns, num_warps=4, **tuning.registers(tuning.device_of(token)),
         )  # fmt: skip
     return hidden
 
