@@ -109,8 +109,9 @@ def test_the_operator_has_no_gradient_of_normalised_heads():
         p["query_norm"],
         p["key_norm"],
         1e-6,
-        False,
-        True,
+        heads_first=False,
+        reports=True,
+        batch_invariant=False,
     )
     with pytest.raises(RuntimeError, match="no gradient of normalised heads"):
         outputs[1].sum().backward()
