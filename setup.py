@@ -28,6 +28,7 @@ setup(
         "test": [
             "pyembed[demo]",
             "pytest",
+            "pytest-benchmark",
             "pytest-xdist",
             "hypothesis",
             "ruff",

@@ -1,21 +1,18 @@
-"""The data loader against a list of windows (GPTDatasetV1 of github.com/rasbt/LLMs-from-scratch, ch02), 1 MB of text at
-stride 1. Each round times the list method right before ours; `extra_info` holds its median and the ratio of medians.
-
-    python -m pytest -s bench/bench_data.py
+"""The data loader against a list of windows (GPTDatasetV1 of github.com/rasbt/LLMs-from-scratch, ch02), 200 kB of text at
+stride 1.
 """
 
 import pydoc_data.topics
-import statistics
-import time
 
 import pytest
 import torch
+from timing import Variant, Wall, compare
 from torch.utils.data import DataLoader, Dataset
 
 from pyembed.data import TokenDataset, create_dataloader, get_encoding
 
 TOPICS = "\n".join(pydoc_data.topics.topics.values())
-TEXT = (TOPICS * (1_000_000 // len(TOPICS) + 1))[:1_000_000]
+TEXT = (TOPICS * (200_000 // len(TOPICS) + 1))[:200_000]
 
 
 class ListDataset(Dataset):
@@ -36,21 +33,12 @@ def encode(text):
     return get_encoding("gpt2").encode(text, allowed_special={"<|endoftext|>"})
 
 
-def compare(benchmark, ours, theirs, rounds):
-    seconds = []
+def measure(record, case, theirs, ours):
+    def run():
+        variants = {"a list of windows": Variant(theirs, []), "pyembed.data": Variant(ours, [])}
+        return compare(variants, None, Wall(), seconds=1), {}
 
-    def run_theirs():
-        start = time.perf_counter()
-        theirs()
-        seconds.append(time.perf_counter() - start)
-
-    ours()
-    benchmark.pedantic(ours, setup=run_theirs, rounds=rounds)
-    if benchmark.stats is None:  # --benchmark-disable, or pytest-xdist: correctness alone
-        return
-    benchmark.extra_info["list_median_s"] = statistics.median(seconds)
-    benchmark.extra_info["ratio"] = statistics.median(seconds) / benchmark.stats.stats.median
-    print(f"\n{benchmark.name}: list {statistics.median(seconds):.4g} s, ratio {benchmark.extra_info['ratio']:.4g}")
+    record(run, suite="data", case=case, direction="forward")
 
 
 def assert_same_windows(ours, theirs):
@@ -59,8 +47,7 @@ def assert_same_windows(ours, theirs):
         assert all(torch.equal(a, b) for a, b in zip(ours[index], theirs[index], strict=True))
 
 
-@pytest.mark.benchmark(group="construct from token ids")
-def test_construct_from_ids(benchmark):
+def test_construct_from_ids(record):
     token_ids = encode(TEXT)
     ids = torch.tensor(token_ids)
 
@@ -71,12 +58,11 @@ def test_construct_from_ids(benchmark):
         return ListDataset(token_ids, max_length=4, stride=1)
 
     assert_same_windows(ours(), theirs())
-    compare(benchmark, ours, theirs, rounds=3)
+    measure(record, "windows of token ids", theirs, ours)
 
 
-@pytest.mark.parametrize(("characters", "max_length"), [(1_000_000, 4), (100_000, 256)])
-@pytest.mark.benchmark(group="construct from text")
-def test_construct_from_text(benchmark, characters, max_length):
+@pytest.mark.parametrize(("characters", "max_length"), [(200_000, 4), (40_000, 256)])
+def test_construct_from_text(record, characters, max_length):
     text = TEXT[:characters]
 
     def ours():
@@ -86,12 +72,11 @@ def test_construct_from_text(benchmark, characters, max_length):
         return DataLoader(ListDataset(encode(text), max_length, stride=1), 8, shuffle=True, drop_last=True)
 
     assert_same_windows(ours().dataset, theirs().dataset)
-    compare(benchmark, ours, theirs, rounds=3)
+    measure(record, f"a loader of {characters:,} characters, windows of {max_length}", theirs, ours)
 
 
 @pytest.mark.parametrize("batch_size", [1, 8, 64])
-@pytest.mark.benchmark(group="one epoch")
-def test_epoch(benchmark, batch_size):
+def test_epoch(record, batch_size):
     ids = torch.tensor(encode(TEXT)[:20_000])
     ours = create_dataloader(ids, batch_size, 256, 1, vocab_size=50257)
     theirs = DataLoader(ListDataset(ids.tolist(), 256, 1), batch_size, shuffle=True, drop_last=True)
@@ -101,4 +86,4 @@ def test_epoch(benchmark, batch_size):
         return sum(int(targets[-1, -1]) for _, targets in loader)
 
     assert run(ours) == run(theirs)
-    compare(benchmark, lambda: run(ours), lambda: run(theirs), rounds=5)
+    measure(record, f"an epoch of windows of 256, batches of {batch_size}", lambda: run(theirs), lambda: run(ours))

@@ -1,15 +1,41 @@
 import platform
 import pydoc_data.topics
+import shutil
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
+import roofline
 import torch
+import triton
+from rich.console import Console
+from rich.table import Table
 
 from pyembed.data import get_encoding
 
+ROWS = []  # of this run, to be printed
+
 
 def pytest_addoption(parser):
-    parser.addoption("--text", help="a UTF-8 text to take tokens from; default: Python's own manual")
+    group = parser.getgroup("pyembed")
+    group.addoption("--text", help="a UTF-8 text to take tokens from; default: Python's own manual")
+    group.addoption("--full", action="store_true", help="every model, size, dtype and peer; default: a few minutes")
+    group.addoption("--budget", type=float, default=float("inf"), metavar="SECONDS", help="start no row after this time")
+
+
+def pytest_configure(config):
+    config.stash["started"] = time.monotonic()
+
+
+def pytest_runtest_setup(item):
+    if time.monotonic() - item.config.stash["started"] > item.config.getoption("--budget"):
+        pytest.skip("not measured: the time given is spent")
+
+
+@pytest.fixture(scope="session")
+def device():
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture(scope="session")
@@ -35,8 +61,59 @@ def characters(text):
     return torch.tensor([number[character] for character in text[:100_000] if character in number])
 
 
+@pytest.fixture
+def record(benchmark, device):
+    """Takes a row: run() measures its variants and says what was left out; JSON and the table at the end show them."""
+
+    def take(run, **row):
+        row["variants"], row["left_out"] = run()
+        benchmark.pedantic(lambda: None, rounds=1)  # enters the row in the JSON; the times are in extra_info
+        if device.type == "cuda":
+            row["clocks"] = _query("clocks.sm", "clocks.mem", "temperature.gpu")
+        benchmark.extra_info.update(row)
+        ROWS.append(row)
+
+    return take
+
+
+def pytest_terminal_summary(terminalreporter):
+    if not ROWS:
+        return
+    table = Table("case", "variant", "direction", "median, ms", "quartiles, ms", "times as fast", "% of limit")
+    for row in ROWS:
+        first = next(iter(row["variants"].values()))
+        case = row["case"]
+        for name, found in row["variants"].items():
+            for direction, seconds in found["seconds"].items():
+                median, q1, q3 = (seconds[key] * 1e3 for key in ("median", "q1", "q3"))
+                limit = found.get("limit", {}).get(direction)
+                share = f"{1e5 * limit / median:.0f}" if limit else ""
+                ratio = f"{first['seconds'][direction]['median'] * 1e3 / median:.2f}" if direction in first["seconds"] else ""
+                table.add_row(case, name, direction, f"{median:#.3g}", f"{q1:#.3g} … {q3:#.3g}", ratio, share)
+                case = name = ""
+        for name, reason in row["left_out"].items():
+            table.add_row("", name, "not measured:", "", reason)
+        table.add_section()
+    Console(width=160).print(table)
+
+
+def _query(*fields):
+    """What nvidia-smi says of the first GPU, where it is there."""
+    if not shutil.which("nvidia-smi"):
+        return {}
+    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits", "-i", "0"]
+    answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    return dict(zip(fields, answer.split(", "), strict=True))
+
+
 def pytest_benchmark_update_machine_info(config, machine_info):
-    machine_info["torch"] = torch.__version__
-    machine_info["threads"] = torch.get_num_threads()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    machine_info |= {"torch": torch.__version__, "triton": triton.__version__, "threads": torch.get_num_threads()}
     machine_info["text"] = Path(config.getoption("--text") or "pydoc_data.topics").name
     machine_info["node"] = platform.machine()  # not the machine's own name
+    dtypes = (torch.float32, torch.bfloat16) if device.type == "cuda" else (torch.float32,)
+    machine_info["rates"] = {str(dtype).removeprefix("torch."): roofline.measure(device, dtype)._asdict() for dtype in dtypes}
+    if device.type == "cuda":
+        machine_info["gpu"] = torch.cuda.get_device_name(device)
+        machine_info["cuda"] = torch.version.cuda
+        machine_info |= _query("driver_version", "clocks.max.sm", "clocks.max.mem", "power.limit")

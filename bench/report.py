@@ -1,24 +1,32 @@
-"""Tables and a figure from pytest-benchmark's JSON of bench_plans.py, and of bench_scaling.py where it is given.
+"""A report from the suite's JSON: tables, figures, and README's one table.
 
-    python bench/report.py plans.json [scaling.json] --out bench/results/DEVICE [--readme README.md]
+    python -m pytest bench && python bench/report.py bench.json [--out bench/results/DEVICE] [--readme README.md]
 
-Writes plans.md, scaling.md and scaling.png, and copies the JSON without single rounds' times and the machine's name. With
---readme the lines between <!-- plans --> and <!-- /plans --> become the short table; tests/test_report.py holds them to it.
+Writes report.md, time.png, limit.png and map.png, and copies the JSON without the machine's name. With --readme the lines
+between <!-- measured --> and <!-- /measured --> become the short table; tests/test_report.py holds README to it.
 """
 
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-SECTION = re.compile(r"(?<=^<!-- plans -->\n).*?(?=^<!-- /plans -->$)", re.M | re.S)
-PLANS, SCALING = "case", "repeated"  # what the rows of one benchmark note, and those of the other do not
+sys.path.insert(0, str(Path(__file__).parent))  # for a caller from elsewhere
+import roofline
+from cases import MODELS
+
+SECTION = re.compile(r"(?<=^<!-- measured -->\n).*?(?=^<!-- /measured -->$)", re.M | re.S)
 DIRECTIONS = ("forward", "forward+backward")
+OURS = ("one_pass", "distinct", "table", "auto")
+LEAST_POINTS = 4  # of a model's line
 STYLES = {  # by variant: colour, marker, line; eager, torch.compile and one_pass may lie upon each other
     "eager": ("#1f2328", "o", "-"),
     "torch.compile": ("#8250df", "s", "--"),
+    "max-autotune": ("#bf3989", "P", "--"),
+    "linear alone": ("#9a6700", "x", ":"),
     "one_pass": ("#e36f00", "^", ":"),
     "distinct": ("#0969da", "D", "-"),
     "table": ("#1a7f37", "v", "-"),
@@ -26,153 +34,293 @@ STYLES = {  # by variant: colour, marker, line; eager, torch.compile and one_pas
 
 
 def main(
-    plans: Annotated[Path, typer.Argument(metavar="PLANS.json", help="Of bench/bench_plans.py.")],
-    scaling: Annotated[Path | None, typer.Argument(metavar="SCALING.json", help="Of bench/bench_scaling.py.")] = None,
+    measured: Annotated[Path, typer.Argument(metavar="BENCH.json", help="What `python -m pytest bench` saved.")],
     *,
-    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the results go.")],
+    out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Default: bench/results/ and the device's name.")] = None,
     readme: Annotated[Path | None, typer.Option(metavar="FILE", help="Put the short table between its markers.")] = None,
 ):
-    """Write plans.md, scaling.md, scaling.png and the JSON behind them."""
-    documents = {path: json.loads(path.read_text(encoding="utf-8")) for path in (plans, scaling) if path}
-    for path, key in ((plans, PLANS), (scaling, SCALING)):
-        if path and not extra_infos(documents[path], key):
-            raise typer.BadParameter(f"{path} has no row that notes {key!r}: is it of the right benchmark?")
+    """Write report.md, its figures and the JSON behind them."""
+    document = json.loads(measured.read_text(encoding="utf-8"))
+    if not all("suite" in row["extra_info"] for row in document["benchmarks"]) or not rows_of(document, "front end"):
+        raise typer.BadParameter(f"{measured}: expected the rows of `python -m pytest bench`, with some of its front end")
     if readme and not SECTION.search(readme.read_text(encoding="utf-8")):
-        raise typer.BadParameter(f"{readme} lacks the lines <!-- plans --> and <!-- /plans -->")
+        raise typer.BadParameter(f"{readme} lacks the lines <!-- measured --> and <!-- /measured -->")
+    out = out or Path(__file__).parent / "results" / slug(document)
     out.mkdir(parents=True, exist_ok=True)
-    _write(out / "plans.md", plans_table(documents[plans]) + "\n" + provenance(documents[plans]))
-    _write(out / "plans.json", _dump(documents[plans]))
-    if scaling:
-        _write(out / "scaling.md", scaling_table(documents[scaling]) + "\n" + provenance(documents[scaling]))
-        _write(out / "scaling.json", _dump(documents[scaling]))
-        draw(documents[scaling], out / "scaling.png")
+    _write(out / "report.md", report(document))
+    _write(out / "bench.json", json.dumps(strip(document), indent=1, ensure_ascii=False) + "\n")
+    draw_lines(document, out / "time.png", "ms", lambda row, d: row["seconds"][d]["median"] * 1e3)
+    draw_lines(document, out / "limit.png", "% of limit", lambda row, d: 100 * row["limit"][d] / row["seconds"][d]["median"])
+    draw_map(document, out / "map.png")
     if readme:
-        table = readme_table(documents[plans])
+        table = readme_table(document)
         _write(readme, SECTION.sub(lambda _: table, readme.read_text(encoding="utf-8")))
 
 
-def extra_infos(document: dict, key: str) -> list[dict]:
-    """What the benchmarks noted, in the file's order; of those that noted `key`."""
-    return [row["extra_info"] for row in document["benchmarks"] if key in row["extra_info"]]
+def rows_of(document, *suites):
+    """What the benchmarks noted, in the file's order."""
+    found = [row["extra_info"] for row in document["benchmarks"]]
+    return [row for row in found if row.get("suite") in suites]
 
 
-def plans_table(plans: dict) -> str:
-    """Every row of bench_plans.py, as Markdown."""
-    head = ["case", "tokens", "distinct", "direction", "plan", "stock, ms", "ours, ms", "stock / ours"]
-    rows = []
-    for row in extra_infos(plans, PLANS):
-        counts = [f"{row['tokens']:,}", f"{row['distinct']:,}"]
-        times = [milliseconds(row["stock_median"]), milliseconds(row["median"]), f"{row['ratio']:.2f}"]
-        rows.append([row["case"], *counts, row["direction"], row["plan"], *times])
-    return markdown(head, rows, "l r r l l r r r")
+def cells(row, direction):
+    """{variant: what it measured}, of those that have this direction."""
+    return {name: found for name, found in row["variants"].items() if direction in found["seconds"]}
 
 
-def readme_table(plans: dict) -> str:
-    """Every case of bench_plans.py in one line with both its directions, as Markdown."""
-    cases = {}
-    for row in extra_infos(plans, PLANS):
-        cases.setdefault(row["case"], []).append((row["direction"], row["plan"], f"{row['ratio']:.2f}"))
-    rows = [[case, *(" / ".join(cells) for cells in zip(*found, strict=True))] for case, found in cases.items()]
-    return markdown(["case", "direction", "plan", "times as fast as stock modules"], rows, "l l l r")
+def median(found, direction):
+    return found["seconds"][direction]["median"]
 
 
-def scaling_table(scaling: dict) -> str:
-    """A table for each direction of bench_scaling.py: milliseconds, and in brackets how many times as fast as eager."""
-    parts, rows = [], extra_infos(scaling, SCALING)
-    for direction, found in _by_direction(rows).items():
-        names = _variants(found)
-        lines = []
-        for row in found:
-            median, ratio = row["median"], row["ratio"]
-            cells = [f"{milliseconds(median[name])} ({ratio[name]:.2f}×)" if name in median else "–" for name in names]
-            lines.append([f"{row['tokens']:,}", f"{row['distinct']:,}{'*' if row['repeated'] else ''}", *cells])
-        head = ["tokens", "distinct", *(f"{name}, ms" for name in names)]
-        parts.append(f"## {direction}\n\n{markdown(head, lines, 'r ' * len(head))}")
-    notes = ["In brackets: how many times as fast as eager. `table` is built before, and not for training.\n"]
-    if any(row["repeated"] for row in rows):
-        notes.append("\\* The text is shorter than this; it is repeated.\n")
-    reasons = {f"{name}: {reason}.\n" for row in rows for name, reason in row.get("left_out", {}).items()}
-    return "\n".join([*parts, *notes, *sorted(reasons)])
+def slug(document):
+    machine = document["machine_info"]
+    name = machine.get("gpu") or f"cpu {machine['cpu'].get('brand_raw', 'unknown')} {machine['threads']} threads"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def provenance(document: dict) -> str:
+def report(document):
+    """All of it, as Markdown."""
+    parts = ["# What was measured\n", provenance(document), EXPLAINED]
+    for direction in ("forward", "training forward", "backward", "forward+backward"):
+        parts += [f"## Front end, {direction}\n", times(rows_of(document, "front end"), direction)]
+    parts += ["## Memory in training\n", memory(rows_of(document, "front end", "embedding"))]
+    for title, suite in (("Tables alone", "embedding"), ("Host time of a call", "host"), ("Whole models", "step")):
+        for direction in ("forward", "training forward", "backward", "forward+backward"):
+            table = times(rows_of(document, suite), direction)
+            parts += [f"## {title}, {direction}\n", table] if table else []
+    parts += ["## The front end's share of a whole model's floating-point operations, forward\n", shares()]
+    parts += ["## Data loader\n", times(rows_of(document, "data"), "forward")]
+    parts += ["## Not measured\n", left_out(document)]
+    return "\n".join(part for part in parts if part)
+
+
+EXPLAINED = """\
+Milliseconds, the median of a row's rounds, in which all its variants ran in turn; in brackets how many times as fast as the
+first column. In the tables of front ends and of tables alone a third figure is the percentage of the limit: of the larger of
+the bytes that must move over this machine's copy rate, and of the operations over its matrix rate (bench/roofline.py); each
+plan has its own operations, and what fits in a cache may pass 100 %. `linear alone` multiplies rows that are normalised
+already: the bound of a plan that projects every token. `table` is built before, and not for training.
+"""
+
+
+def times(rows, direction):
+    """A line for each row: milliseconds, in brackets times as fast as the first variant, and the percentage of the limit."""
+    rows = [row for row in rows if cells(row, direction)]
+    names = ordered(name for row in rows for name in cells(row, direction))
+    lines = []
+    for row in rows:
+        found = cells(row, direction)
+        first = median(next(iter(found.values())), direction)
+        line = [row["case"] + _kind(row), f"{row.get('distinct', ''):,}" if "distinct" in row else ""]
+        for name in names:
+            if name not in found:
+                line.append("–")
+                continue
+            seconds = median(found[name], direction)
+            limit = found[name].get("limit", {}).get(direction)
+            plan = f" {found[name]['plan']}" if name == "auto" else ""
+            text = f"{seconds * 1e6:.1f} µs" if row["suite"] == "host" else milliseconds(seconds)
+            text += f" ({first / seconds:.2f}×)"
+            line.append(text + (f" {100 * limit / seconds:.0f} %" if limit else "") + plan)
+        lines.append(line)
+    return markdown(["case", "distinct", *names], lines, "l" + " r" * (1 + len(names))) if lines else ""
+
+
+def ordered(names):
+    """Each once: in the order of STYLES, then as they come."""
+    names = list(dict.fromkeys(names))
+    return sorted(names, key=lambda name: list(STYLES).index(name) if name in STYLES else len(STYLES))
+
+
+def _kind(row):
+    kind = "" if row.get("ids", "natural") == "natural" or row["suite"] != "front end" else f", {row['ids']} ids"
+    return kind + ("" if row.get("dtype", "float32") == "float32" else f", {row['dtype']}")
+
+
+def memory(rows):
+    """Bytes a token that a forward keeps for its backward, and MiB that a step takes at its peak."""
+    rows = [row for row in rows if row["direction"] == "training"]
+    names = ordered(name for row in rows for name in row["variants"])
+    lines = []
+    for row in rows:
+        line = [row["case"] + _kind(row)]
+        for name in names:
+            found = row["variants"].get(name)
+            peak = "–" if found is None or found["peak"] is None else f"{found['peak'] / 2**20:,.0f}"
+            line.append("–" if found is None else f"{found['saved'] / row['tokens']:,.0f}, {peak}")
+        lines.append(line)
+    head = ["bytes kept a token, MiB at the peak", *names]
+    return markdown(head, lines, "l" + " r" * len(names)) if lines else ""
+
+
+def shares():
+    lines = []
+    for model in MODELS.values():
+        T = min(1024, model.L or 1024)
+        whole, draft = (roofline.share(model, T, layers) for layers in (model.layers, 1))
+        lines.append([model.name, f"{model.layers}", f"{T:,}", f"{100 * whole:.1f} %", f"{100 * draft:.1f} %"])
+    return markdown(["model", "layers", "tokens", "share", "with one layer alone"], lines, "l r r r r")
+
+
+def left_out(document):
+    reasons = {}
+    for row in rows_of(document, "front end", "embedding", "host", "step"):
+        for name, reason in row["left_out"].items():
+            reasons.setdefault((name, reason), []).append(f"{row['case']}{_kind(row)} {row['direction']}")
+    notes = [f"- {name}: {reason} ({len(cases)} rows, {cases[0]} among them)\n" for (name, reason), cases in reasons.items()]
+    if "gpu" not in document["machine_info"]:
+        notes.append("- Every row of a GPU: this machine has none.\n")
+    return "".join(notes) or "- nothing\n"
+
+
+def readme_table(document):
+    """Every front end in one line, both directions: what a user gets who asks for no plan, and with a table built before."""
+    merged = {}
+    for row in rows_of(document, "front end"):
+        direction = DIRECTIONS[row["direction"] == "training"]
+        found = cells(row, direction)
+        ours, eager = found["auto"], median(found["eager"], direction)
+        seconds = median(ours, direction)
+        ratios = [f"{median(found[n], direction) / seconds:.2f}" if n in found else "–" for n in ("eager", "torch.compile")]
+        table = f"{eager / median(found['table'], direction):.2f}" if "table" in found else None
+        cell = (direction, ours["plan"], *ratios, f"{100 * ours['limit'][direction] / seconds:.0f}")
+        merged.setdefault(row["case"] + _kind(row), []).append((cell, table))
+    lines = []
+    for case, both in merged.items():
+        columns = (" / ".join(column) for column in zip(*(cell for cell, _ in both), strict=True))
+        lines.append([case, *columns, next((table for _, table in both if table), "–")])
+    head = ["case", "direction", "plan", "× stock modules", "× torch.compile", "% of limit", "a table built before, × stock"]
+    return markdown(head, lines, "l l l r r r r")
+
+
+def provenance(document):
     """What was measured where, as a Markdown list."""
-    machine, commit = document.get("machine_info", {}), document.get("commit_info", {})
+    machine, commit = document["machine_info"], document.get("commit_info", {})
     cpu = machine.get("cpu", {})
+    rates = machine.get("rates", {})
     facts = {
+        "GPU": machine.get("gpu"),
+        "driver, CUDA": machine.get("gpu") and f"{machine.get('driver_version')}, {machine.get('cuda')}",
+        "clocks at most, power": machine.get("gpu")
+        and f"{machine.get('clocks.max.sm')} and {machine.get('clocks.max.mem')} MHz, {machine.get('power.limit')} W",
+        "clocks seen": clocks_seen(document),
         "CPU": f"{cpu.get('brand_raw', 'unknown')}, {cpu.get('count', 'unknown')} cores, {machine.get('threads')} threads",
+        **{
+            f"rates, {dtype}": f"copy {rate['copy'] / 1e9:,.1f} GB/s, product {rate['flops'] / 1e12:,.3f} TFLOP/s"
+            for dtype, rate in rates.items()
+        },
         "Python": machine.get("python_version"),
         "torch": machine.get("torch"),
+        "triton": machine.get("triton"),
         "text": machine.get("text"),
         "date": document.get("datetime"),
         "commit": f"{commit.get('id')}{', with uncommitted changes' if commit.get('dirty') else ''}",
     }
-    return "".join(f"- {name}: {fact}\n" for name, fact in facts.items())
+    return "".join(f"- {name}: {fact}\n" for name, fact in facts.items() if fact)
 
 
-def milliseconds(seconds: float) -> str:
+def clocks_seen(document):
+    """MHz right after rows, from lowest to highest; None on a CPU."""
+    seen = [row.get("clocks", {}).get("clocks.sm", "") for row in rows_of(document, "front end", "embedding")]
+    seen = [int(clock) for clock in seen if clock.isdigit()]
+    return f"{min(seen):,} to {max(seen):,} MHz" if seen else None
+
+
+def milliseconds(seconds):
     """Three digits, and all before the point."""
     return f"{seconds * 1e3:,.0f}" if seconds >= 0.1 else f"{seconds * 1e3:#.3g}".rstrip(".")
 
 
-def markdown(head: list[str], rows: list[list[str]], alignments: str) -> str:
+def markdown(head, rows, alignments):
     rules = ["---" if alignment == "l" else "---:" for alignment in alignments.split()]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in (head, rules, *rows))
+    return "".join(f"| {' | '.join(line)} |\n" for line in (head, rules, *rows))
 
 
-def draw(scaling: dict, path: Path):
-    """Time against tokens, both logarithmic: a panel for each direction, a line for each variant."""
+def _natural(document):
+    """{model: its rows of natural text, in fp32 on a CPU and in bf16 on a GPU}"""
+    dtype, found = "bfloat16" if "gpu" in document["machine_info"] else "float32", {}
+    for row in rows_of(document, "front end"):
+        if row["ids"] == "natural" and row["dtype"] == dtype:
+            found.setdefault(row["model"], []).append(row)
+    return found
+
+
+def _machine(document):
+    machine = document["machine_info"]
+    return machine.get("gpu") or f"{machine.get('cpu', {}).get('brand_raw', 'CPU')}, {machine.get('threads')} threads"
+
+
+def draw_lines(document, path, label, value):
+    """value(what a variant measured, direction) against tokens: a line of panels for each model that has enough sizes."""
+    models = {name: rows for name, rows in _natural(document).items() if len({r["tokens"] for r in rows}) >= LEAST_POINTS}
+    if not models:
+        return
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
-    panels = _by_direction(extra_infos(scaling, SCALING))
-    figure = Figure((2.4 + 4.2 * len(panels), 4.8), dpi=160, layout="constrained")
-    lines = {}
-    for axis, (direction, rows) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
-        for name in _variants(rows):
-            points = [(row["tokens"], row["median"][name] * 1e3) for row in rows if name in row["median"]]
-            color, marker, line = STYLES.get(name, ("#59636e", "x", "-"))
-            (lines[name],) = axis.loglog(*zip(*points, strict=True), color=color, marker=marker, ls=line, ms=5, label=name)
-        axis.set_title(direction, loc="left")
-        axis.set_xlabel("tokens")
-        axis.set_ylabel("ms")
-        axis.set_xticks(sorted({row["tokens"] for row in rows}))
-        axis.xaxis.set_minor_locator(NullLocator())
-        axis.yaxis.set_minor_formatter(NullFormatter())
-        for ticks in (axis.xaxis, axis.yaxis):
-            ticks.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}" if value < 1e6 else f"{value:.0e}"))
-        axis.tick_params(axis="x", labelrotation=30)
-        axis.grid(color="#e6eaef")
-        axis.spines[["top", "right"]].set_visible(False)
+    figure = Figure((10.8, 0.6 + 4.2 * len(models)), dpi=130, layout="constrained")
+    lines, panels = {}, figure.subplots(len(models), 2, squeeze=False)
+    for line, (model, rows) in zip(panels, models.items(), strict=True):
+        for axis, direction in zip(line, DIRECTIONS, strict=True):
+            for name, (color, marker, style) in STYLES.items():
+                points = {
+                    row["tokens"]: value(found[name], direction) for row in rows if name in (found := cells(row, direction))
+                }
+                if points:
+                    (lines[name],) = axis.loglog(*zip(*points.items(), strict=True), c=color, marker=marker, ls=style, ms=5)
+            axis.set_title(f"{model}, {direction}", loc="left", fontsize=10)
+            axis.set_xlabel("tokens")
+            axis.set_ylabel(label)
+            axis.set_xticks(sorted({row["tokens"] for row in rows}))
+            axis.xaxis.set_minor_locator(NullLocator())
+            axis.yaxis.set_minor_formatter(NullFormatter())
+            for ticks in (axis.xaxis, axis.yaxis):
+                ticks.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}" if value < 1e6 else f"{value:.0e}"))
+            axis.tick_params(axis="x", labelrotation=40)
+            axis.grid(color="#e6eaef")
+            axis.spines[["top", "right"]].set_visible(False)
     figure.legend(lines.values(), lines, loc="outside right center", frameon=False)
-    machine = scaling.get("machine_info", {})
-    brand = machine.get("cpu", {}).get("brand_raw", "CPU")
-    figure.suptitle(f"GPT-2 small's front end on {brand}, {machine.get('threads')} threads, fp32", fontsize=11)
+    figure.suptitle(_machine(document), fontsize=11)
     figure.savefig(path)
 
 
-def strip(document: dict) -> dict:
-    """A copy without each round's time and the machine's name."""
+def draw_map(document, path):
+    """Which variant is fastest at each model and number of tokens, and how many times as fast as eager. `table` is left out:
+    it needs memory and weights that stand still, and wins wherever it may."""
+    from matplotlib.figure import Figure
+
+    models = _natural(document)
+    columns = sorted({row["tokens"] for rows in models.values() for row in rows})
+    names = [name for name in STYLES if name not in ("linear alone", "table")]
+    figure = Figure((2.5 + 0.95 * len(columns), 1.6 + 1.1 * len(models)), dpi=130, layout="constrained")
+    for axis, direction in zip(figure.subplots(2, 1), DIRECTIONS, strict=True):
+        axis.set_xlim(-0.5, len(columns) - 0.5)
+        axis.set_ylim(len(models) - 0.5, -0.5)
+        for y, rows in enumerate(models.values()):
+            for row in rows:
+                found = {name: median(cell, direction) for name, cell in cells(row, direction).items() if name in names}
+                if not found:
+                    continue
+                best, x = min(found, key=found.get), columns.index(row["tokens"])
+                axis.fill_between(
+                    [x - 0.48, x + 0.48], y - 0.46, y + 0.46, color=STYLES[best][0], alpha=0.85 if best in OURS else 0.3
+                )
+                axis.text(
+                    x, y, f"{best}\n{found['eager'] / found[best]:.2f}", ha="center", va="center", fontsize=7, color="white"
+                )
+        axis.set_xticks(range(len(columns)), [f"{count:,}" for count in columns])
+        axis.set_yticks(range(len(models)), models)
+        axis.set_title(f"fastest, {direction}: times as fast as eager", loc="left", fontsize=10)
+        axis.spines[:].set_visible(False)
+    figure.suptitle(_machine(document), fontsize=11)
+    figure.savefig(path)
+
+
+def strip(document):
+    """A copy without the machine's name, and without pytest-benchmark's own statistics: of a row's whole measurement."""
     machine = {key: value for key, value in document["machine_info"].items() if key != "node"}
-    benchmarks = [
-        {**row, "stats": {key: value for key, value in row.get("stats", {}).items() if key != "data"}}
-        for row in document["benchmarks"]
-    ]
+    benchmarks = [{"name": row["name"], "extra_info": row["extra_info"]} for row in document["benchmarks"]]
     return {**document, "machine_info": machine, "benchmarks": benchmarks}
-
-
-def _by_direction(rows):
-    found = {direction: [row for row in rows if row["direction"] == direction] for direction in DIRECTIONS}
-    return {direction: sorted(those, key=lambda row: row["tokens"]) for direction, those in found.items() if those}
-
-
-def _variants(rows):
-    """Names of all variants, in the order in which they first come."""
-    return list(dict.fromkeys(name for row in rows for name in row["median"]))
-
-
-def _dump(document):
-    return json.dumps(strip(document), indent=1, ensure_ascii=False) + "\n"
 
 
 def _write(path, text):

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from . import checks, planner, positions
+from . import checks, planner, positions, thin
 from . import functional as F
 from . import ids as outside
 from .reference import rows_of
@@ -71,25 +71,31 @@ class TokenPositionEmbedding(outside.HasIdPolicy):
         if combine == "concat" and (position is None or num_segments):
             raise ValueError("combine: expected 'sum' where there are no positions, or segments; got 'concat'")
         self.token = Embedding(num_embeddings, embedding_dim, padding_idx, **factory)
-        self.position = positions.make(position, max_length, embedding_dim, **factory)
-        self.segment = Embedding(num_segments, embedding_dim, **factory) if num_segments else None
+        self.register_module("position", positions.make(position, max_length, embedding_dim, **factory))
+        self.register_module("segment", Embedding(num_segments, embedding_dim, **factory) if num_segments else None)
         self.dropout = nn.Dropout(dropout)
         self.combine, self.scale = combine, scale
 
     def _policy(self):
-        return outside.applied(self._id_policy or self.token._id_policy)
+        return outside.applied(self._id_policy or self._modules["token"]._id_policy)
 
     def forward(self, ids: Tensor, position_ids: Tensor | None = None, segment_ids: Tensor | None = None) -> Tensor:
         """ids (..., T), position_ids and segment_ids (T,), (1, T) or like ids, None: 0 … T−1, and 0 -> hidden (..., T,
         embedding_dim)."""
-        position, segment = (None if module is None else module.weight for module in (self.position, self.segment))
-        token, padding_idx = self.token.weight, self.token.padding_idx
+        modules = self._modules  # a module's attributes are slow
+        module, position, segment = modules["token"], modules["position"], modules["segment"]
+        token, padding_idx = module.weight, module.padding_idx
+        position, segment = None if position is None else position.weight, None if segment is None else segment.weight
+        policy, dropout = self._policy(), modules["dropout"].p if self.training else 0.0
         if self.combine == "sum":
+            usual = self.scale is None and segment is None and segment_ids is None and not dropout
+            found = thin.embed(ids, token, position, position_ids, padding_idx, policy) if usual else None
+            if found is not None:
+                return found
             return F.embed(
                 ids, token, position, position_ids, padding_idx=padding_idx, scale=self.scale, segment=segment,
-                segment_ids=segment_ids, dropout=self.dropout.p if self.training else 0.0, id_policy=self._policy(),
+                segment_ids=segment_ids, dropout=dropout, id_policy=policy,
             )  # fmt: skip
-        policy = self._policy()
         checks.check_front_end(ids, token, position, position_ids, segment_ids=segment_ids, policy=policy)
         if policy in ("clamp", "zero"):
             ids, position_ids, _ = F.kept(policy, ids, token, position, position_ids)

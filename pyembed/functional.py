@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import ids as outside
-from . import ops, ops_distinct, ops_embed, planner, reference
+from . import ops, ops_distinct, ops_embed, planner, reference, thin
 from .checks import (
     check_alike,
     check_distinct,
@@ -74,6 +74,10 @@ def embedding(
     id_policy: what becomes of an id outside [0, V), as pyembed.id_policy has it; None: what the context says, "raise" unless
     it was changed. IndexError: there is one. TypeError, ValueError: other arguments.
     """
+    if max_norm is None and not scale_grad_by_freq and not sparse:
+        found = thin.embed(ids, weight, None, None, padding_idx, id_policy)
+        if found is not None:
+            return found
     policy = outside.applied(id_policy)
     if unkernelled(ids, weight, max_norm, scale_grad_by_freq, sparse, policy) is None and planner.uses_triton(weight):
         return embed(ids, weight, padding_idx=padding_idx, id_policy=policy)
@@ -155,6 +159,10 @@ def embed(
     and segment 0. dropout: the probability of an element to become zero, drawn from PyTorch's generator; 0 outside of training.
     Differentiable in token, position and segment. id_policy and errors as in embedding, of positions and segments too.
     """
+    if scale is None and segment is None and segment_ids is None and not dropout:
+        found = thin.embed(ids, token, position, position_ids, padding_idx, id_policy)
+        if found is not None:
+            return found
     policy = outside.applied(id_policy)
     check_terms(ids, token, position, position_ids, segment, segment_ids, scale, dropout)
     check_alike(token, ids, position=position, position_ids=position_ids, segment=segment, segment_ids=segment_ids)
@@ -230,6 +238,14 @@ def embed_qkv(
     Under autocast, weight and bias are cast to its dtype, which query, key and value have, and hidden and the norm keep theirs.
     id_policy and errors as in embed.
     """
+    others = (distinct, scale, segment, segment_ids, query_norm, key_norm, query_biases)
+    if not any(other is not None for other in others) and not (dropout or heads_first or batch_invariant):
+        num_kv_heads = check_heads(num_heads, num_kv_heads)
+        groups, affine = (num_heads, num_kv_heads, num_kv_heads), (norm, norm_weight, norm_bias, eps)
+        places = (position, position_ids, rotary)
+        found = thin.embed_qkv(ids, token, weight, bias, groups, *places, *affine, padding_idx, id_policy)
+        if found is not None:
+            return found
     policy = outside.applied(id_policy)
     check_terms(ids, token, position, position_ids, segment, segment_ids, scale, dropout)
     D = token.shape[1]

@@ -6,7 +6,7 @@ import functools
 import torch
 from torch import Tensor, nn
 
-from . import checks, parts, planner, positions, spread, table
+from . import checks, parts, planner, positions, spread, table, thin
 from . import functional as F
 from . import ids as outside
 from .distinct import DistinctIds
@@ -193,6 +193,10 @@ class EmbeddingQKV(KeepsTable):
         (..., T, num_heads, head_dim), key and value (..., T, num_kv_heads, head_dim)). distinct: as a data loader gives it.
         rotary: (cos, sin) of this call's tokens, as transformers passes them, in place of the module's own. segment_ids: as
         position_ids, None: all 0. query_biases: as in functional.embed_qkv."""
+        if distinct is None and rotary is None and segment_ids is None and query_biases is None:
+            found = thin.front_end(self, ids, position_ids)
+            if found is not None:
+                return found
         if not isinstance(ids, Tensor):
             raise TypeError(f"ids: expected a Tensor, got {type(ids).__name__}")
         policy = self._policy()

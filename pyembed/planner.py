@@ -66,6 +66,11 @@ def is_free():
     return _plan == "auto" and _backend != "triton"
 
 
+def is_by_torch():
+    """Whether the kernels were not asked for, so that PyTorch's operators run what is on a CPU."""
+    return _backend != "triton"
+
+
 def forces(*names):
     """Whether the plan asked for is one of these."""
     return _plan in names
@@ -145,12 +150,15 @@ LAUNCHES = {"one_pass": (2, 12), "distinct": (8, 26), "table": (1, 1)}  # of a f
 
 
 def is_trivial(ids, token, weight):
-    """Whether a call is too small for any plan but PyTorch's composition, so that nothing need be weighed or checked first.
-
-    No call is, which will make a dense gradient of a large table: to fill fresh memory with zeros costs more than all else.
-    """
+    """Whether a call is too small for any plan but PyTorch's composition, so that nothing need be weighed or checked first."""
     if torch.compiler.is_compiling() or ids.is_cuda or ids.is_meta or not is_free() or spread.is_distributed(ids):
         return False
+    return is_small(ids, token, weight)
+
+
+def is_small(ids, token, weight):
+    """Whether a call has so little to compute, and no dense gradient of a large table to make: to fill fresh memory with zeros
+    costs more than all else."""
     if token.requires_grad and torch.is_grad_enabled() and token.numel() * token.element_size() >= memory.SMALL_BYTES:
         return False
     return 2.0 * ids.numel() * weight.numel() < LEAST_FLOPS

@@ -27,6 +27,7 @@ class Mutation(NamedTuple):
 KERNELS, QKV, TERMS, ENDS = "kernels/triton/", "tests/test_embed_qkv.py", "tests/test_terms.py", "tests/test_epilogue.py"
 GRAD, ROTARY, DISTINCT = "tests/test_embed_grad.py", "tests/test_rotary.py", "tests/test_distinct_kernels.py"
 IDS, SAME, CAST = "tests/test_ids.py", "tests/test_determinism.py", "tests/test_autocast.py"
+THIN = "tests/test_thin.py"
 MUTATIONS = [
     Mutation(
         KERNELS + "tiles.py", "known = (row >= 0) & (row < size)", "known = row < size", "tests/test_embed.py -k without_a_row"
@@ -139,6 +140,24 @@ MUTATIONS = [
     Mutation("pyembed/planner.py", 'return "autocast is on"', "pass", CAST + " -k plans"),
     Mutation("pyembed/parts.py", 'return f"{name} has a padding_idx"', "pass", "tests/test_modules.py"),
     Mutation("pyembed/reference.py", "query, query + second.view", "query, query - second.view", ENDS + " -k transformer_xl"),
+    Mutation("pyembed/thin.py", "token.shape[1] != D:", "False:", THIN + " -k error"),
+    Mutation("pyembed/thin.py", "tensor.dtype == token.dtype", "True", THIN + " -k sums"),
+    Mutation("pyembed/thin.py", "+ position[:T] if T <= L else None", "+ position[:T]", THIN + " -k sums"),
+    Mutation("pyembed/thin.py", "bias.shape != weight.shape[:1]", "False", THIN + " -k error"),
+    Mutation("pyembed/thin.py", 'state["_forward_hooks"]\n        or ', "", THIN + " -k more_than"),
+    Mutation("pyembed/thin.py", 'or "forward" in state', "", THIN + " -k more_than"),
+    Mutation("pyembed/thin.py", "type(module) in kinds and", "isinstance(module, kinds) and", THIN + " -k more_than"),
+    Mutation("pyembed/thin.py", "or front.heads_first\n", "\n", THIN + " -k more_than"),
+    Mutation("pyembed/thin.py", 'in ("raise", "trust")', "in outside.POLICIES", THIN),
+    Mutation(
+        "pyembed/thin.py",
+        "torch.embedding(rotary.cos, places), torch.embedding(rotary.sin, places)",
+        "rotary.cos[places], rotary.sin[places]",
+        THIN + " -k error",
+    ),
+    Mutation("pyembed/thin.py", "rotate(turned, rotation)", "rotate(turned, rotation._replace(sin=-rotation.sin))", THIN),
+    Mutation("bench/timing.py", "atol=tolerance * largest", "atol=1.0", "tests/test_bench.py -k wrong"),
+    Mutation("bench/roofline.py", "2 * rows * D * N", "rows * D * N", "tests/test_bench.py -k counts"),
 ]
 
 

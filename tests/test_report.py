@@ -1,124 +1,151 @@
 """bench/report.py, and that README shows what was measured."""
 
-import importlib.util
+import importlib
 import json
+import sys
 from pathlib import Path
 
 import pytest
 from typer import BadParameter
 
 ROOT = Path(__file__).parents[1]
-_spec = importlib.util.spec_from_file_location("report", ROOT / "bench" / "report.py")
-report = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(report)
+sys.path.insert(0, str(ROOT / "bench"))
+report = importlib.import_module("report")
+sys.path.remove(str(ROOT / "bench"))
 
 MACHINE = {
     "node": "the-host",
     "python_version": "3.11.7",
-    "cpu": {"brand_raw": "A CPU", "count": 8},
+    "cpu": {"brand_raw": "A CPU (R)", "count": 8},
     "torch": "2.13.0",
+    "triton": "3.7.1",
     "threads": 4,
     "text": "text.txt",
+    "rates": {"float32": {"copy": 2e10, "flops": 1.5e11}},
 }
-STATS = {"median": 0.5, "rounds": 2, "data": [0.4, 0.6]}
+FORWARD, TRAINING = ("forward",), ("training forward", "backward", "forward+backward")
+
+
+def variant(median, directions, limit=None, **more):
+    seconds = {d: {"median": median, "q1": median * 0.9, "q3": median * 1.1} for d in directions}
+    row = {"rounds": 5, "seconds": seconds, "peak": 3 << 20, "saved": 24 * 8 if directions == TRAINING else None, **more}
+    return row | ({"limit": dict.fromkeys(directions, limit)} if limit else {})
+
+
+def row(case, tokens, eager, ours, trains=False, suite="front end", **more):
+    directions = TRAINING if trains else FORWARD
+    variants = {
+        "eager": variant(eager, directions, ours / 4, plan="eager"),
+        "torch.compile": variant(eager / 2, directions, ours / 4, plan="torch.compile"),
+        "distinct": variant(ours, directions, ours / 2, plan="distinct"),
+        **({} if trains else {"table": variant(ours / 10, directions, ours / 20, plan="table")}),
+        "auto": variant(ours, directions, ours / 2, plan="distinct"),
+    }
+    base = {"suite": suite, "case": case, "model": "GPT-2 small", "tokens": tokens, "distinct": 9, "ids": "natural"}
+    base |= {"dtype": "float32", "direction": "training" if trains else "forward", "variants": variants}
+    return base | {"left_out": {"Liger norm": "its kernels want a GPU"}} | more
+
+
+ROWS = [
+    row("GPT-2 small, 1 × 8", 8, 0.002, 0.001),
+    row("GPT-2 small, 1 × 8", 8, 0.5, 0.4, trains=True),
+    *(row(f"GPT-2 small, 1 × {n}", n, n / 1e4, n / 2e4, trains) for n in (16, 32, 64) for trains in (False, True)),
+    row("GPT-2 small, 1 × 8", 8, 0.004, 0.001, ids="uniform"),
+    row("a call", 1, 0.004, 0.001, suite="host"),
+]
 TABLE = """\
-| case | direction | plan | times as fast as stock modules |
-| --- | --- | --- | ---: |
-| 1 × 1 | forward / forward+backward | one_pass / distinct | 0.50 / 2.00 |
-| 2 × 8 | forward | table | 3.00 |
+| case | direction | plan | × stock modules | × torch.compile | % of limit | a table built before, × stock |
+| --- | --- | --- | ---: | ---: | ---: | ---: |
+| GPT-2 small, 1 × 8 | forward / forward+backward | distinct / distinct | 2.00 / 1.25 | 1.00 / 0.62 | 50 / 50 | 20.00 |
 """
 
 
 def document(rows, dirty=True):
-    benchmarks = [{"name": f"row{i}", "extra_info": row, "stats": STATS} for i, row in enumerate(rows)]
+    benchmarks = [{"name": f"row{i}", "extra_info": row, "stats": {"data": [1.0]}} for i, row in enumerate(rows)]
     commit = {"id": "c0ffee", "dirty": dirty}
     return {"machine_info": MACHINE, "commit_info": commit, "benchmarks": benchmarks, "datetime": "2026-01-02T03:04:05"}
 
 
 @pytest.fixture
-def plans(tmp_path):
-    rows = [
-        ("1 × 1", "forward", "one_pass", 1, 0.0002, 0.0001, 0.5),
-        ("1 × 1", "forward+backward", "distinct", 1, 0.25, 0.5, 2.0),
-        ("2 × 8", "forward", "table", 2048, 0.0111, 0.0333, 3.0),
-    ]
-    keys = ("case", "direction", "plan", "tokens", "median", "stock_median", "ratio")
+def measured(tmp_path):
     path = tmp_path / "measured.json"
-    path.write_text(json.dumps(document([{**dict(zip(keys, row, strict=True)), "distinct": 1} for row in rows])))
+    path.write_text(json.dumps(document(ROWS)))
     return path
 
 
-@pytest.fixture
-def scaling(tmp_path):
-    rows = []
-    for direction in ("forward+backward", "forward"):
-        for tokens in (2048, 1024):
-            median = {"eager": tokens / 1e4, "distinct": tokens / 2e4} | ({"table": 0.01} if direction == "forward" else {})
-            ratio = {name: median["eager"] / value for name, value in median.items()}
-            rows.append({"tokens": tokens, "distinct": 9, "direction": direction, "median": median, "ratio": ratio})
-            rows[-1] |= {"repeated": tokens == 2048, "left_out": {"torch.compile": "no C++ compiler"}}
-    path = tmp_path / "grown.json"
-    path.write_text(json.dumps(document(rows, dirty=False)))
-    return path
-
-
-def test_files(plans, scaling, tmp_path):
+def test_files(measured, tmp_path):
     out = tmp_path / "results" / "device"
-    report.main(plans, scaling, out=out)
-    assert {path.name for path in out.iterdir()} == {"plans.md", "plans.json", "scaling.md", "scaling.json", "scaling.png"}
-    text = (out / "plans.md").read_text(encoding="utf-8")
+    report.main(measured, out=out)
+    assert {path.name for path in out.iterdir()} == {"report.md", "bench.json", "time.png", "limit.png", "map.png"}
+    lines = (out / "report.md").read_text(encoding="utf-8").splitlines()
     for line in (
-        "| 1 × 1 | 1 | 1 | forward | one_pass | 0.100 | 0.200 | 0.50 |",
-        "| 1 × 1 | 1 | 1 | forward+backward | distinct | 500 | 250 | 2.00 |",
-        "| 2 × 8 | 2,048 | 1 | forward | table | 33.3 | 11.1 | 3.00 |",
-        "- CPU: A CPU, 8 cores, 4 threads",
+        "| GPT-2 small, 1 × 8 | 9 | 2.00 (1.00×) 12 % | 1.00 (2.00×) 25 % | 1.00 (2.00×) 50 % | 0.100 (20.00×) 50 % "
+        "| 1.00 (2.00×) 50 % distinct |",
+        "| GPT-2 small, 1 × 8 | 9 | 500 (1.00×) 20 % | 250 (2.00×) 40 % | 400 (1.25×) 50 % | 400 (1.25×) 50 % distinct |",
+        "| GPT-2 small, 1 × 8, uniform ids | 9 | 4.00 (1.00×) 6 % | 2.00 (2.00×) 12 % | 1.00 (4.00×) 50 % "
+        "| 0.100 (40.00×) 50 % | 1.00 (4.00×) 50 % distinct |",
+        "| GPT-2 small, 1 × 8 | 24, 3 | 24, 3 | 24, 3 | 24, 3 |",
+        "- CPU: A CPU (R), 8 cores, 4 threads",
+        "- rates, float32: copy 20.0 GB/s, product 0.150 TFLOP/s",
         "- text: text.txt",
         "- commit: c0ffee, with uncommitted changes",
+        "## Host time of a call, forward",
+        "- Liger norm: its kernels want a GPU (10 rows, GPT-2 small, 1 × 8 forward among them)",
+        "- Every row of a GPU: this machine has none.",
     ):
-        assert line in text.splitlines(), line
-    text = (out / "scaling.md").read_text(encoding="utf-8")
-    forward, both = text.split("forward+backward")
-    assert "| 1,024 | 9 | 102 (1.00×) | 51.2 (2.00×) | 10.0 (10.24×) |" in forward.splitlines()
-    assert forward.index("| 1,024 |") < forward.index("| 2,048 | 9* |")
-    assert "| 1,024 | 9 | 102 (1.00×) | 51.2 (2.00×) |" in both.splitlines()
-    assert "torch.compile: no C++ compiler." in both and "- commit: c0ffee\n" in both
-    assert (out / "scaling.png").read_bytes().startswith(b"\x89PNG")
-    for source, name in ((plans, "plans.json"), (scaling, "scaling.json")):
-        before, after = json.loads(source.read_text()), json.loads((out / name).read_text(encoding="utf-8"))
-        assert "node" not in after["machine_info"] and "the-host" not in json.dumps(after)
-        assert all(row["stats"] == {"median": 0.5, "rounds": 2} for row in after["benchmarks"])
-        assert [row["extra_info"] for row in after["benchmarks"]] == [row["extra_info"] for row in before["benchmarks"]]
+        assert line in lines, line
+    assert all((out / name).read_bytes().startswith(b"\x89PNG") for name in ("time.png", "limit.png", "map.png"))
+    before, after = json.loads(measured.read_text()), json.loads((out / "bench.json").read_text(encoding="utf-8"))
+    assert "the-host" not in json.dumps(after) and "stats" not in after["benchmarks"][0]
+    assert [row["extra_info"] for row in after["benchmarks"]] == [row["extra_info"] for row in before["benchmarks"]]
 
 
-def test_plans_alone_and_readme(plans, tmp_path):
+def test_readme(measured, tmp_path):
     readme = tmp_path / "README.md"
     for between in ("", "what stood there\n"):
-        readme.write_text(f"above\n\n<!-- plans -->\n{between}<!-- /plans -->\n\nbelow\n", encoding="utf-8")
-        report.main(plans, out=tmp_path / "out", readme=readme)
-        assert readme.read_text(encoding="utf-8") == f"above\n\n<!-- plans -->\n{TABLE}<!-- /plans -->\n\nbelow\n"
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"plans.md", "plans.json"}
+        readme.write_text(f"above\n\n<!-- measured -->\n{between}<!-- /measured -->\n\nbelow\n", encoding="utf-8")
+        report.main(measured, out=tmp_path / "out", readme=readme)
+        text = readme.read_text(encoding="utf-8")
+        assert text.startswith(f"above\n\n<!-- measured -->\n{TABLE}") and text.endswith("|\n<!-- /measured -->\n\nbelow\n")
 
 
-def test_copies_make_the_same_tables(plans, scaling, tmp_path):
-    report.main(plans, scaling, out=tmp_path / "one")
-    report.main(tmp_path / "one" / "plans.json", tmp_path / "one" / "scaling.json", out=tmp_path / "two")
-    for name in ("plans.md", "plans.json", "scaling.md", "scaling.json"):
+def test_a_copy_makes_the_same_report(measured, tmp_path):
+    report.main(measured, out=tmp_path / "one")
+    report.main(tmp_path / "one" / "bench.json", out=tmp_path / "two")
+    for name in ("report.md", "bench.json"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
-def test_wrong_files_write_nothing(plans, scaling, tmp_path):
-    readme = tmp_path / "README.md"
+def test_a_folder_for_each_device():
+    assert report.slug({"machine_info": MACHINE}) == "cpu-a-cpu-r-4-threads"
+    assert report.slug({"machine_info": MACHINE | {"gpu": "NVIDIA H200"}}) == "nvidia-h200"
+
+
+def test_a_gpu_says_what_it_is():
+    gpu = {"gpu": "NVIDIA H200", "driver_version": "580.1", "cuda": "13.0", "clocks.max.sm": "1980", "clocks.max.mem": "3201"}
+    rows = [row("x", 8, 1, 1) | {"clocks": {"clocks.sm": clock}} for clock in ("1980", "1755")]
+    text = report.provenance(document(rows) | {"machine_info": MACHINE | gpu | {"power.limit": "700"}})
+    for line in (
+        "- GPU: NVIDIA H200",
+        "- driver, CUDA: 580.1, 13.0",
+        "- clocks at most, power: 1980 and 3201 MHz, 700 W",
+        "- clocks seen: 1,755 to 1,980 MHz",
+    ):
+        assert line in text.splitlines()
+
+
+def test_wrong_files_write_nothing(measured, tmp_path):
+    readme, other = tmp_path / "README.md", tmp_path / "other.json"
     readme.write_text("no markers\n")
-    for arguments, options in (((scaling,), {}), ((plans, plans), {}), ((plans,), {"readme": readme})):
+    other.write_text(json.dumps(document([row("a call", 1, 1, 1, suite="host")])))
+    for path, options in ((other, {}), (measured, {"readme": readme})):
         with pytest.raises(BadParameter):
-            report.main(*arguments, out=tmp_path / "out", **options)
+            report.main(path, out=tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
 
 
 def test_readme_shows_the_committed_results():
-    """python bench/report.py bench/results/DEVICE/plans.json --out bench/results/DEVICE --readme README.md makes it so."""
+    """python bench/report.py bench/results/DEVICE/bench.json --out bench/results/DEVICE --readme README.md makes it so."""
     section = report.SECTION.search((ROOT / "README.md").read_text(encoding="utf-8"))
-    results = sorted(ROOT.glob("bench/results/*/plans.json"))
-    if section is None or not results:
-        pytest.skip("no results are committed, or README shows none")
-    assert section[0] in [report.readme_table(json.loads(path.read_text(encoding="utf-8"))) for path in results]
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in ROOT.glob("bench/results/*/bench.json")]
+    assert section[0] in [report.readme_table(found) for found in results]

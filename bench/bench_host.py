@@ -1,0 +1,126 @@
+"""What a call costs the host, over tensors so small that nothing else takes time: bare operators, stock modules, ours.
+
+Wall-clock of the calling thread, without waiting for a GPU. The difference to `operators` is what the modules around them cost.
+"""
+
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as nnf
+from cases import Model, Stock
+from peers import check, gradients
+from timing import Variant, Wall, assert_close, compare
+
+import pyembed
+import pyembed.functional as F
+
+CALLS = 20
+GPT = Model("a tiny GPT-2", 64, 32, 2, 1, 0, L=16, head_dim=16)
+LLAMA = Model("a tiny Llama", 64, 32, 2, 1, 0, norm="rms", bias=False, kv_heads=1, head_dim=16)
+
+
+def lookup(ids, device):
+    ours = pyembed.Embedding(64, 32, device=device)
+    stock = torch.nn.Embedding(64, 32, device=device)
+    stock.weight = ours.weight
+    return [ours.weight], {
+        "operators": lambda: nnf.embedding(ids, ours.weight),
+        "stock modules": lambda: stock(ids),
+        "functional.embedding": lambda: F.embedding(ids, ours.weight),
+        "Embedding": lambda: ours(ids),
+    }
+
+
+def summed(ids, device):
+    ours = pyembed.TokenPositionEmbedding(64, 32, 16, device=device)
+    token, position = ours.token.weight, ours.position.weight
+    stock = [torch.nn.Embedding(*table.shape, device=device) for table in (token, position)]
+    stock[0].weight, stock[1].weight = token, position
+
+    def operators():
+        return nnf.embedding(ids, token) + nnf.embedding(torch.arange(ids.shape[-1], device=device), position)
+
+    return [token, position], {
+        "operators": operators,
+        "stock modules": lambda: stock[0](ids) + stock[1](torch.arange(ids.shape[-1], device=device)),
+        "functional.embed": lambda: F.embed(ids, token, position),
+        "TokenPositionEmbedding": lambda: ours(ids),
+    }
+
+
+def front(model):
+    def ways(ids, device):
+        stock = Stock(model, 16, device)
+        ours, (heads, kv_heads, _) = stock.fused(), model.groups
+        token, weight, bias = stock.token.weight, stock.qkv.weight, stock.qkv.bias
+        position = stock.position.weight if model.L else None
+        norm_weight, norm_bias = stock.norm.weight, getattr(stock.norm, "bias", None)
+
+        def operators():
+            hidden = nnf.embedding(ids, token)
+            if position is not None:
+                hidden = hidden + nnf.embedding(torch.arange(ids.shape[-1], device=device), position)
+            if model.norm == "layer":
+                normed = nnf.layer_norm(hidden, (32,), norm_weight, norm_bias)
+            else:
+                normed = nnf.rms_norm(hidden, (32,), norm_weight, 1e-5)
+            query, key, value = nnf.linear(normed, weight, bias).view(*ids.shape, -1, 16).split(model.groups, -2)
+            if stock.rotary is not None:
+                query, key = pyembed.rotary.rotate(query, rotation), pyembed.rotary.rotate(key, rotation)
+            return hidden, query, key, value
+
+        def functional():
+            return F.embed_qkv(
+                ids, token, weight, bias, num_heads=heads, num_kv_heads=kv_heads, position=position, norm=model.norm,
+                norm_weight=norm_weight, norm_bias=norm_bias, rotary=stock.rotary,
+            )  # fmt: skip
+
+        rotation = None if stock.rotary is None else stock.rotary.rotation(ids, None)
+        return list(stock.parameters()), {
+            "operators": operators,
+            "stock modules": lambda: stock(ids),
+            "functional.embed_qkv": functional,
+            "EmbeddingQKV": lambda: ours(ids),
+        }
+
+    return ways
+
+
+CASES = {
+    "Embedding": lookup,
+    "TokenPositionEmbedding": summed,
+    "EmbeddingQKV, GPT-2": front(GPT),
+    "EmbeddingQKV, Llama": front(LLAMA),
+}
+
+
+@pytest.mark.parametrize("trains", [False, True], ids=["forward", "training"])
+@pytest.mark.parametrize("name", CASES)
+def test_host(record, device, name, trains):
+    def run():
+        parameters, ways = CASES[name](torch.tensor([[5]], device=device), device)
+        variants = {way: Variant(lambda call=call: _tuple(call()), parameters) for way, call in ways.items()}
+        grads = gradients(variants, trains)
+        check(variants, grads, assert_close, reference="operators")
+        many = {way: Variant(partial(calls, variant, grads and grads[way]), []) for way, variant in variants.items()}
+        found = compare(many, None, Wall(), seconds=2)
+        for row in found.values():
+            each = {key: seconds / CALLS for key, seconds in row["seconds"]["forward"].items()}
+            row["seconds"] = {"forward+backward" if trains else "forward": each}
+        return found, {}
+
+    record(run, suite="host", case=name, direction="training" if trains else "forward", tokens=1)
+
+
+def calls(variant, grads):
+    """CALLS in a row, as a loop over tokens makes them: one alone would find the caches of another variant."""
+    with torch.set_grad_enabled(grads is not None):
+        for _ in range(CALLS):
+            outputs = variant.forward()
+            if grads is not None:
+                torch.autograd.grad(outputs, variant.parameters, grads)
+
+
+def _tuple(outputs):
+    return (outputs,) if isinstance(outputs, torch.Tensor) else tuple(outputs)

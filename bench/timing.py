@@ -1,0 +1,177 @@
+"""Time and memory of several variants of one computation, in turn in one process.
+
+CPU: wall-clock, a quick call right after an untimed one of its own. CUDA: events around the work, the L2 cache overwritten
+before each, forward passes replayed from a CUDA graph (all of a row, or none). A row goes on until its seconds are spent;
+median and quartiles are over rounds.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+ROUNDS = (3, 401)  # at least, at most
+QUICK = 0.05  # seconds: a call that takes less may find caches as the variant before it left them
+
+
+@dataclasses.dataclass
+class Variant:
+    """One way to compute a row: `forward()` gives a tuple of tensors; in training, gradients of `parameters` are wanted."""
+
+    forward: Callable[[], Sequence[Tensor]]
+    parameters: list[Tensor]
+    context: Callable = contextlib.nullcontext
+    checked: bool = True  # whether it gives the row's results; a bound gives less
+    graph: torch.cuda.CUDAGraph | None = None
+
+
+class Wall:
+    """The clock of a CPU."""
+
+    mark = staticmethod(time.perf_counter)
+
+    def start(self):
+        return self.mark()
+
+    def seconds(self, marks):
+        return [b - a for a, b in itertools.pairwise(marks)]
+
+
+class Events:
+    """The clock of a CUDA device: marks are events in its queue, read when all is done."""
+
+    def __init__(self, device):
+        self.cache = torch.empty(4 * torch.cuda.get_device_properties(device).L2_cache_size, dtype=torch.int8, device=device)
+
+    def mark(self):
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def start(self):
+        self.cache.zero_()
+        return self.mark()
+
+    def seconds(self, marks):
+        marks[-1].synchronize()
+        return [a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(marks)]
+
+
+def clock(device):
+    return Events(device) if device.type == "cuda" else Wall()
+
+
+def step(variant, grads, clock):
+    """Marks before, between and after: [start, forward] or, with grads, [start, forward, backward]."""
+    with variant.context(), torch.set_grad_enabled(grads is not None):
+        marks = [clock.start()]
+        outputs = variant.graph.replay() if variant.graph else variant.forward()
+        marks.append(clock.mark())
+        if grads is not None:
+            torch.autograd.grad(outputs, variant.parameters, grads, allow_unused=True)
+            marks.append(clock.mark())
+    return marks
+
+
+def results(variant, grads):
+    """Outputs, and with grads every parameter's gradient."""
+    with variant.context(), torch.set_grad_enabled(grads is not None):
+        outputs = tuple(variant.forward())
+        if grads is None:
+            return outputs
+        found = torch.autograd.grad(outputs, variant.parameters, grads)
+    return *(output.detach() for output in outputs), *found
+
+
+def assert_close(found, expected):
+    """Each tensor within 2 % in 16 bits, 1e-4 in fp32, of what is expected, or of its largest element."""
+    for a, b in zip(found, expected, strict=True):
+        tolerance = 2e-2 if b.dtype.itemsize == 2 else 1e-4
+        largest = b.abs().amax().item() if b.numel() else 0.0
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * largest)
+
+
+def capture(variant):
+    """The variant with its forward as a CUDA graph."""
+    with variant.context(), torch.no_grad():
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                variant.forward()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            variant.forward()
+    return dataclasses.replace(variant, graph=graph)
+
+
+def compare(variants, grads, timer, seconds, graphs=False):
+    """{variant: {"rounds": of each, "seconds": {direction: {"median", "q1", "q3"}}}}, in turn; each has run before.
+
+    grads: {variant: gradients of its outputs}; None: a forward without them. graphs: replay CUDA graphs. seconds: in all."""
+    directions = ["forward"] if grads is None else ["training forward", "backward", "forward+backward"]
+    grads = dict.fromkeys(variants) if grads is None else grads
+    found = {name: [] for name in variants}
+    variants = {name: capture(variant) for name, variant in variants.items()} if graphs else variants
+    rounds, end = 0, time.perf_counter() + seconds
+    while rounds < ROUNDS[0] or rounds < ROUNDS[1] and time.perf_counter() < end:
+        for name, variant in variants.items():
+            if isinstance(timer, Wall) and found[name] and found[name][-1][-1] < QUICK:
+                step(variant, grads[name], timer)
+            parts = timer.seconds(step(variant, grads[name], timer))
+            found[name].append(parts if len(parts) == 1 else [*parts, sum(parts)])
+        rounds += 1
+    columns = {name: zip(directions, zip(*rows, strict=True), strict=True) for name, rows in found.items()}
+    return {name: {"rounds": rounds, "seconds": {d: _quartiles(c) for d, c in those}} for name, those in columns.items()}
+
+
+def _quartiles(seconds):
+    q1, median, q3 = statistics.quantiles(seconds, n=4, method="inclusive")
+    return {"median": median, "q1": q1, "q3": q3}
+
+
+def saved_bytes(variant):
+    """What a forward pass keeps for its backward: storages other than its parameters' and its results'."""
+    kept = {}
+
+    def pack(tensor):
+        with contextlib.suppress(RuntimeError, NotImplementedError):  # a tensor without memory of its own
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with variant.context(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        outputs = variant.forward()
+    for tensor in (*variant.parameters, *outputs):
+        kept.pop(tensor.untyped_storage().data_ptr(), None)
+    return sum(kept.values())
+
+
+def peak_bytes(variant, grads, device):
+    """Most memory that one call takes beyond what was taken before it; None: this system does not say."""
+    timer = Wall()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        step(dataclasses.replace(variant, graph=None), grads, timer)
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    try:
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")  # the peak of resident memory is then counted anew
+        before = _status("VmRSS")
+        step(variant, grads, timer)
+        return max(_status("VmHWM") - before, 0)
+    except OSError:
+        return None
+
+
+def _status(key):
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(key))
