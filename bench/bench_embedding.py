@@ -12,7 +12,7 @@ import roofline
 import torch
 import torch.nn.functional as nnf
 from cases import make_ids
-from peers import PEERS, check, compiled, compiler_missing, gradients
+from peers import PEERS, capture_all, check, compiled, compiler_missing, gradients, reason_of
 from timing import Variant, assert_close, clock, compare, peak_bytes, saved_bytes
 
 import pyembed
@@ -45,7 +45,7 @@ def run_row(ways, ids, parameters, trains, works, seconds=3):
         except Exception as error:  # whatever another library does on this machine
             if name not in PEERS:
                 raise
-            left_out[name] = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+            left_out[name] = reason_of(error)
             continue
         variants[name] = variant
     grads = gradients(variants, trains)
@@ -53,8 +53,11 @@ def run_row(ways, ids, parameters, trains, works, seconds=3):
     rows = {name: {"saved": saved_bytes(v) if trains else None} for name, v in variants.items()}
     for name, row in rows.items():
         row["peak"] = peak_bytes(variants[name], grads and grads[name], device)
-    found = compare(variants, grads, clock(device), seconds, graphs=device.type == "cuda" and not trains)
+    if device.type == "cuda" and not trains:
+        left_out |= capture_all(variants)
+    found = compare(variants, grads, clock(device), seconds)
     rates = roofline.measure(device, dtype)
+    rows = {name: rows[name] for name in variants}
     for name, row in rows.items():
         row |= found[name]
         row["limit"] = {direction: works[direction].seconds(rates) for direction in row["seconds"]}

@@ -9,7 +9,7 @@ import pytest
 import roofline
 import torch
 from cases import MODELS, Stock, make_ids
-from peers import BOUND, COMPILERS, PLANS, check, front_ends, gradients
+from peers import BOUND, COMPILERS, PLANS, capture_all, check, front_ends, gradients
 from timing import assert_close, clock, compare, peak_bytes, saved_bytes
 
 import pyembed
@@ -93,6 +93,8 @@ def test_front_end(record, request, device, tokens, characters, case, trains):
             wanted.remove(compiler)
             spared[compiler] = "a row of --full"
 
+    graphs = device.type == "cuda" and not trains
+
     def run():
         torch.manual_seed(0)
         stock = Stock(model, T, device, dtype)
@@ -103,12 +105,13 @@ def test_front_end(record, request, device, tokens, characters, case, trains):
         left_out |= spared | check(variants, grads, assert_close)
         rows = {variant: {"plan": chosen if variant == "auto" else variant} for variant in variants}
         for variant, row in rows.items():
-            pyembed.empty_cache()
             row["peak"] = peak_bytes(variants[variant], grads and grads[variant], device)
             row["saved"] = saved_bytes(variants[variant]) if trains else None
-        graphs = device.type == "cuda" and not trains
-        found = compare(variants, grads, clock(device), seconds=20 if full else 2.5, graphs=graphs)
+        if graphs:
+            left_out |= capture_all(variants)
+        found = compare(variants, grads, clock(device), seconds=20 if full else 2.5)
         rates = roofline.measure(device, dtype)
+        rows = {variant: rows[variant] for variant in variants}
         for variant, row in rows.items():
             row |= found[variant]
             row["limit"] = {
@@ -119,7 +122,7 @@ def test_front_end(record, request, device, tokens, characters, case, trains):
 
     record(
         run, suite="front end", case=f"{name}, {B} × {T}", model=name, tokens=B * T, distinct=distinct, ids=kind,
-        dtype=str(dtype)[6:], direction=described(trains), graphs=device.type == "cuda" and not trains,
+        dtype=str(dtype)[6:], direction=described(trains), graphs=graphs, shape=[B, T],
     )  # fmt: skip
     pyembed.empty_cache()
 

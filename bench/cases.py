@@ -67,6 +67,9 @@ class Stock(nn.Module):
         self.position = nn.Embedding(model.L, model.D, **factory) if model.L else None
         self.segment = nn.Embedding(model.segments, model.D, **factory) if model.segments else None
         self.rotary = None if model.L else pyembed.Rotary(model.head_dim, length, device=device)
+        if self.rotary is not None:  # a model makes these once, for all its layers
+            for name, table in (("cos", self.rotary.cos), ("sin", self.rotary.sin)):
+                self.register_buffer(name, table[:, None].repeat(1, 1, 2).to(dtype or torch.float32), persistent=False)
         self.norm, self.qkv = norm(model.D, eps=1e-5, **factory), nn.Linear(model.D, model.N, bias=model.bias, **factory)
         self.query_norm, self.key_norm = (nn.RMSNorm(model.head_dim, **factory) if model.qk_norm else None for _ in range(2))
         for table in (self.token, self.position, self.segment):
@@ -84,8 +87,7 @@ class Stock(nn.Module):
         if self.query_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
         if self.rotary is not None:
-            tables = (table[: ids.shape[-1], None].repeat(1, 1, 2) for table in (self.rotary.cos, self.rotary.sin))
-            cos, sin = (table.to(query.dtype) for table in tables)
+            cos, sin = self.cos[: ids.shape[-1]], self.sin[: ids.shape[-1]]
             half = query.shape[-1] // 2
             query, key = (x * cos + torch.cat([-x[..., half:], x[..., :half]], -1) * sin for x in (query, key))
         return hidden, query, key, value

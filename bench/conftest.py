@@ -1,20 +1,21 @@
 import platform
 import pydoc_data.topics
-import shutil
 import subprocess
 import time
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as version_of
 from pathlib import Path
 
 import pytest
 import roofline
 import torch
-import triton
 from rich.console import Console
 from rich.table import Table
 
 from pyembed.data import get_encoding
 
 ROWS = []  # of this run, to be printed
+SKIPPED = {}  # {row: why it was not measured}
 
 
 def pytest_addoption(parser):
@@ -31,6 +32,17 @@ def pytest_configure(config):
 def pytest_runtest_setup(item):
     if time.monotonic() - item.config.stash["started"] > item.config.getoption("--budget"):
         pytest.skip("not measured: the time given is spent")
+
+
+def pytest_runtest_logreport(report):
+    if report.skipped:
+        SKIPPED[report.nodeid.split("::")[-1]] = report.longrepr[2].removeprefix("Skipped: ")
+    elif report.failed:
+        SKIPPED[report.nodeid.split("::")[-1]] = "it failed"
+
+
+def pytest_benchmark_update_json(output_json):
+    output_json["not_measured"] = SKIPPED
 
 
 @pytest.fixture(scope="session")
@@ -67,10 +79,10 @@ def record(benchmark, device):
 
     def take(run, **row):
         row["variants"], row["left_out"] = run()
-        benchmark.pedantic(lambda: None, rounds=1)  # enters the row in the JSON; the times are in extra_info
         if device.type == "cuda":
             row["clocks"] = _query("clocks.sm", "clocks.mem", "temperature.gpu")
         benchmark.extra_info.update(row)
+        benchmark.pedantic(lambda: None, rounds=1)  # enters the row in the JSON; the times are in extra_info
         ROWS.append(row)
 
     return take
@@ -97,18 +109,27 @@ def pytest_terminal_summary(terminalreporter):
     Console(width=160).print(table)
 
 
+def _version(package):
+    try:
+        return version_of(package)
+    except PackageNotFoundError:
+        return None
+
+
 def _query(*fields):
-    """What nvidia-smi says of the first GPU, where it is there."""
-    if not shutil.which("nvidia-smi"):
+    """What nvidia-smi says of the GPU, where it says anything."""
+    gpu = f"GPU-{torch.cuda.get_device_properties(0).uuid}"
+    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits", "-i", gpu]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
         return {}
-    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits", "-i", "0"]
-    answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    return dict(zip(fields, answer.split(", "), strict=True))
+    return dict(zip(fields, answer.split(", "), strict=False))
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    machine_info |= {"torch": torch.__version__, "triton": triton.__version__, "threads": torch.get_num_threads()}
+    machine_info |= {"torch": torch.__version__, "triton": _version("triton"), "threads": torch.get_num_threads()}
     machine_info["text"] = Path(config.getoption("--text") or "pydoc_data.topics").name
     machine_info["node"] = platform.machine()  # not the machine's own name
     dtypes = (torch.float32, torch.bfloat16) if device.type == "cuda" else (torch.float32,)

@@ -10,11 +10,12 @@ set -uo pipefail
 out=${1:?usage: bench/gpu.sh OUT [SECONDS] [arguments of the benchmark]}
 total=${2:-1500}
 shift $(($# < 2 ? $# : 2))
+[ "$total" -ge 300 ] 2>/dev/null || { echo "bench/gpu.sh: expected SECONDS of at least 300, got $total" >&2 && exit 2; }
 mkdir -p "$out" && out=$(cd "$out" && pwd) && cd "$(dirname "$0")/.." || exit 2
 python=${PYTHON:-python3}
-export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+export PYTHONUNBUFFERED=1
 
-missing=$("$python" - 2>&1 <<'EOF'
+missing=$("$python" - 2>"$out/gpu.txt" <<'EOF'
 import importlib.util as found
 names = ("torch", "triton", "pytest", "pytest_benchmark", "xdist", "hypothesis", "typer", "rich", "matplotlib", "tiktoken")
 lacking = [name for name in names if not found.find_spec(name)]
@@ -24,17 +25,17 @@ if not lacking:
 print(", ".join(lacking), end="")
 EOF
 )
-if [ -n "$missing" ]; then
-    echo "bench/gpu.sh: expected $missing" >&2
+if [ $? -ne 0 ] || [ -n "$missing" ]; then
+    echo "bench/gpu.sh: expected ${missing:-a $python that runs: see $out/gpu.txt}" >&2
     exit 2
 fi
 if ! "$python" -c 'import pyembed.kernels' 2>/dev/null; then # not installed: the kernels are the package that setup.py names
-    site=$(mktemp -d)
-    trap 'rm -rf "$site"' EXIT
-    cp -r pyembed "$site/pyembed" && cp -r kernels/triton "$site/pyembed/kernels"
-    PYTHONPATH=$site:$PYTHONPATH
+    copy=$(mktemp -d)
+    trap 'rm -rf "$copy"' EXIT
+    cp -r . "$copy" && cp -r kernels/triton "$copy/pyembed/kernels" && cd "$copy" || exit 2
 fi
-{ nvidia-smi; "$python" -m torch.utils.collect_env; git log -1 --format='commit %H'; } >"$out/gpu.txt" 2>&1
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+{ nvidia-smi; "$python" -m torch.utils.collect_env; git log -1 --format='commit %H'; } >>"$out/gpu.txt" 2>&1
 
 failed=0
 part() { # NAME SECONDS COMMAND...: a part, its output and how it ended
@@ -55,7 +56,7 @@ if command -v compute-sanitizer >/dev/null; then # without PyTorch's cache, so t
 else
     echo "sanitizer: not run: compute-sanitizer is not installed" | tee "$out/sanitizer.log"
 fi
-left=$((total - SECONDS - 60))
-part bench $((left + 30)) "$python" -m pytest bench/bench_{front,embedding,host,step}.py --budget "$left" --benchmark-json="$out/bench.json" "$@"
+left=$((total - SECONDS - 150)) # for the row under way, and the report
+part bench $((left + 60)) "$python" -m pytest bench/bench_{host,front,embedding,step}.py --budget "$left" --benchmark-json="$out/bench.json" "$@"
 [ -s "$out/bench.json" ] && part report 60 "$python" bench/report.py "$out/bench.json" --out "$out/report"
 exit $failed

@@ -4,12 +4,13 @@ import copy
 import functools
 import importlib
 import os
+import shlex
 import shutil
 import sys
 
 import torch
 import torch.nn.functional as nnf
-from timing import Variant, results
+from timing import Variant, capture, results
 
 import pyembed
 
@@ -22,7 +23,8 @@ BOUND = "linear alone"  # the projection of rows that are normalised already: Py
 
 def compiler_missing(device):
     """Why torch.compile cannot run here; None: it can."""
-    if device.type == "cpu" and not shutil.which(os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")):
+    default = "clang++" if sys.platform == "darwin" else "g++"
+    if device.type == "cpu" and not shutil.which(shlex.split(os.environ.get("CXX") or default)[0]):
         return "no C++ compiler"
     return None
 
@@ -94,7 +96,7 @@ def front_ends(stock, ids, trains, wanted):
                     found[name].forward()
         except Exception as error:  # whatever another library does on this machine
             found.pop(name, None)
-            left_out[name] = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+            left_out[name] = reason_of(error)
     if BOUND in wanted:
         found[BOUND] = _bound(stock, ids, trains)
     for plan in PLANS:
@@ -129,15 +131,36 @@ def gradients(variants, trains):
 def check(variants, grads, assert_close, reference="eager"):
     """Every variant gives what `reference` gives, before any is timed: a peer that does not is left out, ours raises."""
     expected = results(variants[reference], grads and grads[reference])
+
+    def compare(name, variant):
+        if name != reference and variant.checked:
+            assert_close(results(variant, grads and grads[name]), expected)
+        return variant
+
+    return _each(variants, compare)
+
+
+def capture_all(variants):
+    """Makes a CUDA graph of each; returns what was left out."""
+    pool = torch.cuda.graph_pool_handle()
+    return _each(variants, lambda name, variant: capture(variant, pool))
+
+
+def _each(variants, function):
+    """variants[name] = function(name, variant). A peer that fails is left out, and why it did is returned; ours raises."""
     left_out = {}
     for name, variant in list(variants.items()):
-        if name == reference or not variant.checked:
-            continue
         try:
-            assert_close(results(variant, grads and grads[name]), expected)
-        except AssertionError:
+            variants[name] = function(name, variant)
+        except Exception as error:
             if name not in PEERS:
                 raise
             del variants[name]
-            left_out[name] = "its results are not those of stock modules"
+            wrong = isinstance(error, AssertionError)
+            left_out[name] = "its results are not those of stock modules" if wrong else reason_of(error)
     return left_out
+
+
+def reason_of(error):
+    """One line of it."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:120]

@@ -7,6 +7,7 @@ between <!-- measured --> and <!-- /measured --> become the short table; tests/t
 """
 
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -21,6 +22,8 @@ from cases import MODELS
 SECTION = re.compile(r"(?<=^<!-- measured -->\n).*?(?=^<!-- /measured -->$)", re.M | re.S)
 DIRECTIONS = ("forward", "forward+backward")
 OURS = ("one_pass", "distinct", "table", "auto")
+OTHER = ("#59636e", "x", "-")
+UNMAPPED = ("linear alone", "table", "auto")
 LEAST_POINTS = 4  # of a model's line
 STYLES = {  # by variant: colour, marker, line; eager, torch.compile and one_pass may lie upon each other
     "eager": ("#1f2328", "o", "-"),
@@ -99,7 +102,9 @@ Milliseconds, the median of a row's rounds, in which all its variants ran in tur
 first column. In the tables of front ends and of tables alone a third figure is the percentage of the limit: of the larger of
 the bytes that must move over this machine's copy rate, and of the operations over its matrix rate (bench/roofline.py); each
 plan has its own operations, and what fits in a cache may pass 100 %. `linear alone` multiplies rows that are normalised
-already: the bound of a plan that projects every token. `table` is built before, and not for training.
+already: the bound of a plan that projects every token. `table` is built before, and not for training. `auto` names its plan.
+On a GPU, forward rows are replays of CUDA graphs with a cold L2 cache, all of a row; training rows are not, so a few tokens
+there are the host's time. Memory kept for the backward counts the ids, and not weights and results.
 """
 
 
@@ -167,6 +172,8 @@ def left_out(document):
     for row in rows_of(document, "front end", "embedding", "host", "step"):
         for name, reason in row["left_out"].items():
             reasons.setdefault((name, reason), []).append(f"{row['case']}{_kind(row)} {row['direction']}")
+    for name, reason in document.get("not_measured", {}).items():
+        reasons.setdefault(("whole rows", reason), []).append(name)
     notes = [f"- {name}: {reason} ({len(cases)} rows, {cases[0]} among them)\n" for (name, reason), cases in reasons.items()]
     if "gpu" not in document["machine_info"]:
         notes.append("- Every row of a GPU: this machine has none.\n")
@@ -261,11 +268,11 @@ def draw_lines(document, path, label, value):
     figure = Figure((10.8, 0.6 + 4.2 * len(models)), dpi=130, layout="constrained")
     lines, panels = {}, figure.subplots(len(models), 2, squeeze=False)
     for line, (model, rows) in zip(panels, models.items(), strict=True):
+        rows = [row for row in rows if row["shape"][1] > 1 or row["tokens"] == 1]  # decode of a batch is the map's
         for axis, direction in zip(line, DIRECTIONS, strict=True):
             for name, (color, marker, style) in STYLES.items():
-                points = {
-                    row["tokens"]: value(found[name], direction) for row in rows if name in (found := cells(row, direction))
-                }
+                found = {row["tokens"]: cells(row, direction).get(name) for row in rows}
+                points = {tokens: value(cell, direction) for tokens, cell in sorted(found.items()) if cell}
                 if points:
                     (lines[name],) = axis.loglog(*zip(*points.items(), strict=True), c=color, marker=marker, ls=style, ms=5)
             axis.set_title(f"{model}, {direction}", loc="left", fontsize=10)
@@ -290,25 +297,24 @@ def draw_map(document, path):
     from matplotlib.figure import Figure
 
     models = _natural(document)
-    columns = sorted({row["tokens"] for rows in models.values() for row in rows})
-    names = [name for name in STYLES if name not in ("linear alone", "table")]
+    columns = sorted(
+        {tuple(row["shape"]) for rows in models.values() for row in rows}, key=lambda shape: (math.prod(shape), shape)
+    )
     figure = Figure((2.5 + 0.95 * len(columns), 1.6 + 1.1 * len(models)), dpi=130, layout="constrained")
     for axis, direction in zip(figure.subplots(2, 1), DIRECTIONS, strict=True):
         axis.set_xlim(-0.5, len(columns) - 0.5)
         axis.set_ylim(len(models) - 0.5, -0.5)
         for y, rows in enumerate(models.values()):
             for row in rows:
-                found = {name: median(cell, direction) for name, cell in cells(row, direction).items() if name in names}
+                found = {name: median(cell, direction) for name, cell in cells(row, direction).items() if name not in UNMAPPED}
                 if not found:
                     continue
-                best, x = min(found, key=found.get), columns.index(row["tokens"])
-                axis.fill_between(
-                    [x - 0.48, x + 0.48], y - 0.46, y + 0.46, color=STYLES[best][0], alpha=0.85 if best in OURS else 0.3
-                )
-                axis.text(
-                    x, y, f"{best}\n{found['eager'] / found[best]:.2f}", ha="center", va="center", fontsize=7, color="white"
-                )
-        axis.set_xticks(range(len(columns)), [f"{count:,}" for count in columns])
+                best, x = min(found, key=found.get), columns.index(tuple(row["shape"]))
+                color, strength = STYLES.get(best, OTHER)[0], 0.85 if best in OURS else 0.45
+                axis.fill_between([x - 0.48, x + 0.48], y - 0.46, y + 0.46, color=color, alpha=strength, lw=0)
+                label = f"{best}\n{found['eager'] / found[best]:.2f}"
+                axis.text(x, y, label, ha="center", va="center", fontsize=7, color="white")
+        axis.set_xticks(range(len(columns)), [f"{B} × {T}" for B, T in columns])
         axis.set_yticks(range(len(models)), models)
         axis.set_title(f"fastest, {direction}: times as fast as eager", loc="left", fontsize=10)
         axis.spines[:].set_visible(False)

@@ -1,12 +1,14 @@
 """Time and memory of several variants of one computation, in turn in one process.
 
 CPU: wall-clock, a quick call right after an untimed one of its own. CUDA: events around the work, the L2 cache overwritten
-before each, forward passes replayed from a CUDA graph (all of a row, or none). A row goes on until its seconds are spent;
-median and quartiles are over rounds.
+before each, forward passes replayed from a CUDA graph (peers.capture_all; all of a row, or none). A row goes on until its
+seconds are spent; median and quartiles are over rounds.
 """
 
 import contextlib
+import ctypes
 import dataclasses
+import gc
 import itertools
 import statistics
 import time
@@ -14,6 +16,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+
+import pyembed
 
 ROUNDS = (3, 401)  # at least, at most
 QUICK = 0.05  # seconds: a call that takes less may find caches as the variant before it left them
@@ -96,8 +100,8 @@ def assert_close(found, expected):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * largest)
 
 
-def capture(variant):
-    """The variant with its forward as a CUDA graph."""
+def capture(variant, pool):
+    """The variant with its forward as a CUDA graph, in a pool of memory that graphs share: nobody reads what they write."""
     with variant.context(), torch.no_grad():
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -106,19 +110,18 @@ def capture(variant):
                 variant.forward()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=pool):
             variant.forward()
     return dataclasses.replace(variant, graph=graph)
 
 
-def compare(variants, grads, timer, seconds, graphs=False):
+def compare(variants, grads, timer, seconds):
     """{variant: {"rounds": of each, "seconds": {direction: {"median", "q1", "q3"}}}}, in turn; each has run before.
 
-    grads: {variant: gradients of its outputs}; None: a forward without them. graphs: replay CUDA graphs. seconds: in all."""
+    grads: {variant: gradients of its outputs}; None: a forward without them. seconds: in all."""
     directions = ["forward"] if grads is None else ["training forward", "backward", "forward+backward"]
     grads = dict.fromkeys(variants) if grads is None else grads
     found = {name: [] for name in variants}
-    variants = {name: capture(variant) for name, variant in variants.items()} if graphs else variants
     rounds, end = 0, time.perf_counter() + seconds
     while rounds < ROUNDS[0] or rounds < ROUNDS[1] and time.perf_counter() < end:
         for name, variant in variants.items():
@@ -153,7 +156,8 @@ def saved_bytes(variant):
 
 
 def peak_bytes(variant, grads, device):
-    """Most memory that one call takes beyond what was taken before it; None: this system does not say."""
+    """Most memory that one call takes beyond what was taken before it; None: this system does not say. On a CPU it is resident
+    memory, which pages and the C library make uncertain by some MiB."""
     timer = Wall()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -162,16 +166,19 @@ def peak_bytes(variant, grads, device):
         step(dataclasses.replace(variant, graph=None), grads, timer)
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
+    gc.collect()
+    pyembed.empty_cache()
     try:
+        ctypes.CDLL(None).malloc_trim(0)  # what the C library keeps of freed memory
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")  # the peak of resident memory is then counted anew
         before = _status("VmRSS")
         step(variant, grads, timer)
         return max(_status("VmHWM") - before, 0)
-    except OSError:
+    except (AttributeError, KeyError, OSError):
         return None
 
 
 def _status(key):
     with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(key))
+        return int(dict(line.split(":", 1) for line in file)[key].split()[0]) * 1024

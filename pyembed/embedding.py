@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from . import checks, planner, positions, thin
+from . import checks, planner, positions
 from . import functional as F
 from . import ids as outside
 from .reference import rows_of
@@ -86,15 +86,11 @@ class TokenPositionEmbedding(outside.HasIdPolicy):
         module, position, segment = modules["token"], modules["position"], modules["segment"]
         token, padding_idx = module.weight, module.padding_idx
         position, segment = None if position is None else position.weight, None if segment is None else segment.weight
-        policy, dropout = self._policy(), modules["dropout"].p if self.training else 0.0
+        policy = self._policy()
         if self.combine == "sum":
-            usual = self.scale is None and segment is None and segment_ids is None and not dropout
-            found = thin.embed(ids, token, position, position_ids, padding_idx, policy) if usual else None
-            if found is not None:
-                return found
             return F.embed(
                 ids, token, position, position_ids, padding_idx=padding_idx, scale=self.scale, segment=segment,
-                segment_ids=segment_ids, dropout=dropout, id_policy=policy,
+                segment_ids=segment_ids, dropout=modules["dropout"].p if self.training else 0.0, id_policy=policy,
             )  # fmt: skip
         checks.check_front_end(ids, token, position, position_ids, segment_ids=segment_ids, policy=policy)
         if policy in ("clamp", "zero"):

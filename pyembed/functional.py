@@ -75,7 +75,7 @@ def embedding(
     it was changed. IndexError: there is one. TypeError, ValueError: other arguments.
     """
     if max_norm is None and not scale_grad_by_freq and not sparse:
-        found = thin.embed(ids, weight, None, None, padding_idx, id_policy)
+        found = thin.embedding(ids, weight, padding_idx, id_policy)
         if found is not None:
             return found
     policy = outside.applied(id_policy)

@@ -12,7 +12,7 @@ from . import ids as outside
 from .distinct import DistinctIds
 from .embedding import COMBINES
 from .lookup import KeepsTable
-from .reference import HiddenQKV, embed_qkv, finish, rows_of, split_heads
+from .reference import HiddenQKV, finish, rows_of, split_heads
 from .rotary import Rotary
 
 
@@ -193,8 +193,8 @@ class EmbeddingQKV(KeepsTable):
         (..., T, num_heads, head_dim), key and value (..., T, num_kv_heads, head_dim)). distinct: as a data loader gives it.
         rotary: (cos, sin) of this call's tokens, as transformers passes them, in place of the module's own. segment_ids: as
         position_ids, None: all 0. query_biases: as in functional.embed_qkv."""
-        if distinct is None and rotary is None and segment_ids is None and query_biases is None:
-            found = thin.front_end(self, ids, position_ids)
+        if distinct is None and segment_ids is None and query_biases is None:
+            found = thin.front_end(self, ids, position_ids, rotary)
             if found is not None:
                 return found
         if not isinstance(ids, Tensor):
@@ -220,17 +220,6 @@ class EmbeddingQKV(KeepsTable):
         else:
             checks.check_rotary(rotary, ids, self._head_dim)
         arguments = {"position": position, "padding_idx": padding_idx, "rotary": rotary, **options}
-        usual = distinct is None and segment_ids is None and query_biases is None
-        usual &= policy in ("raise", "trust") and not self.batch_invariant
-        if position_ids is not None:
-            usual &= rotary is None and position is not None and position.is_floating_point()
-            usual &= not getattr(position_ids, "is_meta", True)
-        if usual and planner.is_trivial(ids, token, weight):
-            # PyTorch checks too, but for shapes that it would broadcast; the call below says what is wrong.
-            with contextlib.suppress(IndexError, RuntimeError, TypeError, AttributeError):
-                if position_ids is not None:
-                    checks.check_positions(ids, position, position_ids)
-                return embed_qkv(ids, token, weight, bias, position_ids=position_ids, **arguments)
         return F.embed_qkv(
             ids, token, weight, bias, position_ids=position_ids, distinct=distinct, segment_ids=segment_ids,
             query_biases=query_biases, id_policy=policy, **arguments,

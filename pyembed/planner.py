@@ -66,9 +66,9 @@ def is_free():
     return _plan == "auto" and _backend != "triton"
 
 
-def is_by_torch():
-    """Whether the kernels were not asked for, so that PyTorch's operators run what is on a CPU."""
-    return _backend != "triton"
+def asks_for_kernels():
+    """Whether they are to run on a CPU too."""
+    return _backend == "triton"
 
 
 def forces(*names):

@@ -2,7 +2,7 @@
 
 A decode step is a dozen operators of some microseconds, so what a module does before the first one counts. Here are the usual
 calls alone. Each function returns None where its arguments want the long way: kernels or a plan were asked for, a compiler is
-at work, there are other options, the call is large, or it is wrong, and the long way says how.
+at work, there are other options, or something is wrong, and the long way says what.
 """
 
 import torch
@@ -15,29 +15,39 @@ from .reference import HiddenQKV
 from .rotary import Rotary, Rotation, as_rotation, rotate
 
 _PLAIN = (Tensor, nn.Parameter)  # no subclass, which may bring operators of its own
-_REFUSALS = (IndexError, RuntimeError, TypeError, AttributeError)
+_RAISED = (IndexError, RuntimeError, TypeError, ValueError, AttributeError)  # by what is wrong
 
 
 def serves(ids, token, id_policy):
-    """Whether PyTorch's operators run a lookup, and nothing is to be looked at first."""
+    """Whether no kernel, policy or compiler applies to a lookup on a CPU."""
     return (
         type(ids) is Tensor
         and type(token) in _PLAIN
         and ids.is_cpu
         and token.is_cpu
-        and planner.is_by_torch()
+        and not planner.asks_for_kernels()
         and outside.applied(id_policy) in ("raise", "trust")
         and not torch.compiler.is_compiling()
     )
 
 
+def embedding(ids, weight, padding_idx, id_policy):
+    """functional.embedding, of a table of any dtype and a call of any size."""
+    if not serves(ids, weight, id_policy):
+        return None
+    try:
+        return _sum(ids, weight, None, None, padding_idx)
+    except _RAISED:
+        return None
+
+
 def embed(ids, token, position, position_ids, padding_idx, id_policy):
-    """functional.embed's hidden, of a token's row and a position's."""
-    if not serves(ids, token, id_policy):
+    """functional.embed's hidden, of a token's row and a position's, in a call of any size."""
+    if not (serves(ids, token, id_policy) and token.is_floating_point()):
         return None
     try:
         return _sum(ids, token, position, position_ids, padding_idx)
-    except _REFUSALS:
+    except _RAISED:
         return None
 
 
@@ -71,19 +81,18 @@ def _are_like(position_ids, ids):
 def embed_qkv(
     ids, token, weight, bias, groups, position, position_ids, rotary, norm, norm_weight, norm_bias, eps, padding_idx, id_policy
 ):  # fmt: skip
-    """functional.embed_qkv, of the arguments that most models have. groups: heads of query, key and value; rotary: a Rotary."""
-    if not (planner.is_free() and serves(ids, token, id_policy)):
+    """functional.embed_qkv of few tokens. groups: heads of query, key and value."""
+    if not (planner.is_free() and serves(ids, token, id_policy) and token.is_floating_point()):
         return None
     for tensor in (weight, bias, norm_weight, norm_bias):
         if tensor is not None and not _is_alike(tensor, token):
             return None
     try:
-        if not planner.is_small(ids, token, weight):
-            return None
         total = sum(groups)
-        if bias is not None and bias.shape != weight.shape[:1] or not eps >= 0:
+        if not planner.is_small(ids, token, weight) or bias is not None and bias.shape != weight.shape[:1] or not eps >= 0:
             return None
-        hidden = _sum(ids, token, position, None if position is None and rotary is not None else position_ids, padding_idx)
+        places = None if position is None and isinstance(rotary, Rotary) else position_ids
+        hidden = _sum(ids, token, position, places, padding_idx)
         if hidden is None:
             return None
         if norm == "layer":
@@ -98,17 +107,18 @@ def embed_qkv(
         rotation = _rotation(rotary, ids, position_ids, heads.shape[-1])
         if rotation is None:
             return None
-        turned, value = torch.split_with_sizes(heads, (groups[0] + groups[1], groups[2]), -2)
-        query, key = torch.split_with_sizes(rotate(turned, rotation), groups[:2], -2)  # half the operators of one by one
-        return HiddenQKV(hidden, query, key, value)
-    except _REFUSALS:
+        query, key, _ = groups
+        turned = rotate(heads.narrow(-2, 0, query + key), rotation)  # half the operators of one by one
+        value = heads.narrow(-2, query + key, key)
+        return HiddenQKV(hidden, turned.narrow(-2, 0, query), turned.narrow(-2, query, key), value)
+    except _RAISED:
         return None
 
 
 def _rotation(rotary, ids, position_ids, head_dim):
-    if type(rotary) is not Rotary or not rotary.cos.is_cpu:
-        return None
     check_rotary(rotary, ids, head_dim)
+    if not isinstance(rotary, Rotary):
+        return as_rotation(rotary, ids, None) if all(type(table) is Tensor for table in rotary) else None
     if position_ids is None:
         return as_rotation(rotary, ids, None)
     if not _are_like(position_ids, ids):
@@ -117,8 +127,10 @@ def _rotation(rotary, ids, position_ids, head_dim):
     return Rotation(torch.embedding(rotary.cos, places), torch.embedding(rotary.sin, places), None, rotary.interleaved)
 
 
-def front_end(front, ids, position_ids):
+def front_end(front, ids, position_ids, rotary):
     """EmbeddingQKV.forward, of stock modules without hooks."""
+    if type(ids) is not Tensor or not (ids.is_cpu and planner.is_free()):
+        return None
     modules = front._modules
     token, position, norm, qkv = modules["token"], modules["position"], modules["norm"], modules["qkv"]
     if (
@@ -139,16 +151,15 @@ def front_end(front, ids, position_ids):
         and modules["dropout"].p
     ):
         return None
-    # A module's attributes are slow; these are its own, computed by nothing, since its class is PyTorch's.
-    weights, projection, gamma = token._parameters, qkv._parameters, norm._parameters
-    places = None if position is None else position._parameters["weight"]
-    kind, eps = ("layer", norm.eps) if type(norm) is nn.LayerNorm else ("rms", norm.eps)
-    table = weights["weight"]
-    eps = torch.finfo(table.dtype).eps if eps is None else eps
-    groups = (front.num_heads, front.num_kv_heads, front.num_kv_heads)
+    table = token._parameters["weight"]
+    eps = torch.finfo(table.dtype).eps if norm.eps is None else norm.eps
     return embed_qkv(
-        ids, table, projection["weight"], projection["bias"], groups, places, position_ids,
-        modules["rotary"], kind, gamma["weight"], gamma.get("bias"), eps, token.padding_idx, front._id_policy,
+        ids, table, qkv._parameters["weight"], qkv._parameters["bias"],
+        (front.num_heads, front.num_kv_heads, front.num_kv_heads),
+        None if position is None else position._parameters["weight"], position_ids,
+        modules["rotary"] if rotary is None else rotary,
+        "layer" if type(norm) is nn.LayerNorm else "rms", norm._parameters["weight"], norm._parameters.get("bias"), eps,
+        token.padding_idx, front._id_policy,
     )  # fmt: skip
 
 
@@ -157,12 +168,16 @@ def _looks_up(module):
 
 
 def _is_plain(module, *kinds):
-    """Whether it is of just that class, and calls nothing else."""
+    """Whether it is of just that class, calls nothing else, and holds its weight as a parameter: attributes are slow."""
     state = module.__dict__
-    return type(module) in kinds and not (
-        state["_forward_hooks"]
-        or state["_forward_pre_hooks"]
-        or state["_backward_hooks"]
-        or state["_backward_pre_hooks"]
-        or "forward" in state
+    return (
+        type(module) in kinds
+        and "weight" in state["_parameters"]
+        and not (
+            state["_forward_hooks"]
+            or state["_forward_pre_hooks"]
+            or state["_backward_hooks"]
+            or state["_backward_pre_hooks"]
+            or "forward" in state
+        )
     )

@@ -144,9 +144,9 @@ MUTATIONS = [
     Mutation("pyembed/thin.py", "tensor.dtype == token.dtype", "True", THIN + " -k sums"),
     Mutation("pyembed/thin.py", "+ position[:T] if T <= L else None", "+ position[:T]", THIN + " -k sums"),
     Mutation("pyembed/thin.py", "bias.shape != weight.shape[:1]", "False", THIN + " -k error"),
-    Mutation("pyembed/thin.py", 'state["_forward_hooks"]\n        or ', "", THIN + " -k more_than"),
+    Mutation("pyembed/thin.py", 'state["_forward_hooks"]\n            or ', "", THIN + " -k more_than"),
     Mutation("pyembed/thin.py", 'or "forward" in state', "", THIN + " -k more_than"),
-    Mutation("pyembed/thin.py", "type(module) in kinds and", "isinstance(module, kinds) and", THIN + " -k more_than"),
+    Mutation("pyembed/thin.py", "type(module) in kinds\n", "isinstance(module, kinds)\n", THIN + " -k more_than"),
     Mutation("pyembed/thin.py", "or front.heads_first\n", "\n", THIN + " -k more_than"),
     Mutation("pyembed/thin.py", 'in ("raise", "trust")', "in outside.POLICIES", THIN),
     Mutation(
@@ -155,7 +155,9 @@ MUTATIONS = [
         "rotary.cos[places], rotary.sin[places]",
         THIN + " -k error",
     ),
-    Mutation("pyembed/thin.py", "rotate(turned, rotation)", "rotate(turned, rotation._replace(sin=-rotation.sin))", THIN),
+    Mutation("pyembed/thin.py", "query + key), rotation)", "query + key), rotation._replace(sin=-rotation.sin))", THIN),
+    Mutation("pyembed/thin.py", "token.dtype and tensor.is_cpu", "token.dtype", THIN + " -k meta"),
+    Mutation("pyembed/thin.py", 'and "weight" in state["_parameters"]\n', "\n", THIN + " -k no_parameters"),
     Mutation("bench/timing.py", "atol=tolerance * largest", "atol=1.0", "tests/test_bench.py -k wrong"),
     Mutation("bench/roofline.py", "2 * rows * D * N", "rows * D * N", "tests/test_bench.py -k counts"),
 ]

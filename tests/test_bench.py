@@ -170,7 +170,7 @@ def test_gpu_script_runs_every_part(tmp_path, fails):
         "-m pytest -q -m not gpu ",
     ]
     assert (
-        "-m pytest bench/bench_front.py" in calls[-2]
+        "-m pytest bench/bench_host.py bench/bench_front.py" in calls[-2]
         and "--budget" in calls[-2]
         and calls[-2].endswith("--full")
         and "bench/report.py" in calls[-1]
@@ -184,4 +184,6 @@ def test_gpu_script_runs_every_part(tmp_path, fails):
 def test_gpu_script_says_what_is_missing(tmp_path):
     done = subprocess.run([GPU_SH, tmp_path], env=os.environ | {"PYTHON": sys.executable}, capture_output=True, text=True)
     assert done.returncode == 2 and "expected" in done.stderr and "CUDA device" in done.stderr
-    assert subprocess.run([GPU_SH], capture_output=True).returncode != 0
+    for arguments, message in (([], "usage"), ([tmp_path, "60"], "at least 300"), ([tmp_path, "soon"], "at least 300")):
+        done = subprocess.run([GPU_SH, *arguments], capture_output=True, text=True)
+        assert done.returncode != 0 and message in done.stderr

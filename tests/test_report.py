@@ -42,7 +42,7 @@ def row(case, tokens, eager, ours, trains=False, suite="front end", **more):
         "auto": variant(ours, directions, ours / 2, plan="distinct"),
     }
     base = {"suite": suite, "case": case, "model": "GPT-2 small", "tokens": tokens, "distinct": 9, "ids": "natural"}
-    base |= {"dtype": "float32", "direction": "training" if trains else "forward", "variants": variants}
+    base |= {"shape": [1, tokens], "dtype": "float32", "direction": "training" if trains else "forward", "variants": variants}
     return base | {"left_out": {"Liger norm": "its kernels want a GPU"}} | more
 
 
@@ -63,7 +63,8 @@ TABLE = """\
 def document(rows, dirty=True):
     benchmarks = [{"name": f"row{i}", "extra_info": row, "stats": {"data": [1.0]}} for i, row in enumerate(rows)]
     commit = {"id": "c0ffee", "dirty": dirty}
-    return {"machine_info": MACHINE, "commit_info": commit, "benchmarks": benchmarks, "datetime": "2026-01-02T03:04:05"}
+    found = {"machine_info": MACHINE, "commit_info": commit, "benchmarks": benchmarks, "datetime": "2026-01-02T03:04:05"}
+    return found | {"not_measured": {"test_a": "a row of --full", "test_b": "a row of --full"}}
 
 
 @pytest.fixture
@@ -91,6 +92,7 @@ def test_files(measured, tmp_path):
         "- commit: c0ffee, with uncommitted changes",
         "## Host time of a call, forward",
         "- Liger norm: its kernels want a GPU (10 rows, GPT-2 small, 1 × 8 forward among them)",
+        "- whole rows: a row of --full (2 rows, test_a among them)",
         "- Every row of a GPU: this machine has none.",
     ):
         assert line in lines, line
