@@ -1,3 +1,4 @@
+import os
 import platform
 import pydoc_data.topics
 import subprocess
@@ -26,7 +27,10 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    config.stash["started"] = time.monotonic()
+    config.stash["started"], config.stash["load"] = time.monotonic(), os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    text = config.getoption("--text")
+    if text and not Path(text).is_file():
+        raise pytest.UsageError(f"--text: expected a file, got {text}")
 
 
 def pytest_runtest_setup(item):
@@ -73,11 +77,18 @@ def characters(text):
     return torch.tensor([number[character] for character in text[:100_000] if character in number])
 
 
+def rates_of(device):
+    """{dtype: its Rates}"""
+    dtypes = (torch.float32, torch.bfloat16) if device.type == "cuda" else (torch.float32,)
+    return {str(dtype).removeprefix("torch."): roofline.measure(device, dtype)._asdict() for dtype in dtypes}
+
+
 @pytest.fixture
 def record(benchmark, device):
     """Takes a row: run() measures its variants and says what was left out; JSON and the table at the end show them."""
 
     def take(run, **row):
+        rates_of(device)  # at the first row, not while a run that was interrupted is saved
         row["variants"], row["left_out"] = run()
         if device.type == "cuda":
             row["clocks"] = _query("clocks.sm", "clocks.mem", "temperature.gpu")
@@ -132,8 +143,7 @@ def pytest_benchmark_update_machine_info(config, machine_info):
     machine_info |= {"torch": torch.__version__, "triton": _version("triton"), "threads": torch.get_num_threads()}
     machine_info["text"] = Path(config.getoption("--text") or "pydoc_data.topics").name
     machine_info["node"] = platform.machine()  # not the machine's own name
-    dtypes = (torch.float32, torch.bfloat16) if device.type == "cuda" else (torch.float32,)
-    machine_info["rates"] = {str(dtype).removeprefix("torch."): roofline.measure(device, dtype)._asdict() for dtype in dtypes}
+    machine_info |= {"rates": rates_of(device), "load": config.stash["load"]}
     if device.type == "cuda":
         machine_info["gpu"] = torch.cuda.get_device_name(device)
         machine_info["cuda"] = torch.version.cuda

@@ -7,7 +7,8 @@
 # before it. Exit status: 0, all went well; 1, a part failed or its time ran out; 2, it could not start.
 set -uo pipefail
 
-out=${1:?usage: bench/gpu.sh OUT [SECONDS] [arguments of the benchmark]}
+[ $# -ge 1 ] || { echo "usage: bench/gpu.sh OUT [SECONDS] [arguments of the benchmark]" >&2 && exit 2; }
+out=$1
 total=${2:-1500}
 shift $(($# < 2 ? $# : 2))
 [ "$total" -ge 300 ] 2>/dev/null || { echo "bench/gpu.sh: expected SECONDS of at least 300, got $total" >&2 && exit 2; }
@@ -19,9 +20,9 @@ missing=$("$python" - 2>"$out/gpu.txt" <<'EOF'
 import importlib.util as found
 names = ("torch", "triton", "pytest", "pytest_benchmark", "xdist", "hypothesis", "typer", "rich", "matplotlib", "tiktoken")
 lacking = [name for name in names if not found.find_spec(name)]
-if not lacking:
+if "torch" not in lacking:
     import torch
-    lacking = [] if torch.cuda.is_available() else ["a CUDA device"]
+    lacking += [] if torch.cuda.is_available() else ["a CUDA device"]
 print(", ".join(lacking), end="")
 EOF
 )

@@ -22,6 +22,13 @@ from cases import MODELS
 SECTION = re.compile(r"(?<=^<!-- measured -->\n).*?(?=^<!-- /measured -->$)", re.M | re.S)
 DIRECTIONS = ("forward", "forward+backward")
 OURS = ("one_pass", "distinct", "table", "auto")
+SUITES = {
+    "Front end": "front end",
+    "Tables alone": "embedding",
+    "Host time of a call": "host",
+    "Whole models": "step",
+    "Data loader": "data",
+}
 OTHER = ("#59636e", "x", "-")
 UNMAPPED = ("linear alone", "table", "auto")
 LEAST_POINTS = 4  # of a model's line
@@ -43,18 +50,28 @@ def main(
     readme: Annotated[Path | None, typer.Option(metavar="FILE", help="Put the short table between its markers.")] = None,
 ):
     """Write report.md, its figures and the JSON behind them."""
-    document = json.loads(measured.read_text(encoding="utf-8"))
-    if not all("suite" in row["extra_info"] for row in document["benchmarks"]) or not rows_of(document, "front end"):
-        raise typer.BadParameter(f"{measured}: expected the rows of `python -m pytest bench`, with some of its front end")
+    try:
+        document = json.loads(measured.read_text(encoding="utf-8"))
+        known = bool(document["benchmarks"]) and all("suite" in row["extra_info"] for row in document["benchmarks"])
+    except (KeyError, OSError, TypeError, ValueError):
+        known = False
+    if not known:
+        raise typer.BadParameter(f"{measured}: expected what `python -m pytest bench` saved")
+    has_fronts = bool(rows_of(document, "front end"))
+    if readme and not has_fronts:
+        raise typer.BadParameter(f"{measured}: expected rows of the front end, which README shows")
     if readme and not SECTION.search(readme.read_text(encoding="utf-8")):
         raise typer.BadParameter(f"{readme} lacks the lines <!-- measured --> and <!-- /measured -->")
     out = out or Path(__file__).parent / "results" / slug(document)
     out.mkdir(parents=True, exist_ok=True)
     _write(out / "report.md", report(document))
     _write(out / "bench.json", json.dumps(strip(document), indent=1, ensure_ascii=False) + "\n")
-    draw_lines(document, out / "time.png", "ms", lambda row, d: row["seconds"][d]["median"] * 1e3)
-    draw_lines(document, out / "limit.png", "% of limit", lambda row, d: 100 * row["limit"][d] / row["seconds"][d]["median"])
-    draw_map(document, out / "map.png")
+    if has_fronts:
+        draw_lines(document, out / "time.png", "ms", lambda row, d: row["seconds"][d]["median"] * 1e3)
+        draw_lines(
+            document, out / "limit.png", "% of limit", lambda row, d: 100 * row["limit"][d] / row["seconds"][d]["median"]
+        )
+        draw_map(document, out / "map.png")
     if readme:
         table = readme_table(document)
         _write(readme, SECTION.sub(lambda _: table, readme.read_text(encoding="utf-8")))
@@ -83,18 +100,15 @@ def slug(document):
 
 def report(document):
     """All of it, as Markdown."""
-    parts = ["# What was measured\n", provenance(document), EXPLAINED]
-    for direction in ("forward", "training forward", "backward", "forward+backward"):
-        parts += [f"## Front end, {direction}\n", times(rows_of(document, "front end"), direction)]
-    parts += ["## Memory in training\n", memory(rows_of(document, "front end", "embedding"))]
-    for title, suite in (("Tables alone", "embedding"), ("Host time of a call", "host"), ("Whole models", "step")):
-        for direction in ("forward", "training forward", "backward", "forward+backward"):
-            table = times(rows_of(document, suite), direction)
-            parts += [f"## {title}, {direction}\n", table] if table else []
-    parts += ["## The front end's share of a whole model's floating-point operations, forward\n", shares()]
-    parts += ["## Data loader\n", times(rows_of(document, "data"), "forward")]
-    parts += ["## Not measured\n", left_out(document)]
-    return "\n".join(part for part in parts if part)
+    directions = ("forward", "training forward", "backward", "forward+backward")
+    sections = []
+    for title, suite in SUITES.items():
+        sections += [(f"{title}, {d}", times(rows_of(document, suite), d)) for d in directions]
+    sections += [("Memory in training", memory(rows_of(document, "front end", "embedding")))]
+    sections += [("The front end's share of a whole model's floating-point operations, forward", shares())]
+    sections += [("Not measured", left_out(document))]
+    parts = [f"## {title}\n\n{text}" for title, text in sections if text]
+    return "\n".join(["# What was measured\n", provenance(document), EXPLAINED, *parts])
 
 
 EXPLAINED = """\
@@ -128,7 +142,7 @@ def times(rows, direction):
             text += f" ({first / seconds:.2f}×)"
             line.append(text + (f" {100 * limit / seconds:.0f} %" if limit else "") + plan)
         lines.append(line)
-    return markdown(["case", "distinct", *names], lines, "l" + " r" * (1 + len(names))) if lines else ""
+    return markdown(["case", "distinct ids", *names], lines, "l" + " r" * (1 + len(names))) if lines else ""
 
 
 def ordered(names):
@@ -219,6 +233,7 @@ def provenance(document):
         "Python": machine.get("python_version"),
         "torch": machine.get("torch"),
         "triton": machine.get("triton"),
+        "load when it began": machine.get("load") and f"{machine['load']:.2f} processes",
         "text": machine.get("text"),
         "date": document.get("datetime"),
         "commit": f"{commit.get('id')}{', with uncommitted changes' if commit.get('dirty') else ''}",
@@ -300,8 +315,11 @@ def draw_map(document, path):
     columns = sorted(
         {tuple(row["shape"]) for rows in models.values() for row in rows}, key=lambda shape: (math.prod(shape), shape)
     )
-    figure = Figure((2.5 + 0.95 * len(columns), 1.6 + 1.1 * len(models)), dpi=130, layout="constrained")
-    for axis, direction in zip(figure.subplots(2, 1), DIRECTIONS, strict=True):
+    rows = [row for rows in models.values() for row in rows]
+    directions = [d for d in DIRECTIONS if any(cells(row, d) for row in rows)]
+    size = (max(2.5 + 0.95 * len(columns), 7), 0.8 + len(directions) * (0.8 + 0.55 * len(models)))
+    figure = Figure(size, dpi=130, layout="constrained")
+    for axis, direction in zip(figure.subplots(len(directions), 1, squeeze=False)[:, 0], directions, strict=True):
         axis.set_xlim(-0.5, len(columns) - 0.5)
         axis.set_ylim(len(models) - 0.5, -0.5)
         for y, rows in enumerate(models.values()):
@@ -316,7 +334,9 @@ def draw_map(document, path):
                 axis.text(x, y, label, ha="center", va="center", fontsize=7, color="white")
         axis.set_xticks(range(len(columns)), [f"{B} × {T}" for B, T in columns])
         axis.set_yticks(range(len(models)), models)
-        axis.set_title(f"fastest, {direction}: times as fast as eager", loc="left", fontsize=10)
+        axis.set_title(
+            f"{direction}: the fastest without a table, and how many times as fast as eager", loc="left", fontsize=10
+        )
         axis.spines[:].set_visible(False)
     figure.suptitle(_machine(document), fontsize=11)
     figure.savefig(path)

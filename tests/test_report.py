@@ -139,11 +139,27 @@ def test_a_gpu_says_what_it_is():
 def test_wrong_files_write_nothing(measured, tmp_path):
     readme, other = tmp_path / "README.md", tmp_path / "other.json"
     readme.write_text("no markers\n")
+    for text in ("no JSON", "[]", '{"a": 1}', '{"benchmarks": []}', '{"benchmarks": [{"extra_info": {"case": "old"}}]}'):
+        other.write_text(text)
+        with pytest.raises(BadParameter, match=r"expected what `python -m pytest bench` saved"):
+            report.main(other, out=tmp_path / "out")
+    with pytest.raises(BadParameter, match="expected what"):
+        report.main(tmp_path / "missing.json", out=tmp_path / "out")
+    with pytest.raises(BadParameter, match="lacks the lines"):
+        report.main(measured, out=tmp_path / "out", readme=readme)
     other.write_text(json.dumps(document([row("a call", 1, 1, 1, suite="host")])))
-    for path, options in ((other, {}), (measured, {"readme": readme})):
-        with pytest.raises(BadParameter):
-            report.main(path, out=tmp_path / "out", **options)
+    with pytest.raises(BadParameter, match="rows of the front end"):
+        report.main(other, out=tmp_path / "out", readme=ROOT / "README.md")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_part_of_the_suite(tmp_path):
+    path = tmp_path / "host.json"
+    path.write_text(json.dumps(document([row("a call", 1, 1e-5, 2e-5, suite="host")])))
+    report.main(path, out=tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    assert "| a call | 9 | 10.0 µs (1.00×)" in text and "## Front end" not in text and "## Memory" not in text
+    assert {found.name for found in (tmp_path / "out").iterdir()} == {"report.md", "bench.json"}
 
 
 def test_readme_shows_the_committed_results():
