@@ -67,7 +67,8 @@ def front(model):
                 normed = nnf.rms_norm(hidden, (32,), norm_weight, 1e-5)
             query, key, value = nnf.linear(normed, weight, bias).view(*ids.shape, -1, 16).split(model.groups, -2)
             if stock.rotary is not None:
-                query, key = pyembed.rotary.rotate(query, rotation), pyembed.rotary.rotate(key, rotation)
+                half, cos, sin = 8, stock.cos[: ids.shape[-1]], stock.sin[: ids.shape[-1]]
+                query, key = (x * cos + torch.cat([-x[..., half:], x[..., :half]], -1) * sin for x in (query, key))
             return hidden, query, key, value
 
         def functional():
@@ -76,7 +77,6 @@ def front(model):
                 norm_weight=norm_weight, norm_bias=norm_bias, rotary=stock.rotary,
             )  # fmt: skip
 
-        rotation = None if stock.rotary is None else stock.rotary.rotation(ids, None)
         return list(stock.parameters()), {
             "operators": operators,
             "stock modules": lambda: stock(ids),

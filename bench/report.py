@@ -159,7 +159,7 @@ def _kind(row):
 def memory(rows):
     """Bytes a token that a forward keeps for its backward, and MiB that a step takes at its peak."""
     rows = [row for row in rows if row["direction"] == "training"]
-    names = ordered(name for row in rows for name in row["variants"])
+    names = ordered(name for row in rows for name in row["variants"] if name != "linear alone")
     lines = []
     for row in rows:
         line = [row["case"] + _kind(row)]

@@ -30,7 +30,7 @@ NOMINAL = {"cpu": Rates(2e11, 1e10, 2e9), "cuda": Rates(5e14, 2e12, 2e12)}
 
 
 def measure(device: torch.device, dtype: torch.dtype) -> Rates:
-    """The rates of one device for one dtype: 0.1 s on a CPU, some ms on a GPU, once.
+    """The rates of one device for one dtype: 0.3 s on a CPU, some ms on a GPU, once.
 
     Under torch.use_deterministic_algorithms, and where there is no memory to measure with, they are nominal: what is measured
     differs from run to run, and so may a plan that goes by it."""
@@ -52,7 +52,7 @@ def _time(device, dtype):
     cuda = device.type == "cuda"
     M, K, N, rows = (8192, 4096, 4096, 16_384) if cuda else (256, 768, 1024, 4096)
     synchronise = functools.partial(torch.cuda.synchronize, device) if cuda else lambda: None
-    best = functools.partial(_best_of, synchronise=synchronise, repeats=5 if cuda else 3)
+    best = functools.partial(_best_of, synchronise=synchronise, repeats=9)  # another process may stand in the way of some
     with torch.no_grad():
         a, b = (torch.full(shape, 0.5, dtype=dtype, device=device) for shape in ((M, K), (K, N)))
         table, out = (torch.zeros(rows, 2048, dtype=dtype, device=device) for _ in range(2))

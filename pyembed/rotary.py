@@ -62,8 +62,8 @@ class Rotary(nn.Module):
         """The turns of ids (..., T) at position_ids (T,), (1, T) or like ids, None: 0 … T−1."""
         if position_ids is not None:
             return Rotation(self.cos, self.sin, position_ids.reshape(-1), self.interleaved)
-        T = ids.shape[-1] if ids.dim() else 1
-        return Rotation(self.cos[:T], self.sin[:T], None, self.interleaved)
+        T, tables = ids.shape[-1] if ids.dim() else 1, self._buffers  # a module's attributes are slow
+        return Rotation(tables["cos"][:T], tables["sin"][:T], None, self.interleaved)
 
     def extra_repr(self):
         return f"{self.cos.shape[0]}, rotary_dim={self.rotary_dim}, interleaved={self.interleaved}"
@@ -90,11 +90,11 @@ def rotate(x: Tensor, rotation: Rotation) -> Tensor:
         return x
     cos, sin = (table if rotation.ids is None else table[rotation.ids] for table in rotation[:2])
     heads = x.reshape(-1, cos.shape[0], *x.shape[-2:])  # sequences of as many tokens as there are rows
-    cos, sin, half = cos.to(x.dtype)[:, None], sin.to(x.dtype)[:, None], cos.shape[-1]
-    first, second = (slice(0, 2 * half, 2), slice(1, 2 * half, 2)) if rotation.interleaved else (
-        slice(half), slice(half, 2 * half)
-    )  # fmt: skip
-    a, b = heads[..., first], heads[..., second]
+    cos, sin, half = cos.to(x.dtype).unsqueeze(1), sin.to(x.dtype).unsqueeze(1), cos.shape[-1]
+    if rotation.interleaved:
+        a, b = heads[..., 0 : 2 * half : 2], heads[..., 1 : 2 * half : 2]
+    else:
+        a, b = heads.narrow(-1, 0, half), heads.narrow(-1, half, half)
     turned = torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)
     if rotation.interleaved:
         turned = (torch.stack(turned, -1).flatten(-2),)
