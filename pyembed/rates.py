@@ -26,6 +26,7 @@ def _best_of(call, synchronise, repeats):
     return min(seconds[1:])
 
 
+FRESH_BYTES = 64 << 20  # smaller blocks the C library may have kept of what was freed: its limit grows, to 32 MiB
 NOMINAL = {"cpu": Rates(2e11, 1e10, 2e9), "cuda": Rates(5e14, 2e12, 2e12)}
 
 
@@ -58,10 +59,11 @@ def _time(device, dtype):
         table, out = (torch.zeros(rows, 2048, dtype=dtype, device=device) for _ in range(2))
         index = torch.arange(rows, device=device).mul_(1021).remainder_(rows)  # no draw from the user's generator
         nbytes = out.numel() * out.element_size()
+        new = functools.partial(torch.empty, out.numel() if cuda else FRESH_BYTES // dtype.itemsize, dtype=dtype, device=device)
         product = best(lambda: a @ b)
         gather = best(lambda: torch.index_select(table, 0, index, out=out))
-        fresh = best(lambda: torch.zeros_like(out).fill_(0))
-    return Rates(2 * M * K * N / product, 2 * nbytes / gather, nbytes / fresh)
+        fresh = _best_of(lambda: new().zero_().zero_(), synchronise, repeats=5)
+    return Rates(2 * M * K * N / product, 2 * nbytes / gather, new().nbytes / fresh)
 
 
 def product_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
