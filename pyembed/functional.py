@@ -239,7 +239,8 @@ def embed_qkv(
     id_policy and errors as in embed.
     """
     others = (distinct, scale, segment, segment_ids, query_norm, key_norm, query_biases)
-    if not any(other is not None for other in others) and not (dropout or heads_first or batch_invariant):
+    usual = head_eps >= 0 and not (dropout or heads_first or batch_invariant)
+    if usual and not any(other is not None for other in others):
         num_kv_heads = check_heads(num_heads, num_kv_heads)
         groups, affine = (num_heads, num_kv_heads, num_kv_heads), (norm, norm_weight, norm_bias, eps)
         places = (position, position_ids, rotary)
