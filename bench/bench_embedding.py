@@ -30,7 +30,7 @@ def _liger(ids, weight):
     return importlib.import_module("liger_kernel.ops").LigerEmbeddingFunction.apply(weight, ids)
 
 
-def run_row(ways, ids, parameters, trains, works, seconds=3):
+def checked_row(ways, ids, parameters, trains, works, seconds=3):
     """(rows, left_out) of {name: function of ids and parameters -> tensor}; works: by direction."""
     device, dtype = ids.device, parameters[0].dtype
     torch.compiler.reset()
@@ -80,7 +80,8 @@ def test_embedding(record, device, tokens, V, D, B, T, dtype, kind, trains):
         module = pyembed.Embedding(V, D, device=device, dtype=dtype)
         ways = {"eager": nnf.embedding, "torch.compile": compiled(lambda ids, w: nnf.embedding(ids, w)), "Liger": _liger}
         ways["ours"] = lambda ids, _: module(ids)
-        return run_row(ways, ids, [module.weight], trains, works_of(*roofline.lookup(V, D, B * T, distinct, dtype.itemsize)))
+        works = works_of(*roofline.lookup(V, D, B * T, distinct, dtype.itemsize))
+        return checked_row(ways, ids, [module.weight], trains, works)
 
     record(
         run, suite="embedding", case=f"Embedding({V}, {D}), {B} × {T}, {kind} ids", tokens=B * T, distinct=distinct, ids=kind,
@@ -104,7 +105,7 @@ def test_embed(record, device, tokens, V, D, B, T, dtype, trains):
         ways = {"eager": stock, "torch.compile": compiled(stock), "ours": F.embed}
         forward, backward = roofline.lookup(V, D, B * T, distinct, dtype.itemsize, places=T)
         backward += roofline.Work(T * D * dtype.itemsize, 0)
-        return run_row(ways, ids, tables, trains, works_of(forward, backward))
+        return checked_row(ways, ids, tables, trains, works_of(forward, backward))
 
     record(
         run, suite="embedding", case=f"token + position, ({V}, {D}), {B} × {T}", tokens=B * T, distinct=distinct, ids="natural",

@@ -1,6 +1,7 @@
 """How fast a device is: measured once a process, for the planner's cost model and for the choice of a product's dtype."""
 
 import functools
+import mmap
 import time
 from typing import NamedTuple
 
@@ -26,7 +27,7 @@ def _best_of(call, synchronise, repeats):
     return min(seconds[1:])
 
 
-FRESH_BYTES = 64 << 20  # smaller blocks the C library may have kept of what was freed: its limit grows, to 32 MiB
+FRESH_BYTES = 32 << 20
 NOMINAL = {"cpu": Rates(2e11, 1e10, 2e9), "cuda": Rates(5e14, 2e12, 2e12)}
 
 
@@ -48,6 +49,11 @@ def _measure(device, dtype):
         return NOMINAL[device.type]
 
 
+def _mapped():
+    """Memory that the system has just given, which the C library's may not be: it keeps what was freed."""
+    return torch.frombuffer(mmap.mmap(-1, FRESH_BYTES), dtype=torch.uint8)
+
+
 def _time(device, dtype):
     """The best of a few repeats."""
     cuda = device.type == "cuda"
@@ -59,7 +65,7 @@ def _time(device, dtype):
         table, out = (torch.zeros(rows, 2048, dtype=dtype, device=device) for _ in range(2))
         index = torch.arange(rows, device=device).mul_(1021).remainder_(rows)  # no draw from the user's generator
         nbytes = out.numel() * out.element_size()
-        new = functools.partial(torch.empty, out.numel() if cuda else FRESH_BYTES // dtype.itemsize, dtype=dtype, device=device)
+        new = functools.partial(torch.empty_like, out) if cuda else _mapped
         product = best(lambda: a @ b)
         gather = best(lambda: torch.index_select(table, 0, index, out=out))
         fresh = _best_of(lambda: new().zero_().zero_(), synchronise, repeats=5)
