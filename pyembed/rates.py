@@ -51,7 +51,7 @@ def _measure(device, dtype):
 
 def _mapped():
     """Memory that the system has just given, which the C library's may not be: it keeps what was freed."""
-    return torch.frombuffer(mmap.mmap(-1, FRESH_BYTES), dtype=torch.uint8)
+    return torch.frombuffer(mmap.mmap(-1, FRESH_BYTES, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=torch.uint8)
 
 
 def _time(device, dtype):
