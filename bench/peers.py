@@ -10,7 +10,7 @@ import sys
 
 import torch
 import torch.nn.functional as nnf
-from timing import Variant, capture, results
+from timing import Variant, assert_close, capture, results
 
 import pyembed
 
@@ -128,7 +128,7 @@ def gradients(variants, trains):
     return found
 
 
-def check(variants, grads, assert_close, reference="eager"):
+def check(variants, grads, reference="eager"):
     """Every variant gives what `reference` gives, before any is timed: a peer that does not is left out, ours raises."""
     expected = results(variants[reference], grads and grads[reference])
 

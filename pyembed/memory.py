@@ -26,6 +26,12 @@ def _idle():
     return [buffer for buffer in _buffers if sys.getrefcount(buffer) <= unused]
 
 
+def pages(size: int) -> mmap.mmap:
+    """Memory that the system has just given, which the C library's may not be: it keeps what was freed. A forked process has
+    its own."""
+    return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+
 def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     """torch.empty on the CPU; a large tensor may take over a buffer that no tensor refers to any more."""
     count = math.prod(shape)
@@ -36,7 +42,7 @@ def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
         fitting = [buffer for buffer in _idle() if size <= len(buffer) <= size * 5 // 4]
         buffer = min(fitting, key=len, default=None)
         if buffer is None:
-            buffer = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # a forked process has its own
+            buffer = pages(size)
             _buffers.append(buffer)
         flat = torch.frombuffer(buffer, dtype=dtype, count=count)
         # No view of it, which its user could not change in place.

@@ -1,11 +1,12 @@
 """How fast a device is: measured once a process, for the planner's cost model and for the choice of a product's dtype."""
 
 import functools
-import mmap
 import time
 from typing import NamedTuple
 
 import torch
+
+from . import memory
 
 
 class Rates(NamedTuple):
@@ -49,9 +50,9 @@ def _measure(device, dtype):
         return NOMINAL[device.type]
 
 
-def _mapped():
-    """Memory that the system has just given, which the C library's may not be: it keeps what was freed."""
-    return torch.frombuffer(mmap.mmap(-1, FRESH_BYTES, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=torch.uint8)
+def _fresh():
+    """A tensor that nobody has written to since the system gave its memory."""
+    return torch.frombuffer(memory.pages(FRESH_BYTES), dtype=torch.uint8)
 
 
 def _time(device, dtype):
@@ -65,7 +66,7 @@ def _time(device, dtype):
         table, out = (torch.zeros(rows, 2048, dtype=dtype, device=device) for _ in range(2))
         index = torch.arange(rows, device=device).mul_(1021).remainder_(rows)  # no draw from the user's generator
         nbytes = out.numel() * out.element_size()
-        new = functools.partial(torch.empty_like, out) if cuda else _mapped
+        new = functools.partial(torch.empty_like, out) if cuda else _fresh
         product = best(lambda: a @ b)
         gather = best(lambda: torch.index_select(table, 0, index, out=out))
         fresh = _best_of(lambda: new().zero_().zero_(), synchronise, repeats=5)

@@ -1,6 +1,7 @@
 """Which implementation runs."""
 
 import contextlib
+import os
 
 import pytest
 import torch
@@ -180,3 +181,22 @@ def test_other_machinery_keeps_pytorchs_composition(steady):
     with torch.autograd.forward_ad.dual_level():
         seen.append(chosen(repeats).name)
     assert seen == ["one_pass", "one_pass"] and chosen(repeats).name == "distinct"
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="the system does not say what is resident")
+def test_fresh_memory_is_fresh():
+    """Also where the C library keeps enough freed memory: what is measured is the first touch of a page."""
+
+    def resident():
+        with open("/proc/self/status") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmRSS"))
+
+    blocks = [torch.ones(25_000) for _ in range(1000)]  # 100 MB of the heap
+    blocks = blocks[-1:]  # which is not given back
+    for _ in range(2):
+        tensor = rates._fresh()
+        before = resident()
+        tensor.zero_()
+        assert resident() - before > 0.9 * rates.FRESH_BYTES
+        del tensor
+    assert blocks
