@@ -1,13 +1,52 @@
 """What arguments must be. Every error names the argument, what was expected and what came."""
 
+import functools
+
 import torch
 from torch import Tensor
 
 from . import planner
+from .direct import PLAIN
 from .distinct import DistinctIds
 from .ids import given_places
 from .reference import rows_of
 from .rotary import Rotary
+
+NORMS = ("layer", "rms", None)
+PASSED = 4096  # calls that a check remembers: more than a training run has shapes
+
+
+def remembered(check):
+    """check(*arguments), which looks at shapes, dtypes and devices of Tensors alone: not again at those that it has passed."""
+    passed = set()
+
+    @functools.wraps(check)
+    def call(*arguments):
+        key = None if torch.compiler.is_compiling() else _signature(arguments)
+        if key is None:
+            check(*arguments)
+        elif key not in passed:
+            check(*arguments)
+            if len(passed) >= PASSED:
+                passed.clear()
+            passed.add(key)
+
+    return call
+
+
+def _signature(arguments):
+    """All that shapes, dtypes and devices say of them; None: there is a subclass of Tensor, or what has no hash."""
+    signature = []
+    for value in arguments:
+        if value is None or type(value) in (bool, int, str, torch.dtype):
+            signature.append((type(value), value))  # True is 1 as a key
+        elif type(value) in PLAIN:
+            signature.append((value.shape, value.dtype, value.device))
+        elif type(value) is float:
+            signature.append(value)
+        else:
+            return None
+    return tuple(signature)
 
 
 def check_integers(name: str, ids: Tensor):
@@ -29,8 +68,8 @@ def check_shape(name: str, tensor: Tensor | None, shape: tuple, meaning: str, op
         raise ValueError(f"{name}: expected shape {wanted}, {meaning}; got {tuple(tensor.shape)}")
 
 
-def check_alike(token: Tensor, ids: Tensor | None, **others: Tensor | None):
-    """All tensors on the table's device, all floating ones of its dtype."""
+def check_alike(token: Tensor, ids: Tensor | None, cast: torch.dtype | None = None, **others: Tensor | None):
+    """All tensors on the table's device, all floating ones of its dtype, or cast to another for a product."""
     if not token.is_floating_point():
         raise TypeError(f"token: expected a floating dtype, got {token.dtype}")
     for name, tensor in {"ids": ids, **others}.items():
@@ -43,7 +82,7 @@ def check_alike(token: Tensor, ids: Tensor | None, **others: Tensor | None):
             dtypes.add(torch.promote_types(token.dtype, torch.float32))
         if name == "position":
             dtypes.add(torch.int64)  # positions.sinusoidal_steps
-        if name in ("weight", "bias") and planner.autocast_dtype(token):
+        if name in ("weight", "bias") and cast:
             dtypes |= {torch.float32, torch.float16, torch.bfloat16}  # which the product casts
         if not name.endswith("ids") and tensor.dtype not in dtypes:
             raise TypeError(f"{name}: expected dtype {token.dtype}, that of token; got {tensor.dtype}")
@@ -107,6 +146,47 @@ def check_terms(ids: Tensor, token: Tensor, position, position_ids, segment, seg
         raise TypeError(f"scale: expected a number or None, got {type(scale).__name__}")
     if not 0 <= dropout <= 1:
         raise ValueError(f"dropout: expected a probability in [0, 1], got {dropout}")
+
+
+@remembered
+def check_embed(ids, token, position, position_ids, segment, segment_ids, scale, dropout):
+    """functional.embed's arguments, but for position_ids' shape."""
+    check_terms(ids, token, position, position_ids, segment, segment_ids, scale, dropout)
+    check_alike(token, ids, position=position, position_ids=position_ids, segment=segment, segment_ids=segment_ids)
+
+
+@remembered
+def check_embed_qkv(
+    cast, ids, token, position, position_ids, segment, segment_ids, scale, dropout, weight, bias, num_heads, num_kv_heads, norm,
+    norm_weight, norm_bias, eps, query_norm, key_norm, head_eps, heads_first,
+):  # fmt: skip
+    """functional.embed_qkv's arguments, but for position_ids' shape and those of some class. cast: autocast's dtype or None."""
+    check_terms(ids, token, position, position_ids, segment, segment_ids, scale, dropout)
+    D = token.shape[1]
+    check_shape("weight", weight, (None, D), "(query, key and value rows, embedding_dim of token)", optional=False)
+    N = weight.shape[0]
+    check_shape("bias", bias, (N,), "the rows of weight")
+    check_shape("norm_weight", norm_weight, (D,), "embedding_dim of token")
+    check_shape("norm_bias", norm_bias, (D,), "embedding_dim of token")
+    if norm not in NORMS:
+        raise ValueError(f"norm: expected one of {NORMS}, got {norm!r}")
+    if norm is None and norm_weight is not None or norm != "layer" and norm_bias is not None:
+        raise ValueError(f"norm_weight, norm_bias: norm {norm!r} takes no such parameter, got one")
+    num_kv_heads = check_heads(num_heads, num_kv_heads)
+    for name, value in (("eps", eps), ("head_eps", head_eps)):
+        if not value >= 0:
+            raise ValueError(f"{name}: expected a number of at least 0, got {value}")
+    total = num_heads + 2 * num_kv_heads
+    if N % total:
+        raise ValueError(f"weight: expected a multiple of num_heads + 2·num_kv_heads = {total} rows, got {N}")
+    check_shape("query_norm", query_norm, (N // total,), "head_dim", optional=key_norm is None)
+    check_shape("key_norm", key_norm, (N // total,), "head_dim", optional=query_norm is None)
+    check_alike(
+        token, ids, cast, position=position, position_ids=position_ids, segment=segment, segment_ids=segment_ids, weight=weight,
+        bias=bias, norm_weight=norm_weight, norm_bias=norm_bias, query_norm=query_norm, key_norm=key_norm,
+    )  # fmt: skip
+    if heads_first and ids.dim() == 0:
+        raise ValueError("heads_first: expected False for ids of shape (), which have no length to come behind heads; got True")
 
 
 def check_rotary(rotary, ids: Tensor, head_dim: int):

@@ -7,8 +7,9 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from . import ids as outside
 from . import ops, ops_distinct, ops_embed, planner, reference, thin
 from .checks import (
-    check_alike,
     check_distinct,
+    check_embed,
+    check_embed_qkv,
     check_heads,
     check_integers,
     check_positions,
@@ -16,17 +17,14 @@ from .checks import (
     check_ranges,
     check_rotary,
     check_shape,
-    check_terms,
     padding_row,
     places_of,
 )
 from .distinct import DistinctIds
 from .reference import HiddenQKV
+from .replays import NO_ROTATION
 from .rotary import Rotary
 from .spread import over_mesh
-
-NORMS = ("layer", "rms", None)
-NO_ROTATION = (None, None, None, False)
 
 
 def _seed(dropout: float, device: torch.device) -> Tensor | None:
@@ -164,8 +162,7 @@ def embed(
         if found is not None:
             return found
     policy = outside.applied(id_policy)
-    check_terms(ids, token, position, position_ids, segment, segment_ids, scale, dropout)
-    check_alike(token, ids, position=position, position_ids=position_ids, segment=segment, segment_ids=segment_ids)
+    check_embed(ids, token, position, position_ids, segment, segment_ids, scale, dropout)
     if policy in ("clamp", "zero"):
         ids, position_ids, segment_ids = kept(policy, ids, token, position, position_ids, segment, segment_ids)
     check_positions(ids, position, position_ids)
@@ -248,32 +245,14 @@ def embed_qkv(
         if found is not None:
             return found
     policy = outside.applied(id_policy)
-    check_terms(ids, token, position, position_ids, segment, segment_ids, scale, dropout)
-    D = token.shape[1]
-    check_shape("weight", weight, (None, D), "(query, key and value rows, embedding_dim of token)", optional=False)
-    N = weight.shape[0]
-    check_shape("bias", bias, (N,), "the rows of weight")
-    check_shape("norm_weight", norm_weight, (D,), "embedding_dim of token")
-    check_shape("norm_bias", norm_bias, (D,), "embedding_dim of token")
-    if norm not in NORMS:
-        raise ValueError(f"norm: expected one of {NORMS}, got {norm!r}")
-    if norm is None and norm_weight is not None or norm != "layer" and norm_bias is not None:
-        raise ValueError(f"norm_weight, norm_bias: norm {norm!r} takes no such parameter, got one")
-    num_kv_heads = check_heads(num_heads, num_kv_heads)
-    for name, value in (("eps", eps), ("head_eps", head_eps)):
-        if not value >= 0:
-            raise ValueError(f"{name}: expected a number of at least 0, got {value}")
-    total = num_heads + 2 * num_kv_heads
-    head_dim = N // total
-    if N % total:
-        raise ValueError(f"weight: expected a multiple of num_heads + 2·num_kv_heads = {total} rows, got {N}")
-    first, second = check_query_biases(query_biases, token, num_heads, head_dim, query_norm, rotary)
-    check_shape("query_norm", query_norm, (head_dim,), "head_dim", optional=key_norm is None)
-    check_shape("key_norm", key_norm, (head_dim,), "head_dim", optional=query_norm is None)
-    check_alike(
-        token, ids, position=position, position_ids=position_ids, segment=segment, segment_ids=segment_ids, weight=weight,
-        bias=bias, norm_weight=norm_weight, norm_bias=norm_bias, query_norm=query_norm, key_norm=key_norm,
+    cast = planner.autocast_dtype(token) if isinstance(token, Tensor) else None
+    check_embed_qkv(
+        cast, ids, token, position, position_ids, segment, segment_ids, scale, dropout, weight, bias, num_heads, num_kv_heads,
+        norm, norm_weight, norm_bias, eps, query_norm, key_norm, head_eps, heads_first,
     )  # fmt: skip
+    num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+    head_dim = weight.shape[0] // (num_heads + 2 * num_kv_heads)
+    first, second = check_query_biases(query_biases, token, num_heads, head_dim, query_norm, rotary)
     check_rotary(rotary, ids, head_dim)
     check_distinct(distinct, ids)
     turn_ids = position_ids
@@ -282,11 +261,8 @@ def embed_qkv(
         ids, position_ids, segment_ids = kept(policy, ids, token, position, position_ids, segment, segment_ids, rotary)
     check_positions(ids, position, position_ids, rotary)
     _check_computed(policy, ids, token, position, position_ids, rotary)
-    if heads_first and ids.dim() == 0:
-        raise ValueError("heads_first: expected False for ids of shape (), which have no length to come behind heads; got True")
     padding_idx = padding_row(padding_idx, token.shape[0])
 
-    cast = planner.autocast_dtype(token)
     if query_biases is not None:
         bias, second = reference.biases_of(weight, bias, first, second)
     row = -1 if padding_idx is None else padding_idx

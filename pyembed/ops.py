@@ -5,6 +5,7 @@ first call, so that `import pyembed` works where triton is missing.
 """
 
 import contextlib
+import functools
 import importlib
 
 import torch
@@ -13,15 +14,25 @@ from torch.autograd import forward_ad
 
 from . import distinct
 from . import ids as outside
+from .direct import operator
 
 
 def kernels_for(name, tensor):
     """A module of pyembed.kernels for this tensor's device, and the context its launches need. IndexError: the kernels that ran
     before met an id without a row; on a CPU, those of this call."""
-    if tensor.is_cuda:
+    if is_compiled(tensor):
         outside.look(tensor.device)
-        return importlib.import_module(f"pyembed.kernels.{name}"), _as_given("cuda")
-    return importlib.import_module("pyembed.kernels.interpreter").load(name), _interpreting(tensor.device)
+        return kernels(name), _as_given("cuda")
+    return kernels("interpreter").load(name), _interpreting(tensor.device)
+
+
+def is_compiled(tensor):
+    return tensor.is_cuda
+
+
+@functools.cache
+def kernels(name):
+    return importlib.import_module(f"pyembed.kernels.{name}")
 
 
 def _as_given(device_type):
@@ -33,7 +44,7 @@ def _as_given(device_type):
 @contextlib.contextmanager
 def _interpreting(device):
     try:
-        with importlib.import_module("pyembed.kernels.interpreter").running(), _as_given(device.type):
+        with kernels("interpreter").running(), _as_given(device.type):
             yield
     except BaseException:
         outside.forget(device)
@@ -41,12 +52,8 @@ def _interpreting(device):
     outside.look(device)
 
 
-def _arguments():
-    return importlib.import_module("pyembed.kernels.arguments")
-
-
 def terms_of(position, position_ids, segment=None, segment_ids=None, seed=None, scale=None, dropout=0.0, report=None):
-    return _arguments().Terms(position, position_ids, segment, segment_ids, scale, seed, dropout, report)
+    return kernels("arguments").Terms(position, position_ids, segment, segment_ids, scale, seed, dropout, report)
 
 
 def refuse_double_backward(ctx, *grads):
@@ -71,7 +78,7 @@ def projected_shapes(ids, weight, num_heads, num_kv_heads):
     return [(*ids.shape, heads, head_dim) for heads in (num_heads, num_kv_heads, num_kv_heads)]
 
 
-@torch.library.custom_op("pyembed::embed_qkv", mutates_args=())
+@operator("pyembed::embed_qkv")
 def embed_qkv(
     ids: Tensor,
     token: Tensor,
@@ -110,7 +117,7 @@ def embed_qkv(
     heads, rotary = (num_heads, num_kv_heads, num_kv_heads), rotation_of(cos, sin, turn_ids, interleaved)
     report = outside.report_of(token.device, ids.shape, reports)
     terms = terms_of(position, position_ids, segment, segment_ids, seed, scale, dropout, report)
-    epilogue = _arguments().Epilogue(query_norm, key_norm, head_eps, second, rotary, heads_first)
+    epilogue = kernels("arguments").Epilogue(query_norm, key_norm, head_eps, second, rotary, heads_first)
     with running:
         return module.embed_qkv(
             ids, token, weight, bias, terms, norm, norm_weight, norm_bias, eps, heads, epilogue, batch_invariant=batch_invariant
@@ -136,7 +143,7 @@ def _(
     )
 
 
-@torch.library.custom_op("pyembed::embed_qkv_backward", mutates_args=())
+@operator("pyembed::embed_qkv_backward")
 def embed_qkv_backward(
     grad_hidden: Tensor | None,
     grad_query: Tensor | None,
@@ -231,7 +238,7 @@ def rotation_of(cos, sin, turn_ids, interleaved):
     return None if cos is None else (cos, sin, turn_ids, interleaved)
 
 
-@torch.library.custom_op("pyembed::turn_back", mutates_args=())
+@operator("pyembed::turn_back")
 def turn_back(grad: Tensor, cos: Tensor, sin: Tensor, turn_ids: Tensor | None, interleaved: bool) -> Tensor:
     """The gradient (..., h, d_h) of turned heads -> of the heads before."""
     module, running = kernels_for("rotary", grad)

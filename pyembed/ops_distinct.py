@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from . import distinct
+from .direct import operator
 from .ids import report_of
 from .ops import (
     fake_grads,
@@ -36,7 +37,7 @@ def look_up(ids, token, position, position_ids, projected, shift, norm, eps, hea
         return module.look_up(ids, token, position, position_ids, projected, shift, norm, eps, heads, factor, rotation, report)
 
 
-@torch.library.custom_op("pyembed::distinct_qkv", mutates_args=())
+@operator("pyembed::distinct_qkv")
 def distinct_qkv(
     ids: Tensor,
     token: Tensor,
@@ -102,7 +103,7 @@ def _(
     )
 
 
-@torch.library.custom_op("pyembed::distinct_qkv_backward", mutates_args=())
+@operator("pyembed::distinct_qkv_backward")
 def distinct_qkv_backward(
     grad_hidden: Tensor | None,
     grad_query: Tensor | None,

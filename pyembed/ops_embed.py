@@ -3,11 +3,12 @@
 import torch
 from torch import Tensor
 
+from .direct import operator
 from .ids import report_of
 from .ops import kernels_for, refuse_tangents, terms_of
 
 
-@torch.library.custom_op("pyembed::embed", mutates_args=())
+@operator("pyembed::embed")
 def embed(
     ids: Tensor,
     token: Tensor,
@@ -33,7 +34,7 @@ def _(ids, token, *others):
     return token.new_empty(*ids.shape, token.shape[1])
 
 
-@torch.library.custom_op("pyembed::embed_backward", mutates_args=())
+@operator("pyembed::embed_backward")
 def embed_backward(
     grad: Tensor,
     ids: Tensor,

@@ -66,6 +66,11 @@ def is_free():
     return _plan == "auto" and _backend != "triton"
 
 
+def runs_one_pass(ids):
+    """Whether nothing need be weighed before a call by a kernel."""
+    return _plan == "one_pass" or _plan == "auto" and (not ids.is_cuda or ids.numel() < LEAST_TOKENS)
+
+
 def asks_for_kernels():
     """Whether they are to run on a CPU too."""
     return _backend == "triton"

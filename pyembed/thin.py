@@ -1,40 +1,41 @@
-"""Calls on a CPU whose time is Python's: PyTorch's operators, and as little as can be around them.
+"""Calls whose time is Python's: by kernels as replays.py has them, on a CPU by PyTorch's operators with little around them.
 
 A decode step is a dozen operators of some microseconds, so what a module does before the first one counts. Here are the usual
-calls alone. Each function returns None where its arguments want the long way: kernels or a plan were asked for, a compiler is
-at work, there are other options, or something is wrong, and the long way says what.
+calls alone. Each function returns None where its arguments want the long way: there are other options, a compiler is at work,
+or another plan may be better; and where a CPU's operators raise, since the long way says what is wrong.
 """
 
 import torch
 from torch import Tensor, nn
 
+from . import checks, planner, replays
 from . import ids as outside
-from . import planner
-from .checks import check_rotary
+from .direct import PLAIN
 from .reference import HiddenQKV
 from .rotary import Rotary, Rotation, as_rotation, rotate
 
-_PLAIN = (Tensor, nn.Parameter)  # no subclass, which may bring operators of its own
 _RAISED = (IndexError, RuntimeError, TypeError, ValueError, AttributeError)  # by what is wrong
 
 
-def serves(ids, token, id_policy):
-    """Whether no kernel, policy or compiler applies to a lookup on a CPU."""
+def _is_usual(ids, token, id_policy):
     return (
         type(ids) is Tensor
-        and type(token) in _PLAIN
-        and ids.is_cpu
-        and token.is_cpu
-        and not planner.asks_for_kernels()
+        and type(token) in PLAIN
         and outside.applied(id_policy) in ("raise", "trust")
         and not torch.compiler.is_compiling()
     )
 
 
+def _on_cpu(ids, token):
+    return ids.is_cpu and token.is_cpu and not planner.asks_for_kernels()
+
+
 def embedding(ids, weight, padding_idx, id_policy):
     """functional.embedding, of a table of any dtype and a call of any size."""
-    if not serves(ids, weight, id_policy):
+    if not _is_usual(ids, weight, id_policy):
         return None
+    if not _on_cpu(ids, weight):
+        return replays.embed(ids, weight, None, None, padding_idx, id_policy) if planner.takes(weight) else None
     try:
         return _sum(ids, weight, None, None, padding_idx)
     except _RAISED:
@@ -43,7 +44,11 @@ def embedding(ids, weight, padding_idx, id_policy):
 
 def embed(ids, token, position, position_ids, padding_idx, id_policy):
     """functional.embed's hidden, of a token's row and a position's, in a call of any size."""
-    if not (serves(ids, token, id_policy) and token.is_floating_point()):
+    if not _is_usual(ids, token, id_policy):
+        return None
+    if not _on_cpu(ids, token):
+        return replays.embed(ids, token, position, position_ids, padding_idx, id_policy)
+    if not token.is_floating_point():
         return None
     try:
         return _sum(ids, token, position, position_ids, padding_idx)
@@ -70,7 +75,7 @@ def _sum(ids, token, position, position_ids, padding_idx):
 
 
 def _is_alike(tensor, token):
-    return type(tensor) in _PLAIN and tensor.dtype == token.dtype and tensor.is_cpu
+    return type(tensor) in PLAIN and tensor.dtype == token.dtype and tensor.is_cpu
 
 
 def _are_like(position_ids, ids):
@@ -81,8 +86,13 @@ def _are_like(position_ids, ids):
 def embed_qkv(
     ids, token, weight, bias, groups, position, position_ids, rotary, norm, norm_weight, norm_bias, eps, padding_idx, id_policy
 ):  # fmt: skip
-    """functional.embed_qkv of few tokens. groups: heads of query, key and value."""
-    if not (planner.is_free() and serves(ids, token, id_policy) and token.is_floating_point()):
+    """functional.embed_qkv of few tokens, or in one pass of many. groups: heads of query, key and value."""
+    if not _is_usual(ids, token, id_policy):
+        return None
+    if not _on_cpu(ids, token):
+        places, affine = (position, position_ids, rotary), (norm, norm_weight, norm_bias, eps)
+        return replays.embed_qkv(ids, token, weight, bias, groups, *places, affine, padding_idx, id_policy)
+    if not (planner.is_free() and token.is_floating_point()):
         return None
     for tensor in (weight, bias, norm_weight, norm_bias):
         if tensor is not None and not _is_alike(tensor, token):
@@ -116,7 +126,7 @@ def embed_qkv(
 
 
 def _rotation(rotary, ids, position_ids, head_dim):
-    check_rotary(rotary, ids, head_dim)
+    checks.check_rotary(rotary, ids, head_dim)
     if not isinstance(rotary, Rotary):
         return as_rotation(rotary, ids, None) if all(type(table) is Tensor for table in rotary) else None
     if position_ids is None:
@@ -129,7 +139,7 @@ def _rotation(rotary, ids, position_ids, head_dim):
 
 def front_end(front, ids, position_ids, rotary):
     """EmbeddingQKV.forward, of stock modules without hooks."""
-    if type(ids) is not Tensor or not (ids.is_cpu and planner.is_free()):
+    if type(ids) is not Tensor:
         return None
     modules = front._modules
     token, position, norm, qkv = modules["token"], modules["position"], modules["norm"], modules["qkv"]

@@ -8,9 +8,11 @@ import os
 import re
 import subprocess
 import tempfile
+from types import SimpleNamespace
 
 import torch
 import triton
+from pyembed.kernels import launch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
@@ -80,6 +82,8 @@ def record(monkeypatch, tuning, device, call):
     launches = []
     with monkeypatch.context() as patch:
         patch.setattr(tuning, "device_of", lambda tensor: device)
+        patch.setattr(launch, "driver", SimpleNamespace(active=SimpleNamespace(get_current_device=lambda: None)))
+        patch.setattr(launch, "_kinds", {})
         patch.setattr(JITFunction, "run", lambda self, *args, grid, warmup, **kw: launches.append(Launch(self, args, kw)))
         call()
     return launches

@@ -123,7 +123,7 @@ def test_opcheck():
         True,
     )
     torch.library.opcheck(
-        ops_distinct.distinct_qkv, arguments, test_utils=("test_schema", "test_autograd_registration", "test_faketensor")
+        ops_distinct.distinct_qkv.op, arguments, test_utils=("test_schema", "test_autograd_registration", "test_faketensor")
     )
 
 

@@ -124,7 +124,7 @@ def test_opcheck():
     arguments = (case.ids, p["token"], p["weight"], p["bias"], p["position"], None, p["norm_weight"], p["norm_bias"])
     utilities = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(
-        ops_distinct.distinct_qkv, (*arguments, 1, 1, "layer", 1e-5, -1, None, None, True, *F.NO_ROTATION, True),
+        ops_distinct.distinct_qkv.op, (*arguments, 1, 1, "layer", 1e-5, -1, None, None, True, *F.NO_ROTATION, True),
         test_utils=utilities,
     )  # fmt: skip
 

@@ -423,8 +423,8 @@ def test_double_backward_of_a_sum_with_padding():
 
 def test_opcheck_of_the_backward():
     grad = torch.randn(2, 3, 4, device=DEVICE, requires_grad=True)
-    opcheck(ops_embed.embed_backward, (grad, IDS, None, IDS % 2, None, 2.0, 0.0, 6, 5, 2, 5))
-    opcheck(ops_embed.embed_backward, (grad, IDS, IDS[0], None, torch.tensor([3], device=DEVICE), None, 0.5, 0, 6, 0, -1))
+    opcheck(ops_embed.embed_backward.op, (grad, IDS, None, IDS % 2, None, 2.0, 0.0, 6, 5, 2, 5))
+    opcheck(ops_embed.embed_backward.op, (grad, IDS, IDS[0], None, torch.tensor([3], device=DEVICE), None, 0.5, 0, 6, 0, -1))
 
 
 def test_batched_gradients(backend):

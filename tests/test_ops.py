@@ -46,25 +46,25 @@ def inputs(dtype=torch.float32, norm="layer", requires_grad=True):
 
 @pytest.mark.parametrize("norm", ["layer", "rms", "none"])
 def test_opcheck_embed_qkv(norm):
-    opcheck(ops.embed_qkv, inputs(norm=norm))
+    opcheck(ops.embed_qkv.op, inputs(norm=norm))
     args = inputs(norm=norm, requires_grad=False)
     *outputs, mean, rstd = ops.embed_qkv(*args)
     grads = [torch.randn_like(output) for output in outputs]
     ids, token, weight, _, position, position_ids, norm_weight, norm_bias, *_ = args
     needs = [True, True, True, True, norm_weight is not None, norm_bias is not None]
     tensors = (ids, token, weight, position, position_ids, norm_weight, norm_bias, None, None, None, mean, rstd)
-    opcheck(ops.embed_qkv_backward, (*grads, *tensors, 1, 1, 2, None, 0.0, [*needs, False]))
-    opcheck(ops.embed_qkv_backward, (None, None, *grads[2:], *tensors, 1, 1, 2, None, 0.0, [False] * 7))
+    opcheck(ops.embed_qkv_backward.op, (*grads, *tensors, 1, 1, 2, None, 0.0, [*needs, False]))
+    opcheck(ops.embed_qkv_backward.op, (None, None, *grads[2:], *tensors, 1, 1, 2, None, 0.0, [False] * 7))
 
 
 def test_opcheck_embed():
     ids, token, _, _, position, *_ = inputs()
     segment, seed = torch.randn(2, 6, device=DEVICE, requires_grad=True), torch.tensor([7], device=DEVICE)
-    opcheck(ops_embed.embed, (ids, token, position, None, None, None, None, None, 0.0, -1, True))
-    opcheck(ops_embed.embed, (ids, token, None, None, None, None, None, None, 0.0, 1, True))
-    opcheck(ops_embed.embed, (ids, token, position, None, segment, ids % 2, seed, 2.0, 0.5, 1, True))
+    opcheck(ops_embed.embed.op, (ids, token, position, None, None, None, None, None, 0.0, -1, True))
+    opcheck(ops_embed.embed.op, (ids, token, None, None, None, None, None, None, 0.0, 1, True))
+    opcheck(ops_embed.embed.op, (ids, token, position, None, segment, ids % 2, seed, 2.0, 0.5, 1, True))
     grad = torch.randn(2, 5, 6, device=DEVICE)
-    opcheck(ops_embed.embed_backward, (grad, ids, None, ids % 2, seed, 2.0, 0.5, 7, 5, 2, -1))
+    opcheck(ops_embed.embed_backward.op, (grad, ids, None, ids % 2, seed, 2.0, 0.5, 7, 5, 2, -1))
 
 
 def test_opcheck_terms_and_epilogue():
@@ -72,7 +72,7 @@ def test_opcheck_terms_and_epilogue():
     segment, second = (torch.randn(shape, device=DEVICE, requires_grad=True) for shape in ((2, 6), (3,)))
     args[8:12] = segment, args[0] % 2, torch.tensor([7], device=DEVICE), second
     args[17:19], args[-3] = (2.0, 0.5), True
-    opcheck(ops.embed_qkv, tuple(args))
+    opcheck(ops.embed_qkv.op, tuple(args))
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the compiled kernels have no float64; the interpreter checks the formulas")

@@ -195,7 +195,9 @@ def test_against_transformers(interleaved):
 def test_operator():
     cos = torch.randn(5, 2, device=DEVICE)
     grad = torch.randn(2, 5, 3, 6, device=DEVICE)
-    torch.library.opcheck(ops.turn_back, (grad, cos, cos.flip(0), None, False), test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(
+        ops.turn_back.op, (grad, cos, cos.flip(0), None, False), test_utils=("test_schema", "test_faketensor")
+    )
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,9 @@ from torch import Tensor
 
 from .tuning import dense
 
+# Triton 3.6 cannot compare a tuple that holds None with None: its parts are None instead.
+NO_SEGMENT, NO_TURNS = (None,) * 4, (None,) * 6
+
 
 class Terms(NamedTuple):
     """Of hidden = dropout(scale·token[ids] + segment[segment_ids] + position[places]); what is None is no part of it."""
@@ -44,8 +47,8 @@ class Terms(NamedTuple):
     def arguments(self):
         """As kernels take them: see tiles.find_rows."""
         position_ids, position, segment_ids, segment = dense(self.position_ids, self.position, self.segment_ids, self.segment)
-        if segment is not None:
-            segment = (segment_ids, 1 if segment_ids is None else segment_ids.numel(), segment, segment.shape[0])
+        number = 1 if segment_ids is None else segment_ids.numel()
+        segment = NO_SEGMENT if segment is None else (segment_ids, number, segment, segment.shape[0])
         return position_ids, position, segment, self.scale, self.dropout, self.report
 
 
@@ -74,7 +77,7 @@ class Epilogue(NamedTuple):
 
     def arguments(self, T, head_dim):
         """As kernels take it, and the layout that is compiled in: see tiles.find_pairs."""
-        rotary, half = None, 0
+        rotary, half = NO_TURNS, 0
         if self.rotary is not None:
             cos, sin, ids, interleaved = self.rotary
             rotary = (*dense(cos, sin, ids), cos.shape[0] if ids is None else ids.numel(), *cos.shape)
@@ -82,7 +85,7 @@ class Epilogue(NamedTuple):
         head_norm = None if self.query_norm is None else (*dense(self.query_norm, self.key_norm), self.head_eps)
         (second,) = dense(self.second)
         length = T if self.heads_first else None
-        needed = any(part is not None for part in (head_norm, rotary, length))
+        needed = any(part is not None for part in (head_norm, self.rotary, length))
         return (head_norm, second, rotary, length), {"HEAD_DIM": head_dim if needed else 0, "HALF": half}
 
 

@@ -17,6 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import tuning
 from .expand import expand
+from .launch import launch, on_device
 from .tiles import dot, load_places, load_rows
 
 
@@ -181,9 +182,9 @@ def find(ids, V, position_ids=None, L=0):
     seen = ids.new_zeros(V, dtype=torch.int8)
     slots, rows, count = (ids.new_empty(size, dtype=torch.int32) for size in (V, min(M, V), 1))
     period = 1 if position_ids is None else position_ids.numel()
-    with tuning.on_device(ids):
-        mark_kernel[(triton.cdiv(M, 1024),)](ids, position_ids, seen, (M, period, V, L), BLOCK_M=1024, num_warps=4)
-        number_kernel[(triton.cdiv(V, 2048),)](seen, slots, rows, count, V, BLOCK_V=2048, num_warps=8)
+    with on_device(ids):
+        launch(mark_kernel, (tuning.cdiv(M, 1024),))(ids, position_ids, seen, (M, period, V, L), BLOCK_M=1024, num_warps=4)
+        launch(number_kernel, (tuning.cdiv(V, 2048),))(seen, slots, rows, count, V, BLOCK_V=2048, num_warps=8)
     return rows, count, slots
 
 
@@ -206,7 +207,7 @@ def prepare(rows, place_rows, count, token, position, norm, norm_weight, P):
     units = token.new_empty(R, dtype=torch.float32) if token.dtype == torch.float16 else None
     block_m, block_d, warps = tuning.rows(D)
     shape = (P, V, 0 if position is None else position.shape[0])
-    prepare_kernel[(triton.cdiv(R, block_m),)](
+    launch(prepare_kernel, (tuning.cdiv(R, block_m),))(
         rows, place_rows, count, token, position, norm_weight, used, units, shape, used.stride(0), D, CENTRE=norm == "layer",
         BLOCK_M=block_m, BLOCK_D=block_d, num_warps=warps, **tuning.registers(tuning.device_of(token)),
     )  # fmt: skip
@@ -220,8 +221,8 @@ def project(used, weight, units, count, P, dtype):
     tiles = tuning.project(N, K, weight.dtype, device)
     operand, transposed = tuning.weight_descriptor(weight, tiles)
     out = used.new_empty(R, N, dtype=dtype)
-    programs = min(device.multiprocessors, triton.cdiv(R, tiles.BLOCK_M) * triton.cdiv(N, tiles.BLOCK_N))
-    project_kernel[(programs,)](
+    programs = min(device.multiprocessors, tuning.cdiv(R, tiles.BLOCK_M) * tuning.cdiv(N, tiles.BLOCK_N))
+    launch(project_kernel, (programs,))(
         TensorDescriptor(used, [R, K], [used.stride(0), 1], [tiles.BLOCK_M, tiles.BLOCK_K]), operand, units, count, out, P, N,
         K, TRANSPOSED=transposed, PRECISION=tuning.precision(weight.dtype), **tiles._asdict(), **tuning.registers(device),
     )  # fmt: skip
@@ -234,8 +235,8 @@ def shift(weight, bias, norm_bias):
         return bias
     N, D = weight.shape
     total = weight.new_empty(N, dtype=torch.promote_types(weight.dtype, torch.float32))
-    grid = (triton.cdiv(N, tuning.FOLD["BLOCK_N"]),)
-    shift_kernel[grid](weight, bias, norm_bias, total, N, *weight.stride(), D, **tuning.FOLD)
+    grid = (tuning.cdiv(N, tuning.FOLD["BLOCK_N"]),)
+    launch(shift_kernel, grid)(weight, bias, norm_bias, total, N, *weight.stride(), D, **tuning.FOLD)
     return total
 
 
@@ -255,7 +256,7 @@ def forward(
         empty = [ids.new_zeros(size, dtype=torch.int32) for size in (0, 0, 1)]
         projected = token.new_empty(0, weight.shape[0])
         return *expand(ids, token, None, None, projected, None, None, None, norm, eps, heads, 0, False), projected, *empty
-    with tuning.on_device(token):
+    with on_device(token):
         slots = None
         if rows is None:
             rows, count, slots = find(ids, token.shape[0], position_ids, 0 if position is None else position.shape[0])

@@ -19,6 +19,7 @@ from . import distinct, tuning
 from .arguments import Terms
 from .distinct import load_used
 from .embed_grad import embed_qkv_backward, position_grad, table_grad
+from .launch import launch, on_device
 from .tiles import dot, find_rows, find_tile, load_hidden, load_places, load_rows
 
 
@@ -228,7 +229,7 @@ def backward(
     ids, position_ids, rows, index = tuning.dense(ids, position_ids, rows, index)
     P, place_rows, gathered = distinct.places(position, position_ids, M, T)
     scales, means = rstd if norm != "none" else None, mean if norm == "layer" else None
-    with tuning.on_device(token):
+    with on_device(token):
         order = torch.sort(index, stable=True)
         G = tuning.padded(token, P + rows.numel(), N).zero_()  # given rows may be more than the batch names
         total, dots = _stream(grads, projected, index, position_ids, scales, needs_tables, G, P, T, gathered, position)
@@ -282,11 +283,11 @@ def _stream(grads, projected, index, position_ids, rstd, wants_dots, G, P, T, ga
         step, sums = period, G[:P]
     elif P and period < M:
         step, sums = period, projected.new_empty(period, N, dtype=wide)
-    row_blocks, column_blocks = triton.cdiv(step, block_m), sum(triton.cdiv(grad.shape[1], block_n) for grad in grads)
+    row_blocks, column_blocks = tuning.cdiv(step, block_m), sum(tuning.cdiv(grad.shape[1], block_n) for grad in grads)
     totals = projected.new_empty(row_blocks, N, dtype=wide)
     dots = projected.new_empty(column_blocks, M, dtype=wide) if rstd is not None and wants_dots else None
     shape = (M, step, period, L, P, projected.shape[0] - P, grads[0].shape[1], grads[1].shape[1])
-    qkv_kernel[(row_blocks, column_blocks)](
+    launch(qkv_kernel, (row_blocks, column_blocks))(
         tuple(grads), projected, index, position_ids, rstd, dots, sums, totals, shape, 0 if sums is None else sums.stride(0),
         PLACED=P > 0, GATHERED=gathered, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=4,
         **tuning.registers(tuning.device_of(projected)),
@@ -308,7 +309,7 @@ def _weight_grad(G, used, total, norm_bias, count, weight, P):
     device = tuning.device_of(weight)
     tiles = tuning.weight_grad(N, D, weight.dtype, device)
     grad = weight.new_empty(N, D)
-    weight_grad_kernel[(triton.cdiv(N, tiles.BLOCK_M) * triton.cdiv(D, tiles.BLOCK_N),)](
+    launch(weight_grad_kernel, (tuning.cdiv(N, tiles.BLOCK_M) * tuning.cdiv(D, tiles.BLOCK_N),))(
         TensorDescriptor(G, [R, N], [G.stride(0), 1], [tiles.BLOCK_K, tiles.BLOCK_M]),
         TensorDescriptor(used, [R, D], [used.stride(0), 1], [tiles.BLOCK_K, tiles.BLOCK_N]),
         G, used, total, norm_bias, count, grad, (P, N, D), G.stride(0), used.stride(0),
@@ -323,7 +324,7 @@ def _grad_sum(ids, position_ids, token, position, mean, rstd, dots, grad_hidden,
     out = token.new_empty(M, D)
     terms = Terms(position, position_ids)
     shape = (M, terms.period(T), V, terms.places, dots.shape[0])
-    sum_kernel[(triton.cdiv(M, block_m), triton.cdiv(D, block_d))](
+    launch(sum_kernel, (tuning.cdiv(M, block_m), tuning.cdiv(D, block_d)))(
         ids, terms.arguments(), token, mean, rstd, dots, grad_hidden, out, shape, D=D, BLOCK_M=block_m, BLOCK_D=block_d,
         num_warps=4,
     )  # fmt: skip
@@ -336,10 +337,10 @@ def _finish(
 ):  # fmt: skip
     (V, D), R = token.shape, grad_used.shape[0]
     block_m, block_d, warps = tuning.rows(D)
-    programs = min(triton.cdiv(R, block_m), 2 * tuning.device_of(token).multiprocessors)
+    programs = min(tuning.cdiv(R, block_m), 2 * tuning.device_of(token).multiprocessors)
     partials = grad_used.new_empty(programs, D) if wants_gamma else None
     L = 0 if position is None else position.shape[0]
-    table_kernel[(programs,)](
+    launch(table_kernel, (programs,))(
         rows, place_rows, count, token, position, norm_weight, grad_used, by_token, grad_token, grad_place, partials,
         (P, V, L, padding_idx), D=D, CENTRE=norm == "layer", BLOCK_M=block_m, BLOCK_D=block_d, num_warps=warps,
         **tuning.registers(tuning.device_of(token)),

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from . import tuning
+from .launch import launch, on_device
 from .tiles import drop, find_rows, load_hidden
 
 
@@ -38,8 +39,8 @@ def embed(ids, token, terms, absent=float("nan")):
         return hidden
     rows, columns = tuning.streaming(D, token.dtype)
     ids, token = tuning.dense(ids, token)
-    with tuning.on_device(token):
-        embed_kernel[(triton.cdiv(M, rows), triton.cdiv(D, columns))](
+    with on_device(token):
+        launch(embed_kernel, (tuning.cdiv(M, rows), tuning.cdiv(D, columns)))(
             ids, terms.arguments(), token, hidden, absent, (M, terms.period(T), V, terms.places), D=D, BLOCK_M=rows,
             BLOCK_D=columns, num_warps=4, **tuning.registers(tuning.device_of(token)),
         )  # fmt: skip
@@ -69,8 +70,8 @@ def drop_again(grad, dropout):
     (M, D), (grad,) = grad.shape, tuning.dense(grad)
     out = torch.empty_like(grad)
     rows, columns = tuning.streaming(D, grad.dtype)
-    with tuning.on_device(grad):
-        drop_kernel[(triton.cdiv(M, rows), triton.cdiv(D, columns))](
+    with on_device(grad):
+        launch(drop_kernel, (tuning.cdiv(M, rows), tuning.cdiv(D, columns)))(
             grad, out, dropout, M, D, BLOCK_M=rows, BLOCK_D=columns, num_warps=4
         )
     return out

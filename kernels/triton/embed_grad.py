@@ -15,6 +15,7 @@ import triton.language as tl
 
 from . import tuning
 from .embed import drop_again, embed
+from .launch import launch, on_device
 from .tiles import drop, find_rows, load_hidden
 
 CHUNK = 64
@@ -172,15 +173,15 @@ def table_grad(rows, ids, size, padding_idx=-1, dtype=None, weights=None, order=
     if M == 0 or D == 0:
         return grad
     ids, order = torch.sort(ids, stable=True) if order is None else order
-    chunks = triton.cdiv(M, CHUNK)
+    chunks = tuning.cdiv(M, CHUNK)
     pieces = rows.new_empty(2, chunks, D, dtype=torch.promote_types(rows.dtype, torch.float32))
     block_m, block_d = tuning.segment(D)
     tiles = {"D": D, "CHUNK": CHUNK, "BLOCK_M": block_m, "BLOCK_D": block_d, "num_warps": 4}
-    with tuning.on_device(rows):
-        segment_kernel[(M, triton.cdiv(D, block_d))](
+    with on_device(rows):
+        launch(segment_kernel, (M, tuning.cdiv(D, block_d)))(
             rows, ids, order, weights, grad, pieces, M, size, padding_idx, grad.stride(0), **tiles
         )
-        join_kernel[(chunks, triton.cdiv(D, block_d))](ids, grad, pieces, M, size, padding_idx, grad.stride(0), **tiles)
+        launch(join_kernel, (chunks, tuning.cdiv(D, block_d)))(ids, grad, pieces, M, size, padding_idx, grad.stride(0), **tiles)
     return grad
 
 
@@ -216,13 +217,13 @@ def norm_backward(ids, token, terms, norm_weight, norm_bias, mean, rstd, grad_no
     affine_like = norm_bias if norm_weight is None else norm_weight
     wants_affine = grad_normed is not None and affine_like is not None
     block_m, block_d, warps = tuning.rows(D)
-    programs = min(triton.cdiv(M, block_m), 2 * tuning.device_of(token).multiprocessors)
+    programs = min(tuning.cdiv(M, block_m), 2 * tuning.device_of(token).multiprocessors)
     grad_sum = token.new_empty(M, D) if wants_sum else None
     normed = token.new_empty(M, D, dtype=normed_dtype) if normed_dtype else None
     partials = token.new_empty(2, programs, D, dtype=rstd.dtype) if wants_affine else None
     ids, token, norm_weight, norm_bias = tuning.dense(ids, token, norm_weight, norm_bias)
-    with tuning.on_device(token):
-        norm_backward_kernel[(programs,)](
+    with on_device(token):
+        launch(norm_backward_kernel, (programs,))(
             ids,
             terms.arguments(),
             token,

@@ -14,12 +14,15 @@ tokens a small launch first folds the norm into the weight, and the product's ep
     qkv    = rstd · (hidden · foldedᵀ − mean ⊗ residual) + shift    exact for any mean, whatever folded was rounded to
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
 from . import tuning
 from .arguments import PLAIN
+from .launch import launch, on_device
 from .tiles import (
     count_tiles,
     dot,
@@ -74,7 +77,7 @@ def embed_qkv_kernel(
     mu, scale = gather_statistics(token, terms, rows, known, hidden, mean, rstd, M, writes, eps, D, BLOCK_M, BLOCK_K)
     if READ_BACK:  # as the folded kernel does: many terms cost more than a row
         tl.debug_barrier()
-        token, terms, rows = hidden, (None, None, None, None, None, None), (m, tl.minimum(m, M - 1), m, m)
+        token, terms, rows = hidden, (None, None, (None, None, None, None), None, None, None), (m, tl.minimum(m, M - 1), m, m)
 
     tiles = count_tiles(query, key, BLOCK_N)
     for tile in range(run * tiles // runs, (run + 1) * tiles // runs):
@@ -100,8 +103,9 @@ def embed_qkv_kernel(
 @triton.jit
 def report_turns(epilogue, terms, m, M):
     """Where the epilogue turns heads: by rows that may be absent from another table than that of positions."""
-    if epilogue[2] is not None:
-        load_turns(epilogue[2], m, m < M, terms[5])
+    _, _, rotary, _ = epilogue
+    if rotary[0] is not None:
+        load_turns(rotary, m, m < M, terms[5])
 
 
 @triton.jit
@@ -127,7 +131,7 @@ def store_projected(
 
     epilogue: head_norm, the weights (d_h,) of query and key, and eps, or None; second, what is added (query,) to the query for
     a second one that is stored M rows behind it, or None; rotary: cos, sin (rows, R/2), each token's row or None, period, rows,
-    R/2, or None; length: of sequences whose heads come before their tokens, or None."""
+    R/2, or all None; length: of sequences whose heads come before their tokens, or None."""
     head_norm, second, rotary, length = epilogue
     if head_norm is not None:
         acc = normalise_heads(acc, head_norm, first, query, key, HEAD_DIM, HALF)
@@ -157,7 +161,7 @@ def store_turned(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    if rotary is None:
+    if rotary[0] is None:
         n = n0 + tl.arange(0, BLOCK_N)
         if known is not None:
             acc = tl.where(known[:, None], acc, float("nan"))
@@ -292,13 +296,27 @@ def fold(weight, bias, norm, norm_weight, norm_bias, pairs):
     statistics = torch.promote_types(weight.dtype, torch.float32)
     shift = weight.new_empty(N, dtype=statistics)
     residual = weight.new_empty(N, dtype=statistics) if norm == "layer" else None
-    grid = (triton.cdiv(N, tuning.FOLD["BLOCK_N"]),)
+    grid = (tuning.cdiv(N, tuning.FOLD["BLOCK_N"]),)
     options = {**tuning.FOLD, **tuning.registers(tuning.device_of(weight))}
-    fold_kernel[grid](
+    launch(fold_kernel, grid)(
         weight, bias, norm_weight, norm_bias, folded, shift, residual, N, *weight.stride(), folded.stride(0), D, **pairs,
         **options,
     )  # fmt: skip
     return folded, shift, residual
+
+
+@functools.lru_cache(1024)
+def configure(M, N, D, heads, dtype, weight_dtype, device, normed, needs, folds, tiles, batch_invariant):
+    """-> whether to fold the norm into the weight, tiles, options of the launch, and how many programs share a row's tiles."""
+    size = tuning.INVARIANT if batch_invariant else M
+    if folds is None:
+        folds = tuning.folds(size, dtype) and weight_dtype == dtype
+    folds = folds and normed
+    if tiles is None:
+        choose = tuning.embed_qkv_folded if folds else tuning.embed_qkv
+        tiles = choose(size, N, D, weight_dtype, device, *needs)
+    query, key = (tuning.cdiv(N // sum(heads) * h, tiles.BLOCK_N) for h in heads[:2])
+    return folds, tiles, {**tiles._asdict(), **tuning.registers(device)}, tuning.runs(M, query + 2 * key, tiles, device)
 
 
 def embed_qkv(
@@ -316,40 +334,33 @@ def embed_qkv(
     """
     M, T = ids.numel(), ids.shape[-1] if ids.dim() else 1
     (V, D), N = token.shape, weight.shape[0]
-    token, bias, norm_weight, norm_bias = tuning.dense(token, bias, norm_weight, norm_bias)
+    ids, token, bias, norm_weight, norm_bias = tuning.dense(ids, token, bias, norm_weight, norm_bias)
     hidden = token.new_empty(*ids.shape, D)  # in their last shape: a view could not be changed in place by its user
     head_dim = N // sum(heads)
-    qkv = tuple(weight.new_empty(shape) for shape in epilogue.shapes(ids.shape, heads, head_dim))
-    statistics = torch.promote_types(token.dtype, torch.float32)
+    qkv = tuple([weight.new_empty(*shape) for shape in epilogue.shapes(ids.shape, heads, head_dim)])
+    statistics = torch.float64 if token.dtype == torch.float64 else torch.float32
     mean = token.new_empty(M if norm == "layer" else 0, dtype=statistics)
     rstd = token.new_empty(M if norm != "none" else 0, dtype=statistics)
     if M == 0 or N == 0 or D == 0:
         return hidden, *qkv, mean, rstd
-    device = tuning.device_of(token)
-    size = tuning.INVARIANT if batch_invariant else M
-    if folds is None:
-        folds = tuning.folds(size, token.dtype) and weight.dtype == token.dtype
-    folds = folds and norm != "none"
+    device, needs = tuning.device_of(token), epilogue.needs(head_dim)
+    folds, tiles, options, runs = configure(
+        M, N, D, heads, token.dtype, weight.dtype, device, norm != "none", needs, folds, tiles, batch_invariant
+    )
     ends, pairs = epilogue.arguments(T, head_dim)
-    if tiles is None:
-        choose = tuning.embed_qkv_folded if folds else tuning.embed_qkv
-        tiles = choose(size, N, D, weight.dtype, device, *epilogue.needs(head_dim))
-    query, key = heads[0] * head_dim, heads[1] * head_dim
-    runs = tuning.runs(M, triton.cdiv(query, tiles.BLOCK_N) + 2 * triton.cdiv(key, tiles.BLOCK_N), tiles, device)
     outputs = (hidden, qkv, (mean if norm == "layer" else None, rstd if norm != "none" else None))
-    shape = (M, terms.period(T), V, terms.places, query, key, runs)
-    options = {"PRECISION": tuning.precision(weight.dtype), **pairs, **tiles._asdict(), **tuning.registers(device)}
-    grid = (triton.cdiv(M, tiles.BLOCK_M) * runs,)
-    (ids,) = tuning.dense(ids)
-    with tuning.on_device(token):
+    shape = (M, terms.period(T), V, terms.places, heads[0] * head_dim, heads[1] * head_dim, runs)
+    options = {"PRECISION": tuning.precision(weight.dtype), **pairs, **options}
+    grid = (tuning.cdiv(M, tiles.BLOCK_M) * runs,)
+    with on_device(token):
         if folds:
             folded, shift, residual = fold(weight, bias, norm, norm_weight, norm_bias, pairs)
             operand, _ = tuning.weight_descriptor(folded, tiles)
-            embed_qkv_folded_kernel[grid](
+            launch(embed_qkv_folded_kernel, grid)(
                 ids, terms.arguments(), token, operand, shift, residual, *outputs, ends, shape, eps, D, **options
             )  # fmt: skip
         else:
-            embed_qkv_kernel[grid](
+            launch(embed_qkv_kernel, grid)(
                 ids, terms.arguments(), token, (norm_weight, norm_bias), (weight, *weight.stride()), bias, *outputs, ends,
                 shape, eps, D, READ_BACK=terms.are_many, **options,
             )  # fmt: skip

@@ -10,6 +10,7 @@ import triton.language as tl
 
 from . import tuning
 from .arguments import Epilogue, Terms
+from .launch import launch, on_device
 from .tiles import (
     count_tiles,
     find_pairs,
@@ -83,7 +84,7 @@ def expand_kernel(
         slot, _ = load_rows(index, m, m < M, U)
     if GATHERED:
         place = m % T
-    if rotary is not None:
+    if rotary[0] is not None:
         turn_row, placed = load_turns(rotary, m, m < M, terms[5])
         known &= placed
 
@@ -93,7 +94,7 @@ def expand_kernel(
         n = n0 + tl.arange(0, BLOCK_N)
         if HALF == 0:
             x = gather_projected(projected, P + slot, place, first, n, width, N, factor, scale, shift, ACC)
-        if rotary is None:
+        if rotary[0] is None:
             x = tl.where(known[:, None], x, float("nan")).to(out.dtype.element_ty)
             tl.store(out + m[:, None] * width + n[None, :], x, mask=(m < M)[:, None] & (n < width)[None, :])
         else:
@@ -123,13 +124,13 @@ def expand(
     if hidden.numel() == 0:
         return hidden, *qkv, mean, rstd
     block_m, block_n, block_k = tuning.expand(D, N, token.dtype)
-    blocks = triton.cdiv(M, block_m)
-    runs = 1 if blocks >= 2 * tuning.device_of(token).multiprocessors else triton.cdiv(N, block_n)
+    blocks = tuning.cdiv(M, block_m)
+    runs = 1 if blocks >= 2 * tuning.device_of(token).multiprocessors else tuning.cdiv(N, block_n)
     terms = Terms(position, position_ids, report=report)
     shape = (M, terms.period(T), V, terms.places, heads[0] * head_dim, heads[1] * head_dim, P, projected.shape[0] - P, runs)
     statistics = (mean if norm == "layer" else None, rstd if norm != "none" else None)
     (_, _, rotary, _), pairs = Epilogue(rotary=rotary).arguments(T, head_dim)
-    expand_kernel[(blocks * runs,)](
+    launch(expand_kernel, (blocks * runs,))(
         ids, terms.arguments(), token, projected, slots, index, offset, hidden, qkv, statistics, rotary, shape,
         (eps, factor), D, GATHERED=gathered, **pairs, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=4,
         **tuning.registers(tuning.device_of(token)),
@@ -141,7 +142,7 @@ def look_up(ids, token, position, position_ids, projected, offset, norm, eps, he
     """The `table` plan: expand over a table (L + V, N) of all positions and tokens -> hidden, query, key, value."""
     ids, position_ids, token, position = tuning.dense(ids, position_ids, token, position)
     P = 0 if position is None else position.shape[0]
-    with tuning.on_device(token):
+    with on_device(token):
         return expand(
             ids, token, position, position_ids, projected, None, None, offset, norm, eps, heads, P, False, factor, rotary,
             report,

@@ -5,6 +5,7 @@ import triton.language as tl
 
 from . import tuning
 from .arguments import Epilogue
+from .launch import launch, on_device
 from .tiles import find_pairs, load_turns, store_pairs, turn
 
 
@@ -41,8 +42,8 @@ def turn_back(grad, rotation):
         return out
     (_, _, rotary, _), pairs = Epilogue(rotary=rotation).arguments(M, head_dim)
     block_m, block_n = tuning.streaming(width, grad.dtype)
-    with tuning.on_device(grad):
-        turn_back_kernel[(triton.cdiv(M, block_m), triton.cdiv(width, block_n))](
+    with on_device(grad):
+        launch(turn_back_kernel, (tuning.cdiv(M, block_m), tuning.cdiv(width, block_n)))(
             *tuning.dense(grad), out, rotary, M, width, **pairs, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=4
         )
     return out

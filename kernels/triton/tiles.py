@@ -48,7 +48,7 @@ def find_rows(ids, terms, m, M, T, V, L):
     """Rows of the token, position and segment tables that tokens m take, and whether they all exist.
 
     terms, here and below: position_ids (T,) or (M,) or None: the place in the sequence; position (L, D), or int64 (2, D) of
-    wave(), or None; segment: its ids, their number, table and rows, or None; scale of the token row or None; dropout: seed,
+    wave(), or None; segment: its ids, their number, table and rows, or all None; scale of the token row or None; dropout: seed,
     probability and what is kept is multiplied by, or None; report, of report_absent, or None."""
     position_ids, position, segment, _, _, report = terms
     row, known = load_rows(ids, m, m < M, V, report, m)
@@ -56,7 +56,7 @@ def find_rows(ids, terms, m, M, T, V, L):
     if position is not None:
         place, placed = load_places(position_ids, m, m < M, T, L, report)
         known &= placed
-    if segment is not None:
+    if segment[2] is not None:
         kind_ids, period, _, kinds = segment
         if kind_ids is not None:
             kind, there = load_rows(kind_ids, m % period, m < M, kinds, report, m, 2)
@@ -102,7 +102,7 @@ def load_hidden(token, terms, rows, d, D):
     x = tl.load(token + row[:, None] * D + d[None, :], mask=inside, other=0.0)
     if scale is not None:
         x = (x.to(ACC) * scale).to(x.dtype)
-    if segment is not None:
+    if segment[2] is not None:
         x += tl.load(segment[2] + kind[:, None] * D + d[None, :], mask=inside, other=0.0)
     if position is not None:
         if position.dtype.element_ty == tl.int64:
