@@ -1,10 +1,13 @@
 """What a call costs the host, over tensors so small that nothing else takes time: bare operators, stock modules, ours.
 
 Wall-clock of the calling thread, without waiting for a GPU. The difference to `operators` is what the modules around them cost.
+Where there is none, the way of compiled kernels is timed too, with a driver whose launches do nothing: beside stock modules on
+the CPU, whose operators compute, but launch nothing.
 """
 
 from functools import partial
 
+import compiled
 import pytest
 import torch
 import torch.nn.functional as nnf
@@ -96,21 +99,29 @@ CASES = {
 
 
 @pytest.mark.parametrize("trains", [False, True], ids=["forward", "training"])
+@pytest.mark.parametrize("kernels", [False, True], ids=["", "kernels"])
 @pytest.mark.parametrize("name", CASES)
-def test_host(record, device, name, trains):
+def test_host(record, device, name, kernels, trains, monkeypatch):
+    if kernels and device.type == "cuda":
+        pytest.skip("the kernels are there")
+
     def run():
         parameters, ways = CASES[name](torch.tensor([[5]], device=device), device)
         variants = {way: Variant(lambda call=call: _tuple(call()), parameters) for way, call in ways.items()}
+        for way in list(ways)[2:] if kernels else ():
+            variants[way].context = compiled.compiled
         grads = gradients(variants, trains)
         check(variants, grads, reference="operators")
-        many = {way: Variant(partial(calls, variant, grads and grads[way]), []) for way, variant in variants.items()}
+        monkeypatch.setattr(compiled.Launcher, "runs", False)
+        many = {way: Variant(partial(calls, v, grads and grads[way]), [], v.context) for way, v in variants.items()}
         found = compare(many, None, Wall(), seconds=2)
         for row in found.values():
             each = {key: seconds / CALLS for key, seconds in row["seconds"]["forward"].items()}
             row["seconds"] = {"forward+backward" if trains else "forward": each}
         return found, {}
 
-    record(run, suite="host", case=name, direction="training" if trains else "forward", tokens=1)
+    case = f"{name}, by compiled kernels" if kernels else name
+    record(run, suite="host", case=case, direction="training" if trains else "forward", tokens=1)
 
 
 def calls(variant, grads):

@@ -1,9 +1,12 @@
-"""The compiled kernels' way without a device: what Triton compiles for Hopper is launched in the interpreter, over CPU tensors.
+"""The compiled kernels' way without a device, over CPU tensors: Triton compiles for Hopper, the interpreter runs the launches.
 
-It sees what a launch is given: whether the host's memory of calls gives a kernel what Triton itself would.
+It shows what the host does of itself: whether its memory of calls gives a kernel what Triton would, and what a call costs it.
 """
 
-import pytest
+import contextlib
+from unittest import mock
+
+import aot
 import triton
 from pyembed.kernels import interpreter, launch, tuning
 from triton.backends.compiler import GPUTarget
@@ -13,13 +16,22 @@ from pyembed import ops, planner, replays
 
 
 class Launcher:
-    """Of a kernel compiled from src, as Triton's launcher is called: all of its arguments in order, constants too."""
+    """Of a kernel compiled from src, called as Triton's launcher: with all arguments in order, constants too."""
+
+    runs = True  # False: a launch does nothing
 
     def __init__(self, src, metadata):
-        self.function = src.fn.fn
+        self.source = src
 
-    def __call__(self, x, y, z, stream, function, metadata, launch_metadata, enter, leave, *arguments):
-        kernel = getattr(interpreter.load(self.function.__module__.rpartition(".")[2]), self.function.__name__)
+    def __call__(self, x, y, z, stream, handle, metadata, launch_metadata, enter, leave, *arguments):
+        if not self.runs:
+            return
+        source, wanted = self.source, aot.Launch(self.source.fn, arguments, {})
+        attributes = {path: attribute for path, attribute in source.attrs.items() if attribute}
+        types, right = (str(signature).replace(" ", "") for signature in (source.signature, wanted.signature))
+        assert types == right and (source.constants, attributes) == (wanted.constants, wanted.attributes), "another kernel"
+        function = source.fn.fn
+        kernel = getattr(interpreter.load(function.__module__.rpartition(".")[2]), function.__name__)
         with interpreter.running():
             kernel[(x, y, z)](*arguments)
 
@@ -36,14 +48,22 @@ class Driver:
     get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
 
 
-@pytest.fixture
-def compiled(monkeypatch):
-    """Within it, calls over CPU tensors take the way of those over CUDA tensors, and nothing is remembered before or after."""
-    monkeypatch.setattr(triton.runtime.driver, "_active", Driver())
-    monkeypatch.setattr(tuning, "device_of", lambda tensor: tuning.H100)
-    monkeypatch.setattr(ops, "is_compiled", lambda tensor: True)
-    monkeypatch.setattr(planner, "looks", lambda tensor: False)
-    monkeypatch.setattr(launch, "_kinds", {})
-    monkeypatch.setattr(replays, "_replays", {})
-    with pyembed.backend("triton"):
+KINDS, REPLAYS = {}, {}  # what is remembered of launches and calls, from one context to the next
+
+
+@contextlib.contextmanager
+def compiled():
+    """Within it, calls over CPU tensors take the way of those over CUDA tensors."""
+    instead = [
+        (triton.runtime.driver, "_active", Driver()),
+        (tuning, "device_of", lambda tensor: tuning.H100),
+        (ops, "is_compiled", lambda tensor: True),
+        (planner, "looks", lambda tensor: False),
+        (launch, "_kinds", KINDS),
+        (replays, "_replays", REPLAYS),
+    ]
+    with contextlib.ExitStack() as stack:
+        for owner, name, value in instead:
+            stack.enter_context(mock.patch.object(owner, name, value))
+        stack.enter_context(pyembed.backend("triton"))
         yield

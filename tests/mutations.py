@@ -27,7 +27,7 @@ class Mutation(NamedTuple):
 KERNELS, QKV, TERMS, ENDS = "kernels/triton/", "tests/test_embed_qkv.py", "tests/test_terms.py", "tests/test_epilogue.py"
 GRAD, ROTARY, DISTINCT = "tests/test_embed_grad.py", "tests/test_rotary.py", "tests/test_distinct_kernels.py"
 IDS, SAME, CAST = "tests/test_ids.py", "tests/test_determinism.py", "tests/test_autocast.py"
-THIN = "tests/test_thin.py"
+THIN, AGAIN = "tests/test_thin.py", "tests/test_replays.py"
 MUTATIONS = [
     Mutation(
         KERNELS + "tiles.py", "known = (row >= 0) & (row < size)", "known = row < size", "tests/test_embed.py -k without_a_row"
@@ -158,6 +158,18 @@ MUTATIONS = [
     Mutation("pyembed/thin.py", "query + key), rotation)", "query + key), rotation._replace(sin=-rotation.sin))", THIN),
     Mutation("pyembed/thin.py", "token.dtype and tensor.is_cpu", "token.dtype", THIN + " -k meta"),
     Mutation("pyembed/thin.py", 'and "weight" in state["_parameters"]\n', "\n", THIN + " -k no_parameters"),
+    Mutation(KERNELS + "launch.py", "append(argument.data_ptr() % 16)", "append(0)", AGAIN + " -k address"),
+    Mutation(KERNELS + "launch.py", "            append(argument)\n", "            append(0)\n", AGAIN),
+    Mutation(KERNELS + "launch.py", "if len(names) < len(given):", "if False:", AGAIN + " -k two_places"),
+    Mutation(KERNELS + "launch.py", "if len(memory) >= KINDS:", "if False:", AGAIN + " -k bounded"),
+    Mutation("pyembed/replays.py", "tensor.data_ptr() % 16", "0", AGAIN + " -k address"),
+    Mutation("pyembed/replays.py", "tensor.stride(), ", "", AGAIN + " -k looked_at"),
+    Mutation("pyembed/replays.py", "grads and tensor.requires_grad", "False", AGAIN + " -k forgotten"),
+    Mutation("pyembed/replays.py", "outside.look(ids.device)", "pass", AGAIN + " -k absent"),
+    Mutation("pyembed/replays.py", "direct.is_heard() or", "", AGAIN + " -k profiler"),
+    Mutation("pyembed/direct.py", "value.is_neg() or ", "", "tests/test_ops.py -k views"),
+    Mutation("pyembed/direct.py", " or _is_batched(value)", "", "tests/test_embedding.py -k batched"),
+    Mutation("pyembed/direct.py", "if of not in kinds:", "if False:", AGAIN + " -k eps"),
     Mutation("bench/timing.py", "atol=tolerance * largest", "atol=1.0", "tests/test_bench.py -k wrong"),
     Mutation("bench/roofline.py", "2 * rows * D * N", "rows * D * N", "tests/test_bench.py -k counts"),
 ]

@@ -238,3 +238,20 @@ def test_flops_of_the_plan(plan, rows, frozen):
         outputs = F.embed_qkv(case.ids, **leaves, **case.options)
         torch.autograd.backward(list(outputs), case.grads)
     assert counter.get_total_flops() == (3 if not frozen else 2) * 2 * rows * leaves["weight"].numel()
+
+
+def test_views_that_are_to_be_negated():
+    """Their memory has the other sign: the dispatcher makes it right."""
+
+    def negated(x):
+        return x.to(torch.complex64).mul(1j).conj().imag if torch.is_tensor(x) and x.is_floating_point() else x
+
+    tensors = [negated(x) for x in inputs()]
+    assert tensors[1].is_neg()
+    with torch.no_grad():
+        for a, b in zip(ops.embed_qkv(*tensors), ops.embed_qkv(*map(plain, tensors)), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def plain(value):
+    return value.resolve_neg() if torch.is_tensor(value) else value

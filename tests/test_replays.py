@@ -2,9 +2,9 @@
 
 import inspect
 
+import compiled
 import pytest
 import torch
-from compiled import compiled  # noqa: F401  (a fixture)
 from conftest import DEVICE
 from pyembed.kernels import launch
 from torch import nn
@@ -13,12 +13,18 @@ import pyembed
 import pyembed.functional as F
 from pyembed import replays
 
-pytestmark = [
-    pytest.mark.skipif(DEVICE == "cuda", reason="a device has a driver of its own"),
-    pytest.mark.usefixtures("compiled"),
-]
+pytestmark = pytest.mark.skipif(DEVICE == "cuda", reason="a device has a driver of its own")
 V, D, L, H, KV = 40, 32, 16, 4, 2
 N = (H + 2 * KV) * 8
+
+
+@pytest.fixture(autouse=True)
+def without_memory():
+    """Calls take the way of compiled kernels, and nothing is remembered of those before."""
+    compiled.KINDS.clear()
+    compiled.REPLAYS.clear()
+    with compiled.compiled():
+        yield
 
 
 @pytest.fixture
