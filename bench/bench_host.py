@@ -5,6 +5,7 @@ Where there is none, the way of compiled kernels is timed too, with a driver who
 the CPU, whose operators compute, but launch nothing.
 """
 
+import contextlib
 from functools import partial
 
 import compiled
@@ -99,29 +100,44 @@ CASES = {
 
 
 @pytest.mark.parametrize("trains", [False, True], ids=["forward", "training"])
-@pytest.mark.parametrize("kernels", [False, True], ids=["", "kernels"])
 @pytest.mark.parametrize("name", CASES)
-def test_host(record, device, name, kernels, trains, monkeypatch):
-    if kernels and device.type == "cuda":
-        pytest.skip("the kernels are there")
+def test_host(record, device, name, trains):
+    record(partial(host, device, name, trains), suite="host", case=name, direction=direction(trains), tokens=1)
+
+
+@pytest.mark.parametrize("trains", [False, True], ids=["forward", "training"])
+@pytest.mark.parametrize("name", CASES)
+def test_compiled(record, device, name, trains, monkeypatch):
+    if device.type == "cuda":
+        pytest.skip("the kernels' own rows are those of test_host")
 
     def run():
-        parameters, ways = CASES[name](torch.tensor([[5]], device=device), device)
-        variants = {way: Variant(lambda call=call: _tuple(call()), parameters) for way, call in ways.items()}
-        for way in list(ways)[2:] if kernels else ():
-            variants[way].context = compiled.compiled
-        grads = gradients(variants, trains)
-        check(variants, grads, reference="operators")
-        monkeypatch.setattr(compiled.Launcher, "runs", False)
-        many = {way: Variant(partial(calls, v, grads and grads[way]), [], v.context) for way, v in variants.items()}
-        found = compare(many, None, Wall(), seconds=2)
-        for row in found.values():
-            each = {key: seconds / CALLS for key, seconds in row["seconds"]["forward"].items()}
-            row["seconds"] = {"forward+backward" if trains else "forward": each}
-        return found, {}
+        monkeypatch.setattr(compiled.Launcher, "runs", True)
+        before = partial(monkeypatch.setattr, compiled.Launcher, "runs", False)
+        return host(device, name, trains, compiled.compiled, before)
 
-    case = f"{name}, by compiled kernels" if kernels else name
-    record(run, suite="host", case=case, direction="training" if trains else "forward", tokens=1)
+    record(run, suite="host", case=f"{name}, by compiled kernels", direction=direction(trains), tokens=1)
+
+
+def direction(trains):
+    return "training" if trains else "forward"
+
+
+def host(device, name, trains, context=contextlib.nullcontext, before=lambda: None):
+    """Rows of a case, whose own calls run within `context`; before() is called once all are right."""
+    parameters, ways = CASES[name](torch.tensor([[5]], device=device), device)
+    variants = {way: Variant(lambda call=call: _tuple(call()), parameters) for way, call in ways.items()}
+    for way in list(ways)[2:]:
+        variants[way].context = context
+    grads = gradients(variants, trains)
+    check(variants, grads, reference="operators")
+    before()
+    many = {way: Variant(partial(calls, v, grads and grads[way]), [], v.context) for way, v in variants.items()}
+    found = compare(many, None, Wall(), seconds=2)
+    for row in found.values():
+        each = {key: seconds / CALLS for key, seconds in row["seconds"]["forward"].items()}
+        row["seconds"] = {"forward+backward" if trains else "forward": each}
+    return found, {}
 
 
 def calls(variant, grads):

@@ -8,7 +8,6 @@ import functools
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.utils import _python_dispatch
 
 PLAIN = (Tensor, nn.Parameter)  # no subclass, which may bring operators of its own
 _NONE = type(None)
@@ -22,7 +21,7 @@ def is_heard():
     """Whether a compiler, tracer, dispatch mode, torch.func, forward-mode AD or profiler is at work, which see operators."""
     return (
         torch.compiler.is_compiling()
-        or _python_dispatch.is_in_torch_dispatch_mode()
+        or torch._C._len_torch_dispatch_stack()
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
         or forward_ad._current_level >= 0
@@ -40,9 +39,9 @@ class Operator:
         self._run, self._function = run, None
         self._kinds = [_KINDS[str(argument.type)] for argument in self.op._schema.arguments]
 
-    def __call__(self, *args):
-        if is_heard():
-            return self.op(*args)
+    def __call__(self, *args, **kwargs):
+        if kwargs or len(args) < len(self._kinds) or is_heard():
+            return self.op(*args, **kwargs)
         wants_grad, grads = False, torch.is_grad_enabled()
         for value, kinds in zip(args, self._kinds, strict=True):
             of = type(value)

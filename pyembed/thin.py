@@ -46,10 +46,10 @@ def embed(ids, token, position, position_ids, padding_idx, id_policy):
     """functional.embed's hidden, of a token's row and a position's, in a call of any size."""
     if not _is_usual(ids, token, id_policy):
         return None
-    if not _on_cpu(ids, token):
-        return replays.embed(ids, token, position, position_ids, padding_idx, id_policy)
     if not token.is_floating_point():
         return None
+    if not _on_cpu(ids, token):
+        return replays.embed(ids, token, position, position_ids, padding_idx, id_policy)
     try:
         return _sum(ids, token, position, position_ids, padding_idx)
     except _RAISED:
@@ -87,12 +87,12 @@ def embed_qkv(
     ids, token, weight, bias, groups, position, position_ids, rotary, norm, norm_weight, norm_bias, eps, padding_idx, id_policy
 ):  # fmt: skip
     """functional.embed_qkv of few tokens, or in one pass of many. groups: heads of query, key and value."""
-    if not _is_usual(ids, token, id_policy):
+    if not (_is_usual(ids, token, id_policy) and token.is_floating_point()):
         return None
     if not _on_cpu(ids, token):
         places, affine = (position, position_ids, rotary), (norm, norm_weight, norm_bias, eps)
         return replays.embed_qkv(ids, token, weight, bias, groups, *places, affine, padding_idx, id_policy)
-    if not (planner.is_free() and token.is_floating_point()):
+    if not planner.is_free():
         return None
     for tensor in (weight, bias, norm_weight, norm_bias):
         if tensor is not None and not _is_alike(tensor, token):
@@ -167,7 +167,7 @@ def front_end(front, ids, position_ids, rotary):
         ids, table, qkv._parameters["weight"], qkv._parameters["bias"],
         (front.num_heads, front.num_kv_heads, front.num_kv_heads),
         None if position is None else position._parameters["weight"], position_ids,
-        modules["rotary"] if rotary is None else rotary,
+        front._own_rotary(table.device) if rotary is None else rotary,
         "layer" if type(norm) is nn.LayerNorm else "rms", norm._parameters["weight"], norm._parameters.get("bias"), eps,
         token.padding_idx, front._id_policy,
     )  # fmt: skip

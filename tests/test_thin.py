@@ -236,7 +236,7 @@ def test_results_may_be_changed_in_place(served):
     turned.query.mul_(2.0).sum().backward()
 
 
-@pytest.mark.parametrize("context", [pyembed.backend("triton"), pyembed.plan("distinct"), pyembed.id_policy("zero")])
+@pytest.mark.parametrize("context", [pyembed.plan("distinct"), pyembed.id_policy("zero")])
 def test_what_was_asked_for_is_done(served, context):
     front, ids = fronts(), torch.tensor([[5, 7]])
     with context:
