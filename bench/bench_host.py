@@ -102,7 +102,12 @@ CASES = {
 @pytest.mark.parametrize("trains", [False, True], ids=["forward", "training"])
 @pytest.mark.parametrize("name", CASES)
 def test_host(record, device, name, trains):
-    record(partial(host, device, name, trains), suite="host", case=name, direction=direction(trains), tokens=1)
+    def run():
+        variants, grads = variants_of(device, name, trains)
+        check(variants, grads, reference="operators")
+        return timed(variants, grads)
+
+    record(run, suite="host", case=name, direction="training" if trains else "forward", tokens=1)
 
 
 @pytest.mark.parametrize("trains", [False, True], ids=["forward", "training"])
@@ -112,31 +117,30 @@ def test_compiled(record, device, name, trains, monkeypatch):
         pytest.skip("the kernels' own rows are those of test_host")
 
     def run():
-        monkeypatch.setattr(compiled.Launcher, "runs", True)
-        before = partial(monkeypatch.setattr, compiled.Launcher, "runs", False)
-        return host(device, name, trains, compiled.compiled, before)
+        variants, grads = variants_of(device, name, trains, compiled.compiled)
+        check(variants, grads, reference="operators")
+        monkeypatch.setattr(compiled.Launcher, "runs", False)
+        return timed(variants, grads)
 
-    record(run, suite="host", case=f"{name}, by compiled kernels", direction=direction(trains), tokens=1)
-
-
-def direction(trains):
-    return "training" if trains else "forward"
+    case = f"{name}, by compiled kernels"
+    record(run, suite="host", case=case, direction="training" if trains else "forward", tokens=1)
 
 
-def host(device, name, trains, context=contextlib.nullcontext, before=lambda: None):
-    """Rows of a case, whose own calls run within `context`; before() is called once all are right."""
+def variants_of(device, name, trains, context=contextlib.nullcontext):
+    """Of a case, whose own calls run within `context`, and the gradients of their outputs."""
     parameters, ways = CASES[name](torch.tensor([[5]], device=device), device)
     variants = {way: Variant(lambda call=call: _tuple(call()), parameters) for way, call in ways.items()}
     for way in list(ways)[2:]:
         variants[way].context = context
-    grads = gradients(variants, trains)
-    check(variants, grads, reference="operators")
-    before()
+    return variants, gradients(variants, trains)
+
+
+def timed(variants, grads):
     many = {way: Variant(partial(calls, v, grads and grads[way]), [], v.context) for way, v in variants.items()}
     found = compare(many, None, Wall(), seconds=2)
     for row in found.values():
         each = {key: seconds / CALLS for key, seconds in row["seconds"]["forward"].items()}
-        row["seconds"] = {"forward+backward" if trains else "forward": each}
+        row["seconds"] = {"forward" if grads is None else "forward+backward": each}
     return found, {}
 
 

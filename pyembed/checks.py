@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import planner
-from .direct import PLAIN
+from .direct import PLAIN, is_heard
 from .distinct import DistinctIds
 from .ids import given_places
 from .reference import rows_of
@@ -22,7 +22,7 @@ def remembered(check):
 
     @functools.wraps(check)
     def call(*arguments):
-        key = None if torch.compiler.is_compiling() else _signature(arguments)
+        key = None if is_heard() else _signature(arguments)  # sizes are Tensors while torch.jit traces
         if key is None:
             check(*arguments)
         elif key not in passed:
@@ -35,7 +35,7 @@ def remembered(check):
 
 
 def _signature(arguments):
-    """All that shapes, dtypes and devices say of them; None: there is a subclass of Tensor, or what has no hash."""
+    """All that shapes, dtypes and devices say of them; None: there is a value of another class, or of a subclass."""
     signature = []
     for value in arguments:
         if value is None or type(value) in (bool, int, str, torch.dtype):
@@ -160,7 +160,7 @@ def check_embed_qkv(
     cast, ids, token, position, position_ids, segment, segment_ids, scale, dropout, weight, bias, num_heads, num_kv_heads, norm,
     norm_weight, norm_bias, eps, query_norm, key_norm, head_eps, heads_first,
 ):  # fmt: skip
-    """functional.embed_qkv's arguments, but for position_ids' shape and those of some class. cast: autocast's dtype or None."""
+    """functional.embed_qkv's, but for position_ids' shape, rotary, distinct, query_biases. cast: autocast's dtype, or None."""
     check_terms(ids, token, position, position_ids, segment, segment_ids, scale, dropout)
     D = token.shape[1]
     check_shape("weight", weight, (None, D), "(query, key and value rows, embedding_dim of token)", optional=False)

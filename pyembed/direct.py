@@ -18,15 +18,24 @@ _is_batched = torch._C._functorch.is_legacy_batchedtensor  # as torch.autograd.g
 
 
 def is_heard():
-    """Whether a compiler, tracer, dispatch mode, torch.func, forward-mode AD or profiler is at work, which see operators."""
+    """Whether a compiler, tracer, dispatch mode, torch.func, forward-mode AD or profiler is at work, which see operators.
+
+    A TorchFunctionMode, which torch.set_default_device is too, and a bare ExecutionTraceObserver are not asked."""
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
+        or torch._ops._len_torch_dispatch_stack_pre_dispatch()
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
         or forward_ad._current_level >= 0
         or torch.autograd._profiler_enabled()
+        or torch.autograd.profiler._is_profiler_enabled  # of all threads
     )
+
+
+def is_strange(tensor):
+    """Whether its memory does not hold its elements as they are."""
+    return tensor.is_meta or tensor.is_neg() or tensor._is_zerotensor() or _is_batched(tensor)
 
 
 class Operator:
@@ -40,7 +49,7 @@ class Operator:
         self._kinds = [_KINDS[str(argument.type)] for argument in self.op._schema.arguments]
 
     def __call__(self, *args, **kwargs):
-        if kwargs or len(args) < len(self._kinds) or is_heard():
+        if kwargs or len(args) != len(self._kinds) or is_heard():
             return self.op(*args, **kwargs)
         wants_grad, grads = False, torch.is_grad_enabled()
         for value, kinds in zip(args, self._kinds, strict=True):
@@ -48,7 +57,7 @@ class Operator:
             if of not in kinds:  # an int for a float, or a Tensor: Triton would compile another kernel
                 return self.op(*args)
             if of in PLAIN:
-                if value.is_meta or value.is_neg() or _is_batched(value):
+                if is_strange(value):
                     return self.op(*args)
                 wants_grad = wants_grad or grads and value.requires_grad
         return self._function.apply(*args) if wants_grad else self._run(*args)

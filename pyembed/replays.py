@@ -22,6 +22,7 @@ def embed(ids, token, position, position_ids, padding_idx, id_policy):
     if not planner.uses_triton(token):
         return None
     reports = outside.applied(id_policy) == "raise"
+    ids, position_ids = _dense(ids), _dense(position_ids)
     tensors = (ids, token, position, position_ids)
 
     def call():
@@ -41,9 +42,16 @@ def embed_qkv(ids, token, weight, bias, groups, position, position_ids, rotary, 
         return None
     (heads, kv_heads, _), (norm, norm_weight, norm_bias, eps) = groups, affine
     reports, rotation = outside.applied(id_policy) == "raise", NO_ROTATION
+    ids, position_ids = _dense(ids), _dense(position_ids)
+
+    def check():
+        checks.check_embed_qkv(
+            None, ids, token, position, position_ids, None, None, None, 0.0, weight, bias, heads, kv_heads, *affine, None, None,
+            0.0, False,
+        )  # fmt: skip
+
     if rotary is not None:
-        if type(weight) not in PLAIN or weight.dim() != 2 or not isinstance(position_ids, Tensor | None):
-            return None
+        check()
         checks.check_rotary(rotary, ids, weight.shape[0] // sum(groups))
         checks.check_positions(ids, position, position_ids, rotary)
         rotation = as_rotation(rotary, ids, position_ids)
@@ -52,10 +60,7 @@ def embed_qkv(ids, token, weight, bias, groups, position, position_ids, rotary, 
     options = (heads, kv_heads, norm, eps, padding_idx, rotation[3])
 
     def call():
-        checks.check_embed_qkv(
-            None, ids, token, position, position_ids, None, None, None, 0.0, weight, bias, heads, kv_heads, *affine, None, None,
-            0.0, False,
-        )  # fmt: skip
+        check()
         checks.check_positions(ids, position, position_ids, rotary)
         row = -1 if padding_idx is None else checks.padding_row(padding_idx, token.shape[0])
         if reports:
@@ -67,6 +72,11 @@ def embed_qkv(ids, token, weight, bias, groups, position, position_ids, rotary, 
         )  # fmt: skip
 
     return HiddenQKV(*_replayed("embed_qkv", call, tensors, options, reports, 4))
+
+
+def _dense(ids):
+    """A decode step's are often the last column of a batch's, which a launcher would copy, and no replay could."""
+    return ids.contiguous() if isinstance(ids, Tensor) else ids
 
 
 def _replayed(name, call, tensors, options, reports, count):
@@ -99,7 +109,7 @@ def _key(tensors, options):
     for tensor in tensors:
         if tensor is None:
             key.append(None)
-        elif type(tensor) not in PLAIN or tensor.is_neg() or grads and tensor.requires_grad:
+        elif type(tensor) not in PLAIN or direct.is_strange(tensor) or grads and tensor.requires_grad:
             return None
         else:
             key.append((tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.data_ptr() % 16))

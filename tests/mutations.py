@@ -167,8 +167,15 @@ MUTATIONS = [
     Mutation("pyembed/replays.py", "grads and tensor.requires_grad", "False", AGAIN + " -k forgotten"),
     Mutation("pyembed/replays.py", "outside.look(ids.device)", "pass", AGAIN + " -k absent"),
     Mutation("pyembed/replays.py", "direct.is_heard() or", "", AGAIN + " -k profiler"),
-    Mutation("pyembed/direct.py", "value.is_neg() or ", "", "tests/test_ops.py -k views"),
-    Mutation("pyembed/direct.py", " or _is_batched(value)", "", "tests/test_embedding.py -k batched"),
+    Mutation("pyembed/direct.py", "tensor.is_neg() or ", "", "tests/test_ops.py -k views"),
+    Mutation("pyembed/direct.py", " or _is_batched(tensor)", "", "tests/test_embedding.py -k batched"),
+    Mutation("pyembed/direct.py", "        or torch._C._len_torch_dispatch_stack()\n", "", AGAIN + " -k modes"),
+    Mutation(
+        "pyembed/direct.py", "        or torch._ops._len_torch_dispatch_stack_pre_dispatch()\n", "", AGAIN + " -k tracers"
+    ),
+    Mutation("pyembed/thin.py", "front._own_rotary(table.device)", 'modules["rotary"]', AGAIN + " -k moved"),
+    Mutation("pyembed/replays.py", "ids.contiguous() if", "ids if", AGAIN + " -k column"),
+    Mutation("pyembed/replays.py", "direct.is_strange(tensor) or ", "", AGAIN + " -k many"),
     Mutation("pyembed/direct.py", "if of not in kinds:", "if False:", AGAIN + " -k eps"),
     Mutation("bench/timing.py", "atol=tolerance * largest", "atol=1.0", "tests/test_bench.py -k wrong"),
     Mutation("bench/roofline.py", "2 * rows * D * N", "rows * D * N", "tests/test_bench.py -k counts"),

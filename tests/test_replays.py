@@ -1,13 +1,17 @@
 """The host's way of compiled kernels: what is remembered of a call gives the next one what Triton itself would."""
 
 import inspect
+import threading
 
 import compiled
+import numpy
 import pytest
 import torch
 from conftest import DEVICE
 from pyembed.kernels import launch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyembed
 import pyembed.functional as F
@@ -153,6 +157,8 @@ def test_another_call_is_looked_at(replayed, other):
         ({"position": None, "rotary": TURNS, "weight": None}, TypeError, "weight: expected a Tensor"),
         ({"position": None, "rotary": TURNS, "position_ids": [1]}, TypeError, "position_ids: expected a Tensor"),
         ({"position": None, "rotary": pyembed.Rotary(8, 2)}, IndexError, "sequence length 3"),
+        ({"position": [1], "rotary": TURNS}, TypeError, "position: expected a Tensor"),
+        ({"weight": lambda randn: randn(N + 1, D), "rotary": TURNS, "bias": None}, ValueError, "weight: expected a multiple"),
     ],
 )
 def test_what_is_wrong_is_said_after_calls_that_were_right(wrong, error, message):
@@ -246,3 +252,84 @@ def test_memory_is_bounded(monkeypatch):
     for length in range(1, 7):
         assert_right(arguments(ids=(1, length)))
         assert len(launch._kinds) <= 2 and len(replays._replays) <= 2
+
+
+def test_the_last_column_of_a_batch(replayed):
+    """As loops over tokens take it."""
+    ids, places = torch.randint(V, (4, 6)), torch.arange(6).expand(4, 6)
+    for step in range(3):
+        call = arguments(step)
+        assert_right(call | {"ids": ids[:, step : step + 1], "position_ids": places[:, step : step + 1]})
+        assert replayed() == (step > 0)
+
+
+def test_tables(replayed):
+    """By the plan "table", whose eps no operator makes a float of Python's."""
+    front = pyembed.EmbeddingQKV(V, D, H, max_length=L, eps=numpy.float64(1e-5)).requires_grad_(False)
+    with pyembed.plan("table"):
+        for _ in range(2):
+            ids = torch.randint(V, (2, 3))
+            torch.testing.assert_close(front(ids), stock(front, ids), rtol=1e-4, atol=1e-4)
+
+
+def stock(front, ids):
+    with pyembed.backend("torch"), pyembed.plan("one_pass"):
+        return front(ids)
+
+
+def test_a_rotary_that_moved():
+    """Outside of its model's tree a front end does not hear of to()."""
+    front = pyembed.EmbeddingQKV(V, D, H, max_length=L, position="rotary").requires_grad_(False)
+    ids = torch.randint(V, (2, 3))
+    expected = front(ids)
+    front.rotary.to("meta")
+    torch.testing.assert_close(front(ids), expected)
+
+
+def test_a_gradient_of_many():
+    """torch._vmap_internals, as is_grads_batched uses it, over the tables of a call without gradients."""
+    ids, tables = torch.randint(V, (2, 3)), torch.randn(4, V, D)
+    F.embedding(ids, tables[0])
+    assert torch.equal(torch._vmap_internals._vmap(lambda table: F.embedding(ids, table))(tables), tables[:, ids])
+
+
+class Seen(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def test_modes_see_operators(replayed):
+    """Of their own thread, also after that of another has begun before and ended since."""
+    call = arguments()
+    begun, ended = threading.Event(), threading.Event()
+
+    def other():
+        with Seen():
+            begun.set()
+            ended.wait()
+
+    F.embed(call["ids"], call["token"])
+    thread = threading.Thread(target=other)
+    thread.start()
+    begun.wait()
+    with Seen() as seen:
+        ended.set()
+        thread.join()
+        F.embed(call["ids"], call["token"])
+    assert "pyembed.embed.default" in seen.names
+    replayed()
+    F.embed(call["ids"], call["token"])
+    assert replayed()
+
+
+@pytest.mark.parametrize("pre_dispatch", [False, True])
+def test_tracers_see_operators(pre_dispatch):
+    call = arguments()
+    F.embed(call["ids"], call["token"])
+    graph = make_fx(lambda ids: F.embed(ids, call["token"]), pre_dispatch=pre_dispatch)(call["ids"]).graph
+    assert torch.ops.pyembed.embed.default in {node.target for node in graph.nodes}

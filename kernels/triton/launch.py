@@ -12,7 +12,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-KINDS = 4096  # that are remembered: more than a training run has
+KINDS = 1024  # that are remembered, some 20 KB each; Triton's knobs count as they are at the first of a kind
 _kinds = {}
 _recording = threading.local()
 
@@ -71,7 +71,7 @@ def replay(launches, inputs, outputs, count):
 
     None: the call was more than one launch of its inputs and outputs, as where a Tensor had to be copied first.
     """
-    if len(launches) != 1 or launches[0] is None:
+    if len(launches) != 1 or launches[0] is None or not all(x.is_contiguous() for x in outputs):
         return None
     (compiled, grid, arguments), given = launches[0], [x for x in inputs if x is not None]
     names = {id(x): f"input{place}" for place, x in enumerate(inputs) if x is not None}
@@ -114,13 +114,13 @@ def _tell(kind, arguments):
         elif of is tuple:
             append((tuple, len(argument)))
             _tell(kind, argument)
-        elif of is TensorDescriptor:
-            append((argument.base.dtype, *argument.block_shape))
-        elif of is float:
-            append(float)
-        else:
+        elif isinstance(argument, torch.Tensor):
             append(argument.dtype)
             append(argument.data_ptr() % 16)
+        elif of is TensorDescriptor:
+            append((argument.base.dtype, *argument.block_shape))
+        else:
+            append(of if isinstance(argument, float) else (of, argument))
 
 
 def on_device(tensor):
