@@ -121,6 +121,28 @@ def test_devices_must_agree():
         F.embedding(torch.tensor([0]), torch.randn(3, 4, device="cuda"))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_later_calls_are_a_launch(dtype, monkeypatch):
+    """As tests/test_replays.py has it where there is no device."""
+    from pyembed.kernels import launch
+
+    asked, by_launcher = [], launch._launch
+    monkeypatch.setattr(launch, "_launch", lambda *args, **options: asked.append(args) or by_launcher(*args, **options))
+    front = pyembed.EmbeddingQKV(97, 64, 4, max_length=16, position="rotary", norm="rms", device=DEVICE, dtype=dtype)
+    front.requires_grad_(False)
+    for step in range(4):
+        for parameter in front.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+        asked.clear()
+        ids, places = torch.randint(97, (3, 9), device=DEVICE)[:, step : step + 1], torch.full((3, 1), step, device=DEVICE)
+        found = front(ids, places)
+        assert bool(asked) == (step == 0)
+        with pyembed.backend("torch"):
+            torch.testing.assert_close(found, front(ids, places), rtol=2e-2, atol=2e-2)
+    pyembed.check_ids()
+
+
 def test_outputs_are_heads_of_one_buffer():
     given = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in arguments(num_kv_heads=1, num_heads=4).items()}
     out = F.embed_qkv(**given)
