@@ -30,7 +30,7 @@ def _liger(ids, weight):
     return importlib.import_module("liger_kernel.ops").LigerEmbeddingFunction.apply(weight, ids)
 
 
-def checked_row(ways, ids, parameters, trains, works, seconds=3):
+def checked_row(ways, ids, parameters, trains, works, seconds=2):
     """(rows, left_out) of {name: function of ids and parameters -> tensor}; works: by direction."""
     device, dtype = ids.device, parameters[0].dtype
     torch.compiler.reset()

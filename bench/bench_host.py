@@ -112,9 +112,11 @@ def test_host(record, device, name, trains):
 
 @pytest.mark.parametrize("trains", [False, True], ids=["forward", "training"])
 @pytest.mark.parametrize("name", CASES)
-def test_compiled(record, device, name, trains, monkeypatch):
+def test_compiled(record, device, name, trains, pytestconfig, monkeypatch):
     if device.type == "cuda":
         pytest.skip("the kernels' own rows are those of test_host")
+    if trains and not pytestconfig.getoption("--full"):
+        pytest.skip("a part of --full: Triton compiles a backward's kernels first")
 
     def run():
         variants, grads = variants_of(device, name, trains, compiled.compiled)
@@ -137,7 +139,7 @@ def variants_of(device, name, trains, context=contextlib.nullcontext):
 
 def timed(variants, grads):
     many = {way: Variant(partial(calls, v, grads and grads[way]), [], v.context) for way, v in variants.items()}
-    found = compare(many, None, Wall(), seconds=2)
+    found = compare(many, None, Wall(), seconds=1)
     for row in found.values():
         each = {key: seconds / CALLS for key, seconds in row["seconds"]["forward"].items()}
         row["seconds"] = {"forward" if grads is None else "forward+backward": each}

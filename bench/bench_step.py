@@ -29,7 +29,7 @@ def test_step(record, device, tokens, layers, trains):
         variants = {way: Variant(partial(model, ids), list(stock.parameters())) for way, model in ways.items()}
         grads = gradients(variants, trains)
         check(variants, grads, reference="stock modules")
-        return compare(variants, grads, clock(device), seconds=6), {}
+        return compare(variants, grads, clock(device), seconds=4), {}
 
     record(
         run, suite="step", case=f"a model of {layers} layer{'s' if layers > 1 else ''}, {B} × {T}", layers=layers, tokens=B * T,
