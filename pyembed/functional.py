@@ -21,8 +21,8 @@ from .checks import (
     places_of,
 )
 from .distinct import DistinctIds
+from .ops import NO_ROTATION
 from .reference import HiddenQKV
-from .replays import NO_ROTATION
 from .rotary import Rotary
 from .spread import over_mesh
 

@@ -234,6 +234,9 @@ def unpacked(ctx, grads, needs, places=WEIGHTS):
     return tuple(found)
 
 
+NO_ROTATION = (None, None, None, False)  # of the operators' arguments
+
+
 def rotation_of(cos, sin, turn_ids, interleaved):
     return None if cos is None else (cos, sin, turn_ids, interleaved)
 

@@ -10,10 +10,10 @@ from torch import Tensor
 from . import checks, direct, ops, ops_embed, planner
 from . import ids as outside
 from .direct import PLAIN
+from .ops import NO_ROTATION
 from .reference import HiddenQKV
 from .rotary import as_rotation
 
-NO_ROTATION = (None, None, None, False)
 _replays = {}
 
 
@@ -49,11 +49,11 @@ def embed_qkv(ids, token, weight, bias, groups, position, position_ids, rotary, 
             None, ids, token, position, position_ids, None, None, None, 0.0, weight, bias, heads, kv_heads, *affine, None, None,
             0.0, False,
         )  # fmt: skip
-
-    if rotary is not None:
-        check()
         checks.check_rotary(rotary, ids, weight.shape[0] // sum(groups))
         checks.check_positions(ids, position, position_ids, rotary)
+
+    if rotary is not None:  # what is made of it is part of the key, so it must be right before
+        check()
         rotation = as_rotation(rotary, ids, position_ids)
         rotation = rotation._replace(cos=rotation.cos.contiguous(), sin=rotation.sin.contiguous())
     tensors = (ids, token, weight, bias, position, position_ids, norm_weight, norm_bias, *rotation[:3])
@@ -61,7 +61,6 @@ def embed_qkv(ids, token, weight, bias, groups, position, position_ids, rotary, 
 
     def call():
         check()
-        checks.check_positions(ids, position, position_ids, rotary)
         row = -1 if padding_idx is None else checks.padding_row(padding_idx, token.shape[0])
         if reports:
             checks.check_ranges(ids, token, position, position_ids, rotary)

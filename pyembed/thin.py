@@ -44,9 +44,7 @@ def embedding(ids, weight, padding_idx, id_policy):
 
 def embed(ids, token, position, position_ids, padding_idx, id_policy):
     """functional.embed's hidden, of a token's row and a position's, in a call of any size."""
-    if not _is_usual(ids, token, id_policy):
-        return None
-    if not token.is_floating_point():
+    if not (_is_usual(ids, token, id_policy) and token.is_floating_point()):
         return None
     if not _on_cpu(ids, token):
         return replays.embed(ids, token, position, position_ids, padding_idx, id_policy)

@@ -263,7 +263,7 @@ def test_the_last_column_of_a_batch(replayed):
         assert replayed() == (step > 0)
 
 
-def test_tables(replayed):
+def test_tables():
     """By the plan "table", whose eps no operator makes a float of Python's."""
     front = pyembed.EmbeddingQKV(V, D, H, max_length=L, eps=numpy.float64(1e-5)).requires_grad_(False)
     with pyembed.plan("table"):

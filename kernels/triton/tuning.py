@@ -184,7 +184,6 @@ def padded(like, rows, columns):
 FOLD = {"BLOCK_N": 16, "BLOCK_K": 128, "num_warps": 4}
 
 
-@functools.lru_cache(1024)
 def runs(M, count, tiles, device):
     """How many programs share the `count` column tiles of a block of rows: the number whose last program ends first.
 
