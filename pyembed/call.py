@@ -1,0 +1,231 @@
+"""What a call is to compute, as one value that goes whole through checks, plans, operators and launchers.
+
+    hidden = dropout(scale · token[ids] + segment[segment_ids] + position[position_ids])    Terms
+    query, key, value = heads of norm(hidden) · weightᵀ + bias                              Norm, Projection
+    query, key = rotary(norm of each head)                                                  Epilogue
+
+To add a term: a field here, its formula in reference.py, its lines in the kernels (tiles.py, embed_grad.py), its argument in
+functional.py. Operators, gradients, checks of ids, id policies and sharding go over the fields by name.
+"""
+
+import operator
+import typing
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+
+class HiddenQKV(NamedTuple):
+    """What a front end hands to its transformer: the residual stream and the first layer's projections."""
+
+    hidden: Tensor  # (..., T, D)
+    query: Tensor  # (..., T, H, d_h)
+    key: Tensor  # (..., T, H_kv, d_h)
+    value: Tensor  # (..., T, H_kv, d_h)
+
+
+class DistinctIds(NamedTuple):
+    """Which ids a batch has, as torch.unique(ids, return_inverse=True) finds them."""
+
+    ids: Tensor  # (U,) ascending
+    inverse: Tensor  # like the batch's ids: the place of each among the distinct ones
+
+
+for _kind in (HiddenQKV, DistinctIds):  # torch.export writes their names
+    pytree._register_namedtuple(_kind, serialized_type_name=f"pyembed.{_kind.__name__}")
+
+
+class Called:
+    """In a Call in place of a weight: a module that must be called, because it does more than apply its weight."""
+
+    def __init__(self, module: nn.Module, function: Callable[..., Tensor] | None = None):
+        self.module, self.function = module, function or module
+
+    @property
+    def weight(self) -> Tensor:
+        return self.module.weight
+
+    def __call__(self, *inputs):
+        return self.function(*inputs)
+
+
+class Terms(NamedTuple):
+    """The terms of hidden; what is None is no part of it."""
+
+    ids: Tensor  # (..., T) int32 or int64
+    token: Tensor  # (V, D)
+    position: Tensor | None = None  # (L, D), or int64 (2, D): positions.sinusoidal_steps, which have a row for any position
+    position_ids: Tensor | None = None  # (T,), (1, T) or like ids; None: 0 … T−1
+    segment: Tensor | None = None  # (S, D)
+    segment_ids: Tensor | None = None  # (T,), (1, T) or like ids; None: all 0
+    seed: Tensor | None = None  # (1,) int64 of the kernels' dropout, drawn for each call
+    scale: float | None = None  # of the token row
+    dropout: float = 0.0  # probability that an element becomes zero
+    padding_idx: int = -1  # row of token without a gradient; −1: none
+
+    @property
+    def length(self) -> int:
+        """T: tokens of a sequence."""
+        return self.ids.shape[-1] if self.ids.dim() else 1
+
+
+class Norm(NamedTuple):
+    """LayerNorm, RMSNorm or none, with statistics in at least fp32."""
+
+    kind: str = "none"  # "layer", "rms" or "none"
+    weight: Tensor | None = None  # (D,)
+    bias: Tensor | None = None  # (D,)
+    eps: float = 0.0
+
+
+class Projection(NamedTuple):
+    """The linear map to query, key and value: N = (num_heads + 2·num_kv_heads)·head_dim outputs."""
+
+    weight: Tensor  # (N, D), rows of query, then key, then value
+    bias: Tensor | None  # (N,)
+    num_heads: int
+    num_kv_heads: int
+
+    @property
+    def groups(self) -> tuple[int, int, int]:
+        """Heads of query, key and value."""
+        return self.num_heads, self.num_kv_heads, self.num_kv_heads
+
+
+class Epilogue(NamedTuple):
+    """What becomes of query, key and value once they are projected."""
+
+    query_norm: Tensor | None = None  # (d_h,) weight of an RMSNorm of each head, before it turns
+    key_norm: Tensor | None = None
+    query_offset: Tensor | None = None  # (H·d_h,) added to query for a second query, behind the first
+    cos: Tensor | None = None  # (rows, R/2), or (..., T, R/2) of each token, float32: rotary turns of query and key
+    sin: Tensor | None = None
+    turn_ids: Tensor | None = (
+        None  # (T,), (1, T) or like ids: each token's row of cos and sin; None: token m takes row m % rows
+    )
+    interleaved: bool = False  # pairs (2i, 2i+1); else (i, i + R/2)
+    head_eps: float = 0.0
+    heads_first: bool = False  # (..., h, T, d_h)
+
+
+class Call(NamedTuple):
+    """A whole call. Without a projection it is hidden alone."""
+
+    terms: Terms
+    norm: Norm = Norm()
+    projection: Projection | None = None
+    epilogue: Epilogue = Epilogue()
+    id_policy: str = "raise"
+    batch_invariant: bool = False  # one order of sums for any number of tokens
+    distinct: DistinctIds | None = None  # of ids, where a data loader found them
+    concat: bool = False  # position rows stand beside token rows, 2·D wide; by PyTorch's operators alone
+
+    @property
+    def head_dim(self) -> int:
+        assert self.projection is not None
+        return self.projection.weight.shape[0] // sum(self.projection.groups)
+
+    def head_shapes(self) -> list[tuple[int, ...]]:
+        """Shapes of query, key and value."""
+        assert self.projection is not None
+        shape, width, shapes = tuple(self.terms.ids.shape), self.head_dim, []
+        for heads in self.projection.groups:
+            first = self.epilogue.heads_first
+            shapes.append((*shape[:-1], heads, *shape[-1:], width) if first else (*shape, heads, width))
+        if self.epilogue.query_offset is not None:
+            shapes[0] = (2, *shapes[0])
+        return shapes
+
+    def empty_outputs(self) -> tuple[Tensor, ...]:
+        """hidden, query, key, value, mean (M,) or (0,), rstd (M,) or (0,): what the kernels fill and a fake call returns.
+
+        Query, key and value have the dtype of weight, which differs from token's under autocast.
+        """
+        assert self.projection is not None
+        (ids, token), kind, weight = self.terms[:2], self.norm.kind, self.projection.weight
+        return (
+            token.new_empty(*ids.shape, token.shape[1]),
+            *(weight.new_empty(shape) for shape in self.head_shapes()),
+            token.new_empty(ids.numel() if kind == "layer" else 0, dtype=wide_dtype(token.dtype)),
+            token.new_empty(ids.numel() if kind != "none" else 0, dtype=wide_dtype(token.dtype)),
+        )
+
+    def named(self) -> dict[str, Any]:
+        """Every field of the parts by its name as an operator's argument."""
+        return dict(zip(NAMES, self.values(), strict=True))
+
+    def values(self) -> tuple:
+        """The fields of all parts, in order."""
+        return (*self.terms, *self.norm, *(self.projection or _NO_PROJECTION), *self.epilogue)
+
+
+_NO_PROJECTION = (None,) * len(Projection._fields)
+PARTS: tuple[Any, ...] = (Terms, Norm, Projection, Epilogue)
+
+
+def _schema_types() -> Iterator[tuple[str, str]]:
+    """Each field's name as an argument of an operator and its type as PyTorch's schemas write it.
+
+    The norm's fields have its name before them, since weight and bias are the projection's.
+    """
+    types = {Tensor: "Tensor", float: "float", bool: "bool", int: "SymInt", str: "str"}
+    for part in PARTS:
+        for field, hint in typing.get_type_hints(part).items():
+            kind, *optional = typing.get_args(hint) or (hint,)
+            yield f"norm_{field}" if part is Norm else field, types[kind] + "?" * len(optional)
+
+
+SCHEMA = dict(_schema_types())
+NAMES = tuple(SCHEMA)
+# (ids, the table whose rows they name, what messages call that table)
+LOOKUPS = (
+    ("ids", "token", "token"),
+    ("position_ids", "position", "position"),
+    ("segment_ids", "segment", "segment"),
+    ("turn_ids", "cos", "rotary"),
+)
+# What a backward by kernels has gradients of; the norms of heads are PyTorch's where a gradient is wanted.
+LEARNED = ("token", "position", "segment", "norm_weight", "norm_bias", "weight", "bias", "query_offset")
+TABLES = LEARNED[:3]
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What statistics and sums are kept in: at least float32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def rows_of(table: Tensor | Called) -> int:
+    """How many rows a table has; positions.sinusoidal_steps have one for any position below 2³¹ − 1."""
+    weight = table.weight if isinstance(table, Called) else table
+    return weight.shape[0] if weight.is_floating_point() else 2**31 - 1
+
+
+class Layout:
+    """The fields of a Call's first parts as named arguments of an operator, so that a graph which shows it can be read.
+
+    Tensors come first: DTensor's cache of sharding decisions ignores what stands before the first number.
+    """
+
+    def __init__(self, *parts):
+        self._parts = parts
+        fields = NAMES[: sum(len(part._fields) for part in parts)]
+        self.names = tuple(sorted(fields, key=lambda name: "Tensor" not in SCHEMA[name]))  # stable
+        self.schema = ", ".join(f"{SCHEMA[name]} {name}" for name in self.names)
+        self._select = operator.itemgetter(*map(NAMES.index, self.names))
+        self._restore = operator.itemgetter(*map(self.names.index, fields))
+
+    def flatten(self, call: Call) -> tuple:
+        """The call's fields, in the order of names."""
+        return self._select(call.values())
+
+    def rebuild(self, flat: tuple, **options) -> Call:
+        """The Call whose fields flat are; options: its other fields."""
+        values = iter(self._restore(flat))
+        return Call(*(part(*(next(values) for _ in part._fields)) for part in self._parts), **options)
+
+
+HIDDEN = Layout(Terms)
+FRONT_END = Layout(*PARTS)
