@@ -1,14 +1,13 @@
 """The front end of a transformer (embedding gather, positional add, norm, QKV projection) in one GPU kernel."""
 
 from . import data, flops, functional, positions, reference, relative
-from .distinct import DistinctIds
-from .embedding import Embedding, TokenPositionEmbedding
-from .ids import check_ids, id_policy
+from .call import DistinctIds, HiddenQKV
+from .ids import check_ids
 from .memory import empty_cache
-from .modules import EmbeddingQKV
-from .planner import backend, debug, plan
-from .reference import HiddenQKV
+from .modules.embedding import Embedding, TokenPositionEmbedding
+from .modules.front_end import EmbeddingQKV
 from .rotary import Rotary
+from .settings import backend, debug, id_policy, plan
 
 __version__ = "0.1.0"
 __all__ = [

@@ -39,16 +39,15 @@ for _kind in (HiddenQKV, DistinctIds):  # torch.export writes their names
 
 
 class Called:
-    """In a Call in place of a weight: a module that must be called, because it does more than apply its weight."""
+    """In a Call in place of a weight: a module that must be called, because it does more than apply its weight.
 
-    def __init__(self, module: nn.Module, function: Callable[..., Tensor] | None = None):
-        self.module, self.function = module, function or module
+    function: what to call, by default the module. weight: by which ids and shapes are checked; None: nothing is checked.
+    """
 
-    @property
-    def weight(self) -> Tensor:
-        return self.module.weight
+    def __init__(self, module: nn.Module, function: Callable[..., Tensor] | None = None, weight: Tensor | None = None):
+        self.module, self.function, self.weight = module, function or module, weight
 
-    def __call__(self, *inputs):
+    def __call__(self, *inputs) -> Tensor:
         return self.function(*inputs)
 
 
@@ -75,7 +74,7 @@ class Terms(NamedTuple):
 class Norm(NamedTuple):
     """LayerNorm, RMSNorm or none, with statistics in at least fp32."""
 
-    kind: str = "none"  # "layer", "rms" or "none"
+    kind: str = "none"  # "layer", "rms", "none", or "called": weight is a Called
     weight: Tensor | None = None  # (D,)
     bias: Tensor | None = None  # (D,)
     eps: float = 0.0
@@ -109,6 +108,12 @@ class Epilogue(NamedTuple):
     interleaved: bool = False  # pairs (2i, 2i+1); else (i, i + R/2)
     head_eps: float = 0.0
     heads_first: bool = False  # (..., h, T, d_h)
+
+    def split_turns(self) -> tuple["Epilogue", "Epilogue"]:
+        """What a kernel does that can turn heads and no more, and what is left to follow."""
+        if self.query_norm is not None or self.query_offset is not None:  # which come before the turn
+            return Epilogue(), self
+        return self._replace(heads_first=False), Epilogue(heads_first=self.heads_first)
 
 
 class Call(NamedTuple):
@@ -180,12 +185,22 @@ def _schema_types() -> Iterator[tuple[str, str]]:
 
 SCHEMA = dict(_schema_types())
 NAMES = tuple(SCHEMA)
-# (ids, the table whose rows they name, what messages call that table)
+
+
+class Lookup(NamedTuple):
+    """A field of ids, the field of the table whose rows they name, and what messages call both."""
+
+    ids: str
+    table: str
+    ids_name: str
+    table_name: str
+
+
 LOOKUPS = (
-    ("ids", "token", "token"),
-    ("position_ids", "position", "position"),
-    ("segment_ids", "segment", "segment"),
-    ("turn_ids", "cos", "rotary"),
+    Lookup("ids", "token", "ids", "token"),
+    Lookup("position_ids", "position", "position_ids", "position"),
+    Lookup("segment_ids", "segment", "segment_ids", "segment"),
+    Lookup("turn_ids", "cos", "position_ids", "rotary"),
 )
 # What a backward by kernels has gradients of; the norms of heads are PyTorch's where a gradient is wanted.
 LEARNED = ("token", "position", "segment", "norm_weight", "norm_bias", "weight", "bias", "query_offset")
@@ -197,9 +212,17 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def places(ids: Tensor) -> Tensor:
+    """0 … T−1 for ids (..., T): (T,), or () for a single id; of a DTensor one like ids."""
+    if type(ids) is not Tensor and not torch.compiler.is_compiling():
+        return torch.ones_like(ids).cumsum(ids.dim() - 1) - 1  # in shards, cumsum(-1) is wrong in torch 2.13
+    return torch.arange(ids.shape[-1] if ids.dim() else 1, device=ids.device).view(ids.shape[-1:])
+
+
 def rows_of(table: Tensor | Called) -> int:
     """How many rows a table has; positions.sinusoidal_steps have one for any position below 2³¹ − 1."""
     weight = table.weight if isinstance(table, Called) else table
+    assert weight is not None, "a table has a weight"
     return weight.shape[0] if weight.is_floating_point() else 2**31 - 1
 
 
@@ -214,12 +237,17 @@ class Layout:
         fields = NAMES[: sum(len(part._fields) for part in parts)]
         self.names = tuple(sorted(fields, key=lambda name: "Tensor" not in SCHEMA[name]))  # stable
         self.schema = ", ".join(f"{SCHEMA[name]} {name}" for name in self.names)
+        self._tensors = sum("Tensor" in SCHEMA[name] for name in self.names)
         self._select = operator.itemgetter(*map(NAMES.index, self.names))
         self._restore = operator.itemgetter(*map(self.names.index, fields))
 
     def flatten(self, call: Call) -> tuple:
         """The call's fields, in the order of names."""
         return self._select(call.values())
+
+    def tensors(self, call: Call) -> tuple[Tensor | None, ...]:
+        """Its tensors in that order, None where there is none."""
+        return self.flatten(call)[: self._tensors]
 
     def rebuild(self, flat: tuple, **options) -> Call:
         """The Call whose fields flat are; options: its other fields."""

@@ -17,9 +17,9 @@ from typing import Annotated, Literal
 
 import torch
 
-from . import __version__, functional, planner, reference
+from . import __version__, functional, reference, settings
 from .data import get_encoding
-from .modules import EmbeddingQKV
+from .modules.front_end import EmbeddingQKV
 from .plot import describe, plot_errors
 
 try:
@@ -249,11 +249,11 @@ def _check(name, ids, parameters, incoming, shape, calls, step) -> dict:
     step(description=f"{name}: PyTorch")
     eager, eager_seconds = _run(reference.embed_qkv, ids, parameters, incoming, options, calls)
     step(description=f"{name}: Triton")
-    with planner.backend("triton"):
+    with settings.backend("triton"):
         ours, ours_seconds = _run(functional.embed_qkv, ids, parameters, incoming, options, calls)
     step(description=f"{name}: the other plans")
     others = {}
-    with planner.plan("distinct"):
+    with settings.plan("distinct"):
         others["distinct"], _ = _run(functional.embed_qkv, ids, parameters, incoming, options, 1)
     others["table"] = _look_up(ids, parameters, shape, norm)
     step(description=f"{name}: comparing")
@@ -272,7 +272,7 @@ def _look_up(ids, parameters, shape, norm):
     options = {"num_kv_heads": shape["kv_heads"], "max_length": shape["positions"], "norm": norm}
     front = EmbeddingQKV(*sizes, **options, device="meta", dtype=parameters["token"].dtype)
     front.load_state_dict({PARAMETERS[key]: value for key, value in parameters.items()}, assign=True)
-    with planner.plan("table"):
+    with settings.plan("table"):
         return front(ids)._asdict()
 
 

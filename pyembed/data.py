@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from .distinct import DistinctIds
+from .call import DistinctIds
 
 if TYPE_CHECKING:
     import numpy as np

@@ -1,39 +1,39 @@
 """What torch.utils.flop_counter.FlopCounterMode counts for the operators: the products that the plan runs, two operations for
-each multiplication and addition; gathers, norms and turns count nothing, as PyTorch's own."""
+each multiplication and addition; gathers, norms and rotary turns count nothing, as PyTorch's own."""
 
 import math
 
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from . import ops, ops_distinct  # noqa: F401  they register the operators
+from .call import LEARNED
+from .plans import distinct, one_pass
+from .plans.operators import FrontEnd
 
 
-@register_flop_formula(torch.ops.pyembed.embed_qkv)
-def _embed_qkv(ids, token, weight, *others, out_shape=None, **options):
-    return 2 * math.prod(ids) * math.prod(weight)
+def _register(plan: FrontEnd, rows):
+    """rows(shapes by name, of arguments and results): how many rows the products have."""
+
+    def count(operator, results):
+        @register_flop_formula(getattr(torch.ops.pyembed, operator.op._schema.name.rpartition(":")[2]))
+        def formula(*shapes, out_shape=None, **options):
+            named = dict(zip(operator.names, shapes, strict=False)) | dict(zip(results, out_shape, strict=False))
+            return _products(named) * 2 * rows(named) * math.prod(named["weight"])
+
+    count(plan.forward, plan.outputs)
+    count(plan.backward, ())
 
 
-@register_flop_formula(torch.ops.pyembed.embed_qkv_backward)
-def _embed_qkv_backward(hidden, query, key, value, ids, token, weight, *others, out_shape=None, **options):
-    return _products(others[-1], query, key, value) * 2 * math.prod(ids) * math.prod(weight)
-
-
-@register_flop_formula(torch.ops.pyembed.distinct_qkv)
-def _distinct_qkv(ids, token, weight, *others, out_shape=None, **options):
-    projected = out_shape[6]
-    return 2 * projected[0] * math.prod(weight)
-
-
-@register_flop_formula(torch.ops.pyembed.distinct_qkv_backward)
-def _distinct_qkv_backward(hidden, query, key, value, ids, token, weight, *others, out_shape=None, **options):
-    projected = others[6]
-    return _products(others[-1], query, key, value) * 2 * projected[0] * math.prod(weight)
-
-
-def _products(needs, *grads):
+def _products(named):
     """Of a backward: one for the weight, one for what lies before the projection."""
-    if all(grad is None for grad in grads):
+    if "needs" not in named:
+        return 1
+    if all(named[f"grad_{output}"] is None for output in ("query", "key", "value")):
         return 0
-    token, weight, _, position, norm_weight, norm_bias, *segment = needs
-    return weight + any((token, position, norm_weight, norm_bias, *segment))
+    needs = dict(zip(LEARNED, named["needs"], strict=True))
+    before = any(needs[name] for name in LEARNED if name not in ("weight", "bias", "query_offset"))
+    return needs["weight"] + before
+
+
+_register(one_pass.embed_qkv, lambda named: math.prod(named["ids"]))
+_register(distinct.distinct_qkv, lambda named: named["projected"][0])

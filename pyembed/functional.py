@@ -1,56 +1,22 @@
-"""The public functions: what they compute, by which plan, kernels or not."""
+"""The public functions: each builds a Call and runs it."""
+
+import contextlib
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from . import ids as outside
-from . import ops, ops_distinct, ops_embed, planner, reference, thin
-from .checks import (
-    check_distinct,
-    check_embed,
-    check_embed_qkv,
-    check_heads,
-    check_integers,
-    check_positions,
-    check_query_biases,
-    check_ranges,
-    check_rotary,
-    check_shape,
-    padding_row,
-    places_of,
-)
-from .distinct import DistinctIds
-from .ops import NO_ROTATION
-from .reference import HiddenQKV
-from .rotary import Rotary
-from .spread import over_mesh
+from . import settings
+from .call import Call, DistinctIds, Epilogue, HiddenQKV, Norm, Projection, Terms
+from .checks import check, check_integers, check_query_biases, check_ranges, check_shape, padding_row
+from .ids import apply_policy
+from .plans.choice import ZEROS, takes, why_torch
+from .reference import look_up_or_zero, with_query_biases
+from .rotary import Rotary, turns
+from .run import run
+from .settings import policy_of
 
-
-def _seed(dropout: float, device: torch.device) -> Tensor | None:
-    """Of a call's dropout, drawn from PyTorch's generator: torch.manual_seed, checkpointing and graphs know that one."""
-    return torch.randint(2**62, (1,), device=device) if dropout else None
-
-
-def _check_computed(policy, ids, token, position, position_ids, rotary=None):
-    """Positions that PyTorch would take though no row is theirs: it computes any, and counts negative turns from the end."""
-    turns = position is None and position_ids is not None and isinstance(rotary, Rotary)
-    computed = position is not None and not position.is_floating_point()
-    if policy == "raise" and (turns or computed):
-        check_ranges(ids, token, position, position_ids, rotary)
-
-
-def _run(kernel, eager, token, policy, *looked_at):
-    """The call by kernel or by eager. Kernels do not look at ids: here that is done where it costs no synchronisation."""
-    if policy != "zero" and planner.uses_triton(token):
-        if policy == "raise":
-            check_ranges(*looked_at)
-        return kernel()
-    try:
-        return eager()
-    except (IndexError, RuntimeError):  # PyTorch looks at every id on the CPU anyway: its message lacks what is wrong where
-        check_ranges(*looked_at)
-        raise
+__all__ = ["embed", "embed_qkv", "embedding"]
 
 
 def embedding(
@@ -68,41 +34,60 @@ def embedding(
 
     The row padding_idx (negative counts from the end) is returned like any other and gets no gradient. max_norm (which changes
     weight in place), norm_type, scale_grad_by_freq and sparse are PyTorch's, and with them, or over a table of a dtype that has
-    no kernel, PyTorch's operator serves, whatever the backend: unkernelled says why. Differentiable any number of times.
-    id_policy: what becomes of an id outside [0, V), as pyembed.id_policy has it; None: what the context says, "raise" unless
+    no kernel, PyTorch's operator runs, whatever the backend. Differentiable any number of times.
+    id_policy: what happens to an id outside [0, V), as pyembed.id_policy has it; None: what the context says, "raise" unless
     it was changed. IndexError: there is one. TypeError, ValueError: other arguments.
     """
-    if max_norm is None and not scale_grad_by_freq and not sparse:
-        found = thin.embedding(ids, weight, padding_idx, id_policy)
-        if found is not None:
-            return found
-    policy = outside.applied(id_policy)
-    if unkernelled(ids, weight, max_norm, scale_grad_by_freq, sparse, policy) is None and planner.uses_triton(weight):
-        return embed(ids, weight, padding_idx=padding_idx, id_policy=policy)
+    policy = settings.current.id_policy if id_policy is None else policy_of(id_policy)
+    if max_norm is None and not (scale_grad_by_freq or sparse) and _is_plain_lookup(ids, weight, padding_idx, policy):
+        with contextlib.suppress(IndexError, RuntimeError, TypeError):  # below is said what is wrong
+            return torch.embedding(weight, ids, -1 if padding_idx is None else padding_idx)
+    why = why_no_kernel(ids, weight, max_norm, scale_grad_by_freq, sparse, policy)
+    if why is None and why_torch(weight) is None:
+        return run(Call(Terms(ids, weight, padding_idx=_row(padding_idx, weight)), id_policy=policy))
+    has_side_effects = max_norm is not None or scale_grad_by_freq or sparse
 
     def look_up(ids):
         return torch.nn.functional.embedding(ids, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
 
     try:
+        if policy == "zero" and has_side_effects:  # no other row may be looked up in place of an absent one
+            there = (ids >= 0) & (ids < weight.shape[0])
+            return weight.new_zeros(*ids.shape, weight.shape[1]).index_put((there,), look_up(ids[there]))
         if policy == "zero":
-            return _zeros_for_absent(look_up, ids, weight, max_norm is not None or scale_grad_by_freq or sparse)
-        return look_up(outside.clamped(ids, weight.shape[0]) if policy == "clamp" else ids)
+            return look_up_or_zero(ids, weight, _row(padding_idx, weight))
+        if policy == "clamp":
+            ids = apply_policy(Call(Terms(ids, weight), id_policy=policy)).terms.ids
+        return look_up(ids)
     except (AssertionError, IndexError, RuntimeError):  # PyTorch's message lacks what is wrong where
         padding_row(padding_idx, weight.shape[0])
-        check_ranges(ids, weight, None, None)
+        check_ranges(Call(Terms(ids, weight)))
         raise
 
 
-def _zeros_for_absent(look_up, ids, weight, has_side_effects):
-    """look_up(ids), zeros where there is no row; where looking up has side effects, no other row is looked up instead."""
-    if not has_side_effects:
-        return outside.rows("zero", look_up, ids, weight.shape[0])
-    there = (ids >= 0) & (ids < weight.shape[0])
-    return weight.new_zeros(*ids.shape, weight.shape[1]).index_put((there,), look_up(ids[there]))
+def _is_plain_lookup(ids, weight, padding_idx, policy):
+    """Whether PyTorch's operator on CPU tensors is all that a lookup needs."""
+    return (
+        type(ids) is Tensor
+        and isinstance(weight, Tensor)
+        and ids.is_cpu
+        and weight.is_cpu
+        and policy in ("raise", "trust")
+        and settings.current.backend != "triton"
+        and (padding_idx is None or 0 <= padding_idx < weight.shape[0])
+        and not torch.compiler.is_compiling()
+    )
 
 
-def unkernelled(ids, weight, max_norm=None, scale_grad_by_freq=False, sparse=False, policy="raise") -> str | None:
-    """Why such a lookup has no kernel on any device, so that PyTorch's operator serves it; None: it has one."""
+def why_no_kernel(
+    ids: Tensor,
+    weight: Tensor,
+    max_norm: float | None = None,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+    policy: str = "raise",
+) -> str | None:
+    """Why such a lookup has no kernel on any device, so that PyTorch's operator runs it; None: it has one."""
     if isinstance(ids, torch.fx.Proxy) or isinstance(weight, torch.fx.Proxy):
         return "torch.fx traces it"
     check_integers("ids", ids)
@@ -112,31 +97,24 @@ def unkernelled(ids, weight, max_norm=None, scale_grad_by_freq=False, sparse=Fal
     if max_norm is not None or scale_grad_by_freq or sparse:
         return "max_norm, scale_grad_by_freq and sparse have no kernel"
     if policy == "zero":
-        return planner.ZEROS
+        return ZEROS
     for tensor in (ids, weight):
         if is_traceable_wrapper_subclass(tensor):
             return f"a {type(tensor).__name__} brings operators of its own"
-    if not planner.takes(weight):
+    if not takes(weight):
         return f"{weight.dtype} on {weight.device} has no kernel"
     return None
 
 
-def kept(policy, ids, token, position=None, position_ids=None, segment=None, segment_ids=None, rotary=None):
-    """ids, position_ids and segment_ids as the policies "clamp" and "zero" leave them."""
-    sizes = places_of(position, rotary).values()
-    position_ids = outside.given_places(ids, position_ids, min([*sizes, 2**31]))
-    if policy == "zero":
-        return ids, position_ids, segment_ids
-    places, kinds = None if position is None else reference.rows_of(position), None if segment is None else segment.shape[0]
-    given = ((ids, token.shape[0]), (position_ids, places), (segment_ids, kinds))
-    return tuple(outside.clamped(x, size) for x, size in given)
+def _row(padding_idx, table):
+    """padding_idx as Terms have it: counted from the table's beginning, −1 for None."""
+    if padding_idx is None:
+        return -1
+    check_shape("token", table, (None, None), "(num_embeddings, embedding_dim)", optional=False)
+    row = padding_row(padding_idx, table.shape[0])
+    return -1 if row is None else row
 
 
-def _looking_up(policy):
-    return outside.look_up_or_zero if policy == "zero" else reference.look_up
-
-
-@over_mesh
 def embed(
     ids: Tensor,
     token: Tensor,
@@ -157,33 +135,12 @@ def embed(
     and segment 0. dropout: the probability of an element to become zero, drawn from PyTorch's generator; 0 outside of training.
     Differentiable in token, position and segment. id_policy and errors as in embedding, of positions and segments too.
     """
-    if scale is None and segment is None and segment_ids is None and not dropout:
-        found = thin.embed(ids, token, position, position_ids, padding_idx, id_policy)
-        if found is not None:
-            return found
-    policy = outside.applied(id_policy)
-    check_embed(ids, token, position, position_ids, segment, segment_ids, scale, dropout)
-    if policy in ("clamp", "zero"):
-        ids, position_ids, segment_ids = kept(policy, ids, token, position, position_ids, segment, segment_ids)
-    check_positions(ids, position, position_ids)
-    _check_computed(policy, ids, token, position, position_ids)
-    padding_idx = padding_row(padding_idx, token.shape[0])
-
-    def kernel():
-        row, seed = -1 if padding_idx is None else padding_idx, _seed(dropout, ids.device)
-        tables = (token, position, position_ids, segment, segment_ids)
-        return ops_embed.embed(ids, *tables, seed, scale, float(dropout), row, policy != "trust")
-
-    def eager():
-        return reference.embed(
-            ids, token, position, position_ids, padding_idx=padding_idx, scale=scale, segment=segment, segment_ids=segment_ids,
-            dropout=dropout, look_up=_looking_up(policy),
-        )  # fmt: skip
-
-    return _run(kernel, eager, token, policy, ids, token, position, position_ids, None, segment, segment_ids)
+    policy = settings.current.id_policy if id_policy is None else policy_of(id_policy)
+    row = -1 if padding_idx is None else _row(padding_idx, token)
+    terms = Terms(ids, token, position, position_ids, segment, segment_ids, None, scale, dropout, row)
+    return run(Call(terms, id_policy=policy))
 
 
-@over_mesh
 def embed_qkv(
     ids: Tensor,
     token: Tensor,
@@ -221,8 +178,8 @@ def embed_qkv(
     hidden as in embed.
     Returns hidden (..., T, D), the residual stream, rounded to the table's dtype; query (..., T, num_heads, head_dim); key
     and value (..., T, num_kv_heads, head_dim), or (..., num_heads, T, head_dim) and so on, contiguous, where heads_first.
-    fp32 statistics and accumulation. distinct: the batch's distinct ids, where a data loader found them; the plan of that name
-    then need not. ValueError: they are not those of ids (values are compared on the CPU, on a GPU within pyembed.debug()).
+    Statistics and accumulation are in fp32. distinct: the batch's distinct ids, where a data loader found them already.
+    ValueError: they are not those of ids (values are compared on the CPU, on a GPU within pyembed.debug()).
     query_norm, key_norm: weights (head_dim,) of an RMSNorm of each head with head_eps, before it turns (Qwen3, Gemma 3).
     rotary: turns query and key, in fp32 by the kernels: a Rotary, by position_ids, or cosines and sines (T, R), (1, T, R) or
     (..., T, R) of each token, half behind half, as transformers passes them; they get no gradient.
@@ -235,84 +192,29 @@ def embed_qkv(
     Under autocast, weight and bias are cast to its dtype, which query, key and value have, and hidden and the norm keep theirs.
     id_policy and errors as in embed.
     """
-    others = (distinct, scale, segment, segment_ids, query_norm, key_norm, query_biases)
-    usual = head_eps >= 0 and not (dropout or heads_first or batch_invariant)
-    if usual and not any(other is not None for other in others):
-        num_kv_heads = check_heads(num_heads, num_kv_heads)
-        groups, affine = (num_heads, num_kv_heads, num_kv_heads), (norm, norm_weight, norm_bias, eps)
-        places = (position, position_ids, rotary)
-        found = thin.embed_qkv(ids, token, weight, bias, groups, *places, *affine, padding_idx, id_policy)
-        if found is not None:
-            return found
-    policy = outside.applied(id_policy)
-    cast = planner.autocast_dtype(token) if isinstance(token, Tensor) else None
-    check_embed_qkv(
-        cast, ids, token, position, position_ids, segment, segment_ids, scale, dropout, weight, bias, num_heads, num_kv_heads,
-        norm, norm_weight, norm_bias, eps, query_norm, key_norm, head_eps, heads_first,
-    )  # fmt: skip
-    num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-    head_dim = weight.shape[0] // (num_heads + 2 * num_kv_heads)
-    first, second = check_query_biases(query_biases, token, num_heads, head_dim, query_norm, rotary)
-    check_rotary(rotary, ids, head_dim)
-    check_distinct(distinct, ids)
-    turn_ids = position_ids
-    if policy in ("clamp", "zero"):
-        distinct = None  # of ids as they came
-        ids, position_ids, segment_ids = kept(policy, ids, token, position, position_ids, segment, segment_ids, rotary)
-    check_positions(ids, position, position_ids, rotary)
-    _check_computed(policy, ids, token, position, position_ids, rotary)
-    padding_idx = padding_row(padding_idx, token.shape[0])
-
+    cos, sin, turn_ids, interleaved = turns(rotary, ids, position_ids)
+    call = Call(
+        Terms(
+            ids,
+            token,
+            position,
+            None if position is None and turn_ids is not None else position_ids,
+            segment,
+            segment_ids,
+            None,
+            scale,
+            dropout,
+            -1 if padding_idx is None else _row(padding_idx, token),
+        ),
+        Norm("none" if norm is None else norm, norm_weight, norm_bias, eps),
+        Projection(weight, bias, num_heads, num_heads if num_kv_heads is None else num_kv_heads),
+        Epilogue(query_norm, key_norm, None, cos, sin, turn_ids, interleaved, head_eps, heads_first),
+        settings.current.id_policy if id_policy is None else policy_of(id_policy),
+        batch_invariant,
+        distinct,
+    )
     if query_biases is not None:
-        bias, second = reference.biases_of(weight, bias, first, second)
-    row = -1 if padding_idx is None else padding_idx
-    places = None if position is None else position_ids
-    arguments = (ids, token, weight, bias, position, places, norm_weight, norm_bias)
-    options = (num_heads, num_kv_heads, norm or "none", eps, row)
-    rotation = NO_ROTATION if rotary is None else outside.rotation(policy, rotary, ids, turn_ids)
-    # What comes after the projection, and the part of it that PyTorch's operators do where a kernel does not.
-    ends = {"query_norm": query_norm, "key_norm": key_norm, "head_eps": head_eps, "second": second, "heads_first": heads_first}
-    ends["rotation"] = None if rotary is None else rotation
-    reports = policy != "trust"
-
-    def kernel():
-        terms = (segment, segment_ids, _seed(dropout, ids.device))
-        scalars = (scale, float(dropout))
-        if cast == torch.bfloat16 and not token.is_cuda:
-            raise TypeError(f"autocast: {planner.NO_BF16}")
-        w, b, more = (t if t is None or cast is None else t.to(cast) for t in (weight, bias, second))
-        front = (ids, token, w, b, *arguments[4:], *terms)
-        fits = cast is None and planner.normalises_heads(head_dim, token, weight, bias, position, segment, *affine)
-        if query_norm is None or fits:
-            last = (*rotation, query_norm, key_norm, head_eps, heads_first, reports, batch_invariant)
-            return HiddenQKV(*ops.embed_qkv(*front, more, *options, *scalars, *last)[:4])
-        last = (*NO_ROTATION, None, None, 0.0, False, reports, batch_invariant)
-        return reference.finish(HiddenQKV(*ops.embed_qkv(*front, None, *options, *scalars, *last)[:4]), **ends)
-
-    def once_each():
-        known = (None, None) if distinct is None else (distinct.ids, distinct.inverse.reshape(-1))
-        turns = planner.uses_triton(token) and query_norm is None and second is None
-        given = (*known, planner.uses_triton(token), *(rotation if turns else NO_ROTATION), reports)
-        *outputs, count = ops_distinct.distinct_qkv(*arguments, *options, *given)
-        planner.saw(token, count, ids.numel())
-        return reference.finish(HiddenQKV(*outputs[:4]), **{**ends, "rotation": None if turns else ends["rotation"]})
-
-    def eager():
-        if batch_invariant and torch.compiler.is_compiling():
-            raise RuntimeError("batch_invariant: expected the kernels or no compiler, which orders PyTorch's sums as it likes")
-        found = reference.embed_qkv(
-            ids, token, weight, bias, num_heads=num_heads, num_kv_heads=num_kv_heads, position=position,
-            position_ids=position_ids, norm=norm, norm_weight=norm_weight, norm_bias=norm_bias, eps=eps,
-            padding_idx=padding_idx, scale=scale, segment=segment, segment_ids=segment_ids, dropout=dropout,
-            look_up=_looking_up(policy),
-            linear=reference.invariant_linear if batch_invariant else torch.nn.functional.linear,
-        )  # fmt: skip
-        return reference.finish(found, **ends)
-
-    affine = (norm_weight, norm_bias, query_norm, key_norm, second)
-    products = planner.products_of(token, weight, position, norm_weight, norm_bias, bias)
-    known = None if distinct is None else distinct.ids.numel()
-    refused = planner.refuses(token, position, scale, segment, dropout, policy, batch_invariant)
-    if planner.choose(ids, token, weight, position, places, norm is not None, products, known, refused).name == "distinct":
-        kernel = eager = once_each
-    return _run(kernel, eager, token, policy, ids, token, position, position_ids, rotary, segment, segment_ids)
+        check(call)
+        check_query_biases(query_biases, call)
+        call = with_query_biases(call, *query_biases)
+    return run(call)

@@ -1,74 +1,36 @@
-"""What becomes of an id that has no row in its table: an error that names it, another row, a row of zeros, or NaN unsaid.
+"""What happens to an id that has no row in its table: an error that names it, the nearest row, a row of zeros, or NaN.
 
 A GPU's kernels do not wait for the host, nor it for them, so there an error comes late: the kernel makes the token's results
 NaN and notes one such token in the host's memory, which every later call by a kernel reads.
 """
 
-import contextlib
 import ctypes
 import threading
 
 import torch
 from torch import Tensor, nn
 
-from . import reference, spread
-from .rotary import Rotary, Rotation, as_rotation
-
-POLICIES = ("raise", "clamp", "zero", "trust")
-TABLES = (("ids", "token"), ("position_ids", "position"), ("segment_ids", "segment"), ("position_ids", "rotary"))
-_policy = "raise"
-
-
-@contextlib.contextmanager
-def id_policy(name):
-    """Within it, what calls do with ids, positions and segments outside of their tables; a module's own id_policy goes first.
-
-    "raise"  IndexError that names the first one. On a CPU at once. On a GPU without any waiting: its results are NaN, and the
-             next call or backward by a kernel of ours on that device, or pyembed.check_ids(), raises and names the one that
-             came first there; the process goes on.
-    "clamp"  The nearest row serves, and gets the gradient.
-    "zero"   A row of zeros serves (a rotary position turns nothing), by PyTorch's operators: this policy has no kernel.
-    "trust"  None is looked for: by the kernels its results are NaN and nobody says so. PyTorch's operators look anyway.
-
-    What runs by PyTorch's operators on a GPU (see explain) under "raise" or "trust" ends in PyTorch's device-side assertion.
-    ValueError: another name. The setting is the process's.
-    """
-    global _policy
-    before, _policy = _policy, checked(name)
-    try:
-        yield
-    finally:
-        _policy = before
-
-
-def checked(name):
-    if name not in POLICIES:
-        raise ValueError(f"id_policy: expected one of {POLICIES} (a module's may be None), got {name!r}")
-    return name
-
-
-def applied(own: str | None) -> str:
-    """The policy of a call whose module or argument has its own, or None."""
-    return _policy if own is None else checked(own)
+from .call import LOOKUPS, Call, Called, places, rows_of
+from .settings import checked_policy, policy_of
 
 
 class HasIdPolicy(nn.Module):
     """A module with an id_policy of its own, or None: that of the context."""
 
     __jit_unused_properties__ = ("id_policy",)
-    _id_policy = None
+    _id_policy: str | None = None
 
     @property
     def id_policy(self) -> str | None:
-        """What becomes of ids without a row, as pyembed.id_policy has it; None, the default: what the context says."""
+        """What happens to ids without a row, as pyembed.id_policy has it; None, the default: what the context says."""
         return self._id_policy
 
     @id_policy.setter
     def id_policy(self, name: str | None):
-        self._id_policy = None if name is None else checked(name)
+        self._id_policy = None if name is None else checked_policy(name)
 
-    def _policy(self):
-        return applied(self._id_policy)
+    def _policy(self) -> str:
+        return policy_of(self._id_policy)
 
 
 class _Report:
@@ -78,10 +40,10 @@ class _Report:
         self.device, self._lock = device, threading.Lock()
         with torch.inference_mode(False):  # tensors made in it could not be changed outside
             self.words = torch.zeros(6, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
-        self._came = ctypes.c_int64.from_address(self.words.data_ptr())  # reads in 0.1 µs, where a tensor takes 1
+        self._count = ctypes.c_int64.from_address(self.words.data_ptr())  # reads in 0.1 µs, where a tensor takes 1
 
     def look(self):
-        if self._came.value:
+        if self._count.value:
             self._fail()
 
     def clear(self):
@@ -94,29 +56,29 @@ class _Report:
                 return  # a later call will
             torch.cuda.synchronize(self.device)
         with self._lock:
-            came, table, value, token, size, length = self.words.tolist()
+            count, table, value, token, size, length = self.words.tolist()
             self.clear()
-        if came:  # another thread may have been first
-            name, of = TABLES[table]
+        if count:  # another thread may have been first
+            _, _, name, of = LOOKUPS[table]
             raise IndexError(
                 f"{name}: expected values in [0, {size}), the rows of {of}; got {value} for token {token % length} of sequence "
                 f"{token // length}, in a call on {self.device}"
             )
 
 
-_reports = {}
+_reports: dict[torch.device, tuple[_Report, _Report]] = {}
 
 
-def report_of(device: torch.device, shape: tuple, raises: bool):
-    """Where the kernels of a call over ids of this shape report absent rows. raises: somebody is going to look."""
+def report_of(device: torch.device, raises: bool) -> Tensor:
+    """(6,) int64 in the host's memory: where the kernels on a device report absent rows. raises: somebody is going to look."""
     reports = _reports.get(device)
     if reports is None:
         reports = _reports.setdefault(device, (_Report(device), _Report(device)))
-    return reports[raises].words, shape[-1] if shape else 1
+    return reports[raises].words
 
 
 def forget(device: torch.device):
-    """After another error than that of an absent row."""
+    """Drop what was reported, after another error than that of an absent row."""
     if device in _reports:
         _reports[device][True].clear()
 
@@ -135,38 +97,39 @@ def check_ids():
         look(device)
 
 
-def given_places(ids: Tensor, position_ids: Tensor | None, size: int | None) -> Tensor | None:
-    """position_ids, or 0 … T−1 where a table of that size has not so many rows."""
+def apply_policy(call: Call) -> Call:
+    """The call as the policies "clamp" and "zero" leave it: positions beyond a table are written out, ids are clamped.
+
+    Under "zero" rotary rows are looked up here, since an absent one turns nothing: cosine 1, sine 0."""
+    ids, terms, epilogue = call.terms.ids, call.terms, call.epilogue
+    position_ids = _written_out(ids, terms.position_ids, terms.position)
+    turn_ids = _written_out(ids, epilogue.turn_ids, epilogue.cos)
+    terms, epilogue = terms._replace(position_ids=position_ids), epilogue._replace(turn_ids=turn_ids)
+    if call.id_policy == "clamp":
+        terms = terms._replace(
+            ids=_clamped(ids, terms.token),
+            position_ids=_clamped(position_ids, terms.position),
+            segment_ids=_clamped(terms.segment_ids, terms.segment),
+        )
+        epilogue = epilogue._replace(turn_ids=_clamped(turn_ids, epilogue.cos))
+    elif turn_ids is not None and epilogue.cos is not None and epilogue.sin is not None:
+        absent = ((turn_ids < 0) | (turn_ids >= epilogue.cos.shape[0])).reshape(-1)
+        rows = turn_ids.reshape(-1).masked_fill(absent, 0)
+        cos, sin = (
+            table.index_select(0, rows).masked_fill(absent.unsqueeze(-1), value)
+            for table, value in ((epilogue.cos, 1.0), (epilogue.sin, 0.0))
+        )
+        epilogue = epilogue._replace(cos=cos, sin=sin, turn_ids=None)
+    return call._replace(terms=terms, epilogue=epilogue, distinct=None)  # which is of ids as they came
+
+
+def _written_out(ids: Tensor, position_ids: Tensor | None, table: Tensor | Called | None) -> Tensor | None:
+    """position_ids, or 0 … T−1 where a table has fewer rows."""
     T = ids.shape[-1] if ids.dim() else 1
-    return spread.places(ids) if position_ids is None and size is not None and size < T else position_ids
+    is_short = position_ids is None and table is not None and rows_of(table) < T and getattr(table, "ndim", 2) == 2
+    return places(ids) if is_short else position_ids
 
 
-def clamped(ids: Tensor | None, size: int | None) -> Tensor | None:
-    """ids within a table of so many rows; None: there is no such table, or it has none."""
-    return ids.clamp(0, size - 1) if ids is not None and size else ids
-
-
-def rows(policy, look_up, ids: Tensor, size: int) -> Tensor:
-    """look_up(ids) -> (..., D), under the policy "zero" zeros where an id is outside [0, size)."""
-    if policy != "zero":
-        return look_up(ids)
-    absent = (ids < 0) | (ids >= size)
-    return look_up(ids.masked_fill(absent, 0)).masked_fill(absent.unsqueeze(-1), 0)
-
-
-def look_up_or_zero(ids, table, padding_idx=None, dtype=None):
-    """reference.look_up under the policy "zero"."""
-    return rows("zero", lambda ids: reference.look_up(ids, table, padding_idx, dtype), ids, reference.rows_of(table))
-
-
-def rotation(policy, rotary, ids: Tensor, position_ids: Tensor | None) -> Rotation:
-    """as_rotation; under the policy "clamp" the nearest row serves, under "zero" an absent one turns nothing."""
-    if policy not in ("clamp", "zero") or not isinstance(rotary, Rotary):
-        return as_rotation(rotary, ids, position_ids)
-    size = rotary.cos.shape[0]
-    position_ids = given_places(ids, position_ids, size)
-    if policy == "clamp" or position_ids is None:
-        return as_rotation(rotary, ids, clamped(position_ids, size))
-    place = position_ids.reshape(-1)
-    cos, sin = (rows(policy, table.__getitem__, place, size) for table in (rotary.cos, rotary.sin))
-    return Rotation(cos.masked_fill(((place < 0) | (place >= size)).unsqueeze(-1), 1.0), sin, None, rotary.interleaved)
+def _clamped(ids: Tensor | None, table: Tensor | Called | None) -> Tensor | None:
+    """ids within a table; where it has no rows they stay."""
+    return ids if ids is None or table is None or not rows_of(table) else ids.clamp(0, rows_of(table) - 1)

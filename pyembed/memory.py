@@ -52,6 +52,11 @@ def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
         return tensor
 
 
+def empty_each(shapes: list[tuple[int, ...]], dtype: torch.dtype) -> list[torch.Tensor]:
+    """empty for each of these shapes."""
+    return [empty(*shape, dtype=dtype) for shape in shapes]
+
+
 def _after_fork():
     """The child leaves its parent's buffers alone: another thread may have held the lock, or been about to take one."""
     global _lock

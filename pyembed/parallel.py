@@ -13,12 +13,15 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.parallel import ParallelStyle
 from torch.nn.utils import parametrize
 
-from . import checks, parts, planner, sharding, spread  # noqa: F401  sharding: registers the operators
-from . import functional as F
-from .distinct import DistinctIds
-from .modules import EmbeddingQKV
-from .reference import HiddenQKV
-from .rotary import Rotary
+from . import settings, sharding  # noqa: F401  sharding: registers the operators
+from .call import Call, DistinctIds, HiddenQKV, Projection, Terms
+from .checks import check, check_integers, check_ranges, padding_row
+from .functional import embedding
+from .modes import local
+from .modules import parts
+from .modules.front_end import EmbeddingQKV
+from .plans.choice import Plan
+from .run import run
 
 
 class ColwiseQKV(ParallelStyle):
@@ -102,7 +105,7 @@ class _Rows(nn.Module):
         return tuple(self._distribute(part.contiguous()) for part in packed.detach().split(self.widths, self.dim))
 
     def forward(self, *shares):
-        return torch.cat([spread.local(share) for share in shares], self.dim)
+        return torch.cat([local(share) for share in shares], self.dim)
 
 
 def _pack_saved(module, state, prefix, _):
@@ -132,8 +135,8 @@ class _Colwise:
     """What ColwiseQKV puts before an EmbeddingQKV's class."""
 
     def forward(self, ids, position_ids=None, distinct=None, rotary=None, segment_ids=None, query_biases=None):
-        checks.check_integers("ids", ids)
-        refused = self._refuses_table() if planner.forces("table") else None
+        check_integers("ids", ids)
+        refused = self._refuses_table() if settings.current.plan == "table" else None
         if refused:
             raise RuntimeError(f"plan: 'table' cannot run here: {refused}")
         if query_biases is not None:
@@ -141,36 +144,26 @@ class _Colwise:
         foreign = self._foreign()
         if foreign:
             raise RuntimeError(f"ColwiseQKV: expected modules that are no more than their weights, but {foreign}")
-        style, mesh, group = self._style, self._mesh, self._mesh.get_group()
         ids, position_ids = self._gathered("ids", ids, ids), self._gathered("position_ids", position_ids, ids)
         segment_ids = self._gathered("segment_ids", segment_ids, ids)
-        token, position = self._modules["token"], self._position()
-        ends = {name: self._summed(value) for name, value in self._extras(token.weight).items() if name != "dropout"}
-        terms = {name: ends.pop(name) for name in ("scale", "segment") if name in ends} | {"segment_ids": segment_ids}
-        rotary = self._own_rotary(token.weight.device) if rotary is None else rotary
-        table, index, padding_idx = spread.local(token.weight), ids, token.padding_idx
-        policy = self._policy()
-        if style.shard_vocabulary:
-            self._check(ids, position_ids)
-            table, index, distinct = _as_table(self._rows(ids, table, group))
-            padding_idx = None
-        else:
-            table = _Sum.apply(table, ids if ids.numel() < table.shape[0] else None, group, False)
-        if self._drops():
-            places = None if position is None else position_ids
-            hidden = F.embed(
-                index, table, position, places, padding_idx=padding_idx, dropout=self.dropout.p, id_policy=policy, **terms
-            )
-            table, index, distinct = _as_table(hidden)
-            position = padding_idx = None
-            position_ids, terms = position_ids if isinstance(rotary, Rotary) else None, {}
-        weight, bias = self._projection()
-        found = F.embed_qkv(
-            index, table, weight, bias, num_heads=self.num_heads // mesh.size(), num_kv_heads=self.num_kv_heads // mesh.size(),
-            position=position, position_ids=position_ids, padding_idx=padding_idx, distinct=distinct, rotary=rotary,
-            id_policy=policy, **self._norm(token.weight), **terms, **ends,
-        )  # fmt: skip
-        return self._laid_out(found)
+        call = self._read_weights(ids, position_ids, segment_ids)._replace(distinct=distinct)
+        if rotary is not None or self._modules["rotary"] is not None:
+            call = self._with_turns(call, rotary)
+        if self._style.shard_vocabulary:
+            self._check_whole(call)
+            table, index, distinct = _as_table(self._rows(ids, call.terms.token, self._mesh.get_group()))
+            call = call._replace(terms=call.terms._replace(ids=index, token=table, padding_idx=-1), distinct=distinct)
+        if call.terms.dropout:
+            table, index, distinct = _as_table(run(Call(call.terms, id_policy=call.id_policy)))
+            call = call._replace(terms=Terms(index, table), distinct=distinct)
+        return self._laid_out(run(call))
+
+    def _check_whole(self, call):
+        """ids against the whole vocabulary, of which this rank holds a part."""
+        call = call._replace(terms=call.terms._replace(token=self._modules["token"].weight))
+        check(call)
+        if call.id_policy == "raise":
+            check_ranges(call)
 
     def _laid_out(self, found):
         """hidden and heads as the style's layouts have them."""
@@ -208,51 +201,66 @@ class _Colwise:
         """(..., D): each id's row, from the rank that holds it."""
         V, n = self._modules["token"].num_embeddings, self._mesh.size()
         start = self._mesh.get_local_rank() * -(-V // n)
-        padding = checks.padding_row(self._modules["token"].padding_idx, V)
+        padding = padding_row(self._modules["token"].padding_idx, V)
         padding = padding - start if padding is not None and 0 <= padding - start < len(table) else None
         policy = self._policy()
         index = (ids.clamp(0, V - 1) if policy == "clamp" else ids) - start
         others = (index < 0) | (index >= len(table))
         if policy in ("raise", "trust"):
             others &= (ids >= 0) & (ids < V)  # an id of nobody is wrong on every rank
-        rows = F.embedding(index.masked_fill(others, 0), table, padding, id_policy="trust" if policy == "trust" else "raise")
+        rows = embedding(index.masked_fill(others, 0), table, padding, id_policy="trust" if policy == "trust" else "raise")
         rows = rows.masked_fill(others[..., None], 0)
         return _Sum.apply(rows, None, group, True)
 
     def explain(self, ids, position_ids=None, distinct=None):
-        if self._style.shard_vocabulary and not planner.forces("distinct", "table"):
-            self._check(ids, position_ids)
-            return planner.Plan("one_pass", "the vocabulary is sharded: its rows are summed, then each token is projected", {})
+        if self._style.shard_vocabulary and settings.current.plan not in ("distinct", "table"):
+            self._check_whole(self._read_weights(ids, position_ids, None))
+            return Plan("one_pass", "the vocabulary is sharded: its rows are summed, then each token is projected", {})
         return super().explain(ids, position_ids, distinct)
 
-    def _packs_in_vain(self, ids):
+    def _packs_for_nothing(self, ids):
         return False
+
+    def _terms(self, ids, position_ids, segment_ids):
+        terms = super()._terms(ids, position_ids, segment_ids)
+        table = local(terms.token)
+        if not self._style.shard_vocabulary:
+            rows = ids if ids.numel() < table.shape[0] else None
+            table = _Sum.apply(table, rows, self._mesh.get_group(), False)
+        return terms._replace(token=table, segment=self._summed(terms.segment))
 
     def _position(self):
         return self._summed(super()._position())
 
     def _norm(self, token):
-        return {name: self._summed(value) for name, value in super()._norm(token).items()}
+        norm = super()._norm(token)
+        return norm._replace(weight=self._summed(norm.weight), bias=self._summed(norm.bias))
+
+    def _epilogue(self, token):
+        epilogue = super()._epilogue(token)
+        norms = self._summed(epilogue.query_norm), self._summed(epilogue.key_norm)
+        return epilogue._replace(query_norm=norms[0], key_norm=norms[1])
 
     def _projection(self):
         """This rank's rows of query, key and value."""
         qkv = self._modules["qkv"]
         linears = qkv if isinstance(qkv, nn.ModuleList) else [qkv]
-        weights, biases = ([spread.local(getattr(x, name)) for x in linears] for name in ("weight", "bias"))
+        weights, biases = ([local(getattr(x, name)) for x in linears] for name in ("weight", "bias"))
         if parts.is_conv1d(qkv):
             weights = [weights[0].t()]
         if len(linears) > 1 and any(bias is not None for bias in biases):
             biases = [w.new_zeros(len(w)) if b is None else b for w, b in zip(weights, biases, strict=True)]
         weight = torch.cat(weights) if len(linears) > 1 else weights[0]
         bias = torch.cat(biases) if len(linears) > 1 and biases[0] is not None else biases[0]
-        groups = self._groups // self._mesh.size()
-        if not groups:
-            return weight, bias
-        packed = (None if x is None else parts.ungroup(x, 0, groups, self._head_dim) for x in (weight, bias))
-        return tuple(packed)
+        n = self._mesh.size()
+        if self._groups:
+            weight, bias = (
+                None if x is None else parts.ungroup(x, 0, self._groups // n, self._head_dim) for x in (weight, bias)
+            )
+        return Projection(weight, bias, self.num_heads // n, self.num_kv_heads // n)
 
     def _summed(self, value):
-        return _Sum.apply(spread.local(value), None, self._mesh.get_group(), False) if isinstance(value, Tensor) else value
+        return _Sum.apply(local(value), None, self._mesh.get_group(), False) if isinstance(value, Tensor) else value
 
 
 def _as_table(rows):

@@ -7,8 +7,8 @@ from numbers import Integral
 import torch
 from torch import Tensor, nn
 
-from . import planner
 from .checks import check_integers, padding_row
+from .modes import can_read
 from .reference import sinusoids
 
 KINDS = ("learned", "sinusoidal")
@@ -173,7 +173,7 @@ def from_cu_seqlens(cu_seqlens: Tensor, tokens: int) -> Tensor:
     _check_size("tokens", tokens, 0)
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
         raise ValueError(f"cu_seqlens: expected shape (sequences + 1,), got {tuple(cu_seqlens.shape)}")
-    if planner.looks(cu_seqlens):
+    if can_read(cu_seqlens):
         _check_cu_seqlens(cu_seqlens.tolist(), tokens)
     cu_seqlens = cu_seqlens.contiguous()  # else searchsorted warns
     place = torch.arange(tokens, device=cu_seqlens.device)

@@ -1,80 +1,146 @@
-"""The specification: every operation in plain PyTorch, short enough to be read as its definition.
+"""The specification: what a Call computes, by PyTorch's operators, short enough to be read as its definition.
 
-It is also the CPU path, the oracle of the tests (in float64) and the eager baseline of the benchmark.
+compose is the only composition of the formula: the path of CPU tensors and of modules that must be called, the oracle of the
+tests (in float64) and the eager baseline of the benchmark. embedding, embed and embed_qkv have the signatures of
+pyembed.functional and check nothing.
 """
 
 import math
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
-from .rotary import as_rotation, rotate
-
-
-class HiddenQKV(NamedTuple):
-    """What a front end hands to its transformer: the residual stream and the first layer's projections."""
-
-    hidden: Tensor  # (..., T, D)
-    query: Tensor  # (..., T, H, d_h)
-    key: Tensor  # (..., T, H_kv, d_h)
-    value: Tensor  # (..., T, H_kv, d_h)
+from .call import Call, Called, Epilogue, HiddenQKV, Norm, Projection, Terms, places, rows_of, wide_dtype
+from .rotary import Rotary, turns
 
 
-pytree._register_namedtuple(HiddenQKV, serialized_type_name="pyembed.HiddenQKV")  # torch.export writes its name
-
-
-def embedding(ids, weight, padding_idx=None):
-    return F.embedding(ids, weight, padding_idx)
-
-
-def sinusoids(steps, position_ids, dtype):
-    """Rows (..., D) of positions.sinusoidal_steps (2, D), by integers that drop whole turns without an error."""
+def sinusoids(steps: Tensor, position_ids: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows (..., D) of positions.sinusoidal_steps (2, D); integer arithmetic drops whole turns exactly."""
     turn = position_ids.long().unsqueeze(-1) * steps[0] + steps[1]
-    return (turn.double() * (math.pi * 2.0**-63)).sin().to(torch.promote_types(dtype, torch.float32)).to(dtype)
+    return (turn.double() * (math.pi * 2.0**-63)).sin().to(wide_dtype(dtype)).to(dtype)
 
 
-def rows_of(table):
-    """How many rows a table has; one of positions.sinusoidal_steps computes those of any position."""
-    return table.shape[0] if table.is_floating_point() else 2**31 - 1
+def look_up(ids: Tensor, table: Tensor | Called, padding_idx: int = -1, dtype: torch.dtype | None = None) -> Tensor:
+    """Rows (..., D) of a table; dtype: of rows that are computed."""
+    if isinstance(table, Called):
+        return table(ids)
+    if table.is_floating_point():
+        return torch.embedding(table, ids, padding_idx)
+    return sinusoids(table, ids, torch.get_default_dtype() if dtype is None else dtype)
 
 
-def look_up(ids, table, padding_idx=None, dtype=None):
-    return F.embedding(ids, table, padding_idx) if table.is_floating_point() else sinusoids(table, ids, dtype)
+def look_up_or_zero(ids: Tensor, table: Tensor | Called, padding_idx: int = -1, dtype: torch.dtype | None = None) -> Tensor:
+    """look_up under the id policy "zero": a row of zeros where an id is outside the table."""
+    absent = (ids < 0) | (ids >= rows_of(table))
+    return look_up(ids.masked_fill(absent, 0), table, padding_idx, dtype).masked_fill(absent.unsqueeze(-1), 0)
 
 
-def embed(
-    ids, token, position=None, position_ids=None, *, padding_idx=None, scale=None, segment=None, segment_ids=None, dropout=0.0,
-    look_up=look_up,
-):  # fmt: skip
-    hidden = look_up(ids, token, padding_idx)
+def compose_hidden(call: Call) -> Tensor:
+    """hidden (..., T, D), each term rounded to the table's dtype."""
+    rows_at = look_up_or_zero if call.id_policy == "zero" else look_up
+    ids, token, position, position_ids, segment, segment_ids, _, scale, dropout, padding_idx = call.terms
+    hidden = rows_at(ids, token, padding_idx)
     if scale is not None:
         hidden = hidden * scale
     if segment is not None:  # before positions, as in BERT
-        hidden = hidden + look_up(torch.zeros_like(ids) if segment_ids is None else segment_ids, segment)
+        hidden = hidden + rows_at(torch.zeros_like(ids) if segment_ids is None else segment_ids, segment)
     if position is not None:
-        if position_ids is None:
-            position_ids = torch.arange(ids.shape[-1], device=ids.device) if ids.dim() else torch.zeros_like(ids)
-        hidden = hidden + look_up(position_ids, position, None, token.dtype)
+        if position_ids is None and isinstance(position, Tensor) and position.is_floating_point():
+            rows = position[: ids.shape[-1]] if ids.dim() else position[0]
+        else:
+            rows = rows_at(places(ids) if position_ids is None else position_ids, position, dtype=hidden.dtype)
+        hidden = torch.cat([hidden, rows.expand_as(hidden)], -1) if call.concat else hidden + rows
     return F.dropout(hidden, dropout) if dropout else hidden
 
 
-def normalise(hidden, norm, weight=None, bias=None, eps=1e-5):
-    if weight is not None and weight.dtype != hidden.dtype:  # float32 beside 16 bits
-        return normalise(hidden.to(weight.dtype), norm, weight, bias, eps).to(hidden.dtype)
-    if norm == "layer":
-        return F.layer_norm(hidden, hidden.shape[-1:], weight, bias, eps)
-    if norm == "rms":
-        return F.rms_norm(hidden, hidden.shape[-1:], weight, eps)
-    return hidden
+def normalise(x: Tensor, norm: Norm) -> Tensor:
+    """x (..., D) with the statistics of its last axis; a float32 weight beside 16-bit rows computes in float32."""
+    kind, weight, bias, eps = norm
+    if isinstance(weight, Called):
+        return weight(x)
+    if weight is not None and weight.dtype != x.dtype:
+        return normalise(x.to(weight.dtype), norm).to(x.dtype)
+    if kind == "layer":
+        return torch.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    return torch.rms_norm(x, x.shape[-1:], weight, eps) if kind == "rms" else x
+
+
+def compose(call: Call) -> Tensor | HiddenQKV:
+    """The whole call: hidden alone where it has no projection."""
+    hidden = compose_hidden(call)
+    if call.projection is None:
+        return hidden
+    (weight, bias, *_), (query_heads, heads, _) = call.projection, call.projection.groups
+    normed = normalise(hidden, call.norm)
+    if isinstance(weight, Called):
+        qkv = weight(normed)
+    else:
+        qkv = invariant_linear(normed, weight, bias) if call.batch_invariant else F.linear(normed, weight, bias)
+    total = query_heads + 2 * heads
+    qkv = qkv.view(*qkv.shape[:-1], total, qkv.shape[-1] // total)
+    epilogue = call.epilogue
+    if epilogue.cos is not None and epilogue.query_norm is None and epilogue.query_offset is None:
+        turned, value = torch.split_with_sizes(qkv, (query_heads + heads, heads), -2)
+        turned = rotate(turned, epilogue)  # query and key together: half the operators
+        query, key = torch.split_with_sizes(turned, (query_heads, heads), -2)
+        epilogue = epilogue._replace(cos=None, sin=None)
+    else:
+        query, key, value = torch.split_with_sizes(qkv, (query_heads, heads, heads), -2)
+    return finish(HiddenQKV(hidden, query, key, value), epilogue)
+
+
+def finish(found: HiddenQKV, epilogue: Epilogue) -> HiddenQKV:
+    """The epilogue: heads normalised, a second query, query and key turned, heads before tokens."""
+    hidden, query, key, value = found
+    if epilogue.query_norm is not None:
+        weights = (query, epilogue.query_norm), (key, epilogue.key_norm)
+        query, key = (_normalise_heads(x, weight, epilogue.head_eps) for x, weight in weights)
+    if epilogue.query_offset is not None:
+        query = torch.stack([query, query + epilogue.query_offset.view(query.shape[-2:]).to(query.dtype)])
+    if epilogue.cos is not None:
+        query, key = rotate(query, epilogue), rotate(key, epilogue)
+    if epilogue.heads_first:
+        query, key, value = (x.transpose(-3, -2).contiguous() for x in (query, key, value))
+    return HiddenQKV(hidden, query, key, value)
+
+
+def _normalise_heads(x, weight, eps):
+    """Under autocast the norm is wider than the projection."""
+    return weight(x) if isinstance(weight, Called) else normalise(x, Norm("rms", weight, None, eps)).to(x.dtype)
+
+
+def rotate(x: Tensor, epilogue: Epilogue) -> Tensor:
+    """x (..., h, d_h) -> the same, the first R columns of each head turned (Su et al. 2021), in x's dtype."""
+    cos, sin, ids, interleaved = epilogue.cos, epilogue.sin, epilogue.turn_ids, epilogue.interleaved
+    if x.numel() == 0 or cos is None or sin is None:
+        return x
+    half = cos.shape[-1]
+    if ids is None:
+        cos, sin = cos.reshape(-1, half), sin.reshape(-1, half)
+    else:  # looked up, where indexing would count negative ones from the end
+        ids = ids.reshape(-1)
+        cos, sin = torch.embedding(cos, ids), torch.embedding(sin, ids)
+    rows = cos.shape[0]
+    if x.dim() > 2 and rows != x.shape[-3] and rows * x.shape[-2:].numel() != x.numel():
+        raise IndexError(f"rotary: expected rows for {x.shape[-3]} or {x.shape[:-2].numel()} tokens, got {rows}")
+    heads = x.reshape(-1, rows, *x.shape[-2:])  # sequences of as many tokens as there are rows
+    cos, sin = cos.to(x.dtype).unsqueeze(1), sin.to(x.dtype).unsqueeze(1)
+    if interleaved:
+        a, b = heads[..., 0 : 2 * half : 2], heads[..., 1 : 2 * half : 2]
+    else:
+        a, b = heads.narrow(-1, 0, half), heads.narrow(-1, half, half)
+    turned = torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)
+    if interleaved:
+        turned = (torch.stack(turned, -1).flatten(-2),)
+    rest = () if 2 * half == heads.shape[-1] else (heads[..., 2 * half :],)
+    return torch.cat((*turned, *rest), -1).view(x.shape)
 
 
 ROWS = 32  # of a product of invariant_linear
 
 
-def invariant_linear(x, weight, bias=None):
+def invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear by products of one shape, from memory aligned alike, so that a row's bits are the same in every batch."""
     rows = x.reshape(-1, x.shape[-1])
     D, line = x.shape[-1], 64 // x.element_size()  # each row begins a line of the cache, in a copy of its own
@@ -83,72 +149,82 @@ def invariant_linear(x, weight, bias=None):
     return torch.cat(found)[: rows.shape[0]].view(*x.shape[:-1], weight.shape[0])
 
 
-def split_heads(hidden, qkv, num_heads, num_kv_heads):
-    total = num_heads + 2 * num_kv_heads
-    heads = qkv.view(*qkv.shape[:-1], total, qkv.shape[-1] // total)
-    return HiddenQKV(hidden, *torch.split_with_sizes(heads, (num_heads, num_kv_heads, num_kv_heads), -2))
+def with_query_biases(call: Call, first: Tensor, second: Tensor) -> Call:
+    """The call with query biases (H, d_h), Transformer-XL's u and v: query + first, and behind it query + second."""
+    projection = call.projection
+    assert projection is not None
+    weight, bias, offset = projection.weight, projection.bias, (second - first).flatten()
+    if isinstance(weight, Called):
+        linear = weight
+        added = Called(linear.module, lambda x: (y := linear(x)) + F.pad(first.flatten(), (0, y.shape[-1] - first.numel())))
+        projection = projection._replace(weight=added)
+    else:
+        bias = weight.new_zeros(weight.shape[0]) if bias is None else bias
+        projection = projection._replace(bias=bias + F.pad(first.flatten(), (0, weight.shape[0] - first.numel())))
+    return call._replace(projection=projection, epilogue=call.epilogue._replace(query_offset=offset))
 
 
-def finish(found, *, query_norm=None, key_norm=None, head_eps=1e-6, second=None, rotation=None, heads_first=False):
-    """The epilogue: heads normalised, a second query, query and key turned, heads before tokens."""
-    query, key, value = found[1:]
-    if query_norm is not None:
-        pairs = ((query, query_norm), (key, key_norm))
-        query, key = (normalise(x, "rms", norm, None, head_eps).to(x.dtype) for x, norm in pairs)  # autocast's is wider
-    if second is not None:
-        query = torch.stack([query, query + second.view(query.shape[-2:]).to(query.dtype)])
-    if rotation is not None:
-        query, key = rotate(query, rotation), rotate(key, rotation)
-    if heads_first:
-        query, key, value = (x.transpose(-3, -2).contiguous() for x in (query, key, value))
-    return HiddenQKV(found.hidden, query, key, value)
+def embedding(ids: Tensor, weight: Tensor, padding_idx: int | None = None) -> Tensor:
+    """Rows (..., D) of weight (V, D)."""
+    return F.embedding(ids, weight, padding_idx)
+
+
+def embed(
+    ids: Tensor,
+    token: Tensor,
+    position: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    *,
+    padding_idx: int | None = None,
+    scale: float | None = None,
+    segment: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """hidden (..., T, D), as functional.embed has it."""
+    row = padding_row(padding_idx, token)
+    return compose_hidden(Call(Terms(ids, token, position, position_ids, segment, segment_ids, None, scale, dropout, row)))
 
 
 def embed_qkv(
-    ids,
-    token,
-    weight,
-    bias=None,
+    ids: Tensor,
+    token: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
     *,
-    num_heads,
-    num_kv_heads=None,
-    position=None,
-    position_ids=None,
-    norm=None,
-    norm_weight=None,
-    norm_bias=None,
-    eps=1e-5,
-    padding_idx=None,
-    rotary=None,
-    scale=None,
-    segment=None,
-    segment_ids=None,
-    dropout=0.0,
-    query_norm=None,
-    key_norm=None,
-    head_eps=1e-6,
-    query_biases=None,
-    heads_first=False,
-    look_up=look_up,
-    linear=F.linear,
-):
-    hidden = embed(
-        ids, token, position, position_ids, padding_idx=padding_idx, scale=scale, segment=segment, segment_ids=segment_ids,
-        dropout=dropout, look_up=look_up,
-    )  # fmt: skip
-    second = None
-    if query_biases is not None:
-        bias, second = biases_of(weight, bias, *query_biases)
-    qkv = linear(normalise(hidden, norm, norm_weight, norm_bias, eps), weight, bias)
-    found = split_heads(hidden, qkv, num_heads, num_heads if num_kv_heads is None else num_kv_heads)
-    if rotary is None and query_norm is None and second is None and not heads_first:
-        return found  # a decode step counts every call
-    rotation = None if rotary is None else as_rotation(rotary, ids, position_ids)
-    ends = {"query_norm": query_norm, "key_norm": key_norm, "head_eps": head_eps}
-    return finish(found, **ends, second=second, rotation=rotation, heads_first=heads_first)
+    num_heads: int,
+    num_kv_heads: int | None = None,
+    position: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    norm: str | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-5,
+    padding_idx: int | None = None,
+    rotary: Rotary | tuple[Tensor, Tensor] | None = None,
+    scale: float | None = None,
+    segment: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    dropout: float = 0.0,
+    query_norm: Tensor | None = None,
+    key_norm: Tensor | None = None,
+    head_eps: float = 1e-6,
+    query_biases: tuple[Tensor, Tensor] | None = None,
+    heads_first: bool = False,
+) -> HiddenQKV:
+    """hidden, query, key and value, as functional.embed_qkv has them."""
+    row, heads = padding_row(padding_idx, token), num_heads if num_kv_heads is None else num_kv_heads
+    call = Call(
+        Terms(ids, token, position, position_ids, segment, segment_ids, None, scale, dropout, row),
+        Norm(norm or "none", norm_weight, norm_bias, eps),
+        Projection(weight, bias, num_heads, heads),
+        Epilogue(query_norm, key_norm, None, *turns(rotary, ids, position_ids), head_eps, heads_first),
+    )
+    found = compose(call if query_biases is None else with_query_biases(call, *query_biases))
+    assert isinstance(found, HiddenQKV)
+    return found
 
 
-def biases_of(weight, bias, first, second):
-    """The projection's bias (N,) with the query's first bias (H, d_h) in it, and what makes a second query of the first."""
-    bias = weight.new_zeros(weight.shape[0]) if bias is None else bias
-    return bias + F.pad(first.flatten(), (0, weight.shape[0] - first.numel())), (second - first).flatten()
+def padding_row(padding_idx: int | None, token: Tensor) -> int:
+    """The row that gets no gradient; −1: none does."""
+    return -1 if padding_idx is None else padding_idx % token.shape[0]

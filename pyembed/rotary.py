@@ -1,18 +1,7 @@
 """Rotary positions (Su et al. 2021): queries and keys are turned, pair by pair, by an angle that grows with the position."""
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor, nn
-
-
-class Rotation(NamedTuple):
-    """What turns the heads of a batch: rows of cosines and sines, and which of them each token takes."""
-
-    cos: Tensor  # (rows, R/2) float32
-    sin: Tensor
-    ids: Tensor | None  # (T,) or (M,): each token's row; None: token m takes row m % rows
-    interleaved: bool  # pairs (2i, 2i+1); else (i, i + R/2)
 
 
 class Rotary(nn.Module):
@@ -58,45 +47,46 @@ class Rotary(nn.Module):
         self._fill()  # .half() rounded the tables, to_empty() left them without values
         return self
 
-    def rotation(self, ids: Tensor, position_ids: Tensor | None) -> Rotation:
-        """The turns of ids (..., T) at position_ids (T,), (1, T) or like ids, None: 0 … T−1."""
-        if position_ids is not None:
-            return Rotation(self.cos, self.sin, position_ids.reshape(-1), self.interleaved)
-        T, tables = ids.shape[-1] if ids.dim() else 1, self._buffers  # a module's attributes are slow
-        return Rotation(tables["cos"][:T], tables["sin"][:T], None, self.interleaved)
-
     def extra_repr(self):
         return f"{self.cos.shape[0]}, rotary_dim={self.rotary_dim}, interleaved={self.interleaved}"
 
 
-def as_rotation(rotary, ids: Tensor, position_ids: Tensor | None) -> Rotation:
-    """Of a Rotary, or of cosines and sines (..., T, R) as transformers passes them: each row twice, half behind half."""
-    if isinstance(rotary, Rotary):
-        found = rotary.rotation(ids, position_ids)
-    else:
-        if rotary[0].device != rotary[1].device:
-            raise ValueError(f"rotary: expected cos and sin on one device, got {rotary[0].device} and {rotary[1].device}")
-        half = rotary[0].shape[-1] // 2
-        found = Rotation(*(table[..., :half].reshape(-1, half).to(torch.float32) for table in rotary), None, False)
-    T = ids.shape[-1] if ids.dim() else 1
-    if found.ids is None and found.cos.shape[0] not in (T, ids.numel()):
-        raise IndexError(f"rotary: expected rows for {T} or {ids.numel()} tokens, got {found.cos.shape[0]}")
-    return found
+Turns = tuple[Tensor | None, Tensor | None, Tensor | None, bool]  # cos, sin, turn_ids and interleaved of a call's Epilogue
 
 
-def rotate(x: Tensor, rotation: Rotation) -> Tensor:
-    """x (..., h, d_h) -> the same, the first R of each head turned, by PyTorch's operators in x's dtype."""
-    if x.numel() == 0:
-        return x
-    cos, sin = (table if rotation.ids is None else table[rotation.ids] for table in rotation[:2])
-    heads = x.reshape(-1, cos.shape[0], *x.shape[-2:])  # sequences of as many tokens as there are rows
-    cos, sin, half = cos.to(x.dtype).unsqueeze(1), sin.to(x.dtype).unsqueeze(1), cos.shape[-1]
-    if rotation.interleaved:
-        a, b = heads[..., 0 : 2 * half : 2], heads[..., 1 : 2 * half : 2]
-    else:
-        a, b = heads.narrow(-1, 0, half), heads.narrow(-1, half, half)
-    turned = torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)
-    if rotation.interleaved:
-        turned = (torch.stack(turned, -1).flatten(-2),)
-    rest = () if 2 * half == heads.shape[-1] else (heads[..., 2 * half :],)
-    return torch.cat((*turned, *rest), -1).view(x.shape)
+def turns(rotary: Rotary | tuple[Tensor, Tensor] | None, ids: Tensor, position_ids: Tensor | None) -> Turns:
+    """What turns the heads of ids (..., T): a Rotary at position_ids (None: 0 … T−1), or cosines and sines (T, R), (1, T, R) or
+    (..., T, R) as transformers passes them, each row twice, half behind half. TypeError, ValueError: something else."""
+    if rotary is None:
+        return None, None, None, False
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"ids: expected a Tensor, got {type(ids).__name__}")
+    if not isinstance(rotary, Rotary):
+        cos, sin = _checked_pair(rotary, ids)
+        half = cos.shape[-1] // 2
+        return cos[..., :half].to(torch.float32), sin[..., :half].to(torch.float32), None, False
+    tables = rotary._buffers  # a module's attributes are slow
+    cos, sin = tables["cos"], tables["sin"]
+    assert cos is not None and sin is not None
+    if position_ids is None:
+        T = ids.shape[-1] if ids.dim() else 1
+        cos, sin = cos[:T], sin[:T]
+    return cos, sin, position_ids, rotary.interleaved
+
+
+def _checked_pair(rotary, ids):
+    if not isinstance(rotary, tuple | list) or len(rotary) != 2 or not all(isinstance(table, Tensor) for table in rotary):
+        raise TypeError(f"rotary: expected a pyembed.Rotary or a (cos, sin) pair of Tensors, got {type(rotary).__name__}")
+    (cos, sin), T = rotary, ids.shape[-1] if ids.dim() else 1
+    width = cos.shape[-1] if cos.dim() else 0
+    shapes = (T, width), (*(1,) * (ids.dim() - 1), T, width), (*ids.shape, width)
+    if cos.shape != sin.shape or cos.shape not in shapes:
+        wanted = " or ".join(map(str, dict.fromkeys(shapes)))
+        raise ValueError(f"rotary: expected cos and sin of shape {wanted}, got {tuple(cos.shape)} and {tuple(sin.shape)}")
+    if not cos.is_floating_point() or not sin.is_floating_point() or cos.requires_grad or sin.requires_grad:
+        raise ValueError("rotary: expected floating cos and sin that want no gradient: none is computed")
+    if width % 2 or width == 0:
+        raise ValueError(f"rotary: expected an even width of cos and sin, got {width}")
+    if cos.device != sin.device:
+        raise ValueError(f"rotary: expected cos and sin on one device, got {cos.device} and {sin.device}")
+    return cos, sin

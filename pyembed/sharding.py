@@ -1,29 +1,33 @@
-"""The operators and functions of DTensors: ids in shards of the batch or the sequence, all else whole on every rank.
+"""Calls and operators of DTensors: ids in shards of the batch or the sequence, all else whole on every rank.
 
 Each rank runs its own ids alone; in the backward the gradients of the weights are summed over ranks, as data parallelism does.
 """
 
-import copy
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.experimental import register_sharding
 
-from . import spread
-from .reference import HiddenQKV
-from .rotary import Rotary
+from .call import FRONT_END, HIDDEN, LEARNED, LOOKUPS, SCHEMA, TABLES, Call, HiddenQKV
+from .plans import one_pass
+
+STATISTICS = ("mean", "rstd")
+IDS = tuple(lookup.ids for lookup in LOOKUPS)
 
 
-def call(function, arguments):
-    """functional.embed or embed_qkv of DTensors: ids (..., T), whole or in shards of any of their dimensions, all else whole.
+def localise(call: Call) -> tuple[Call, Callable[[Any], Any]]:
+    """A call of DTensors -> this rank's part of it, and a function that makes DTensors, sharded as ids are, of its results.
 
-    Weights in shards are gathered. position_ids and rotary's pair may be Tensors, the same on every rank. Returns DTensors,
-    sharded as ids are. TypeError: weights of one kind and ids of the other.
+    ids (..., T) are whole or in shards of any of their dimensions, all else is whole; weights in shards are gathered.
+    position_ids and the like, cosines and sines may be Tensors, the same on every rank. TypeError: weights of one kind and ids of
+    the other.
     """
-    ids = arguments["ids"]
+    fields, ids = call.named(), call.terms.ids
     if not isinstance(ids, DTensor):
-        name, value = next((name, value) for name, value in arguments.items() if isinstance(value, DTensor))
+        name, value = next((name, value) for name, value in fields.items() if isinstance(value, DTensor))
         raise TypeError(
             f"{name}: expected a Tensor, as ids is, got a DTensor {value.placements}. FSDP gathers weights in the "
             "forward of the module that fully_shard was given: all that the front end holds must be in that one"
@@ -31,41 +35,53 @@ def call(function, arguments):
     mesh, placements, last = ids.device_mesh, ids.placements, ids.dim() - 1
     if any(placement.is_partial() for placement in placements):
         raise ValueError(f"ids: expected placements Shard or Replicate, got {placements}")
-    if arguments.get("query_biases") is not None:
+    if fields["query_offset"] is not None:
         raise TypeError("query_biases: expected None with ids that are a DTensor, got a pair")
-    rotary, position_ids = arguments.get("rotary"), arguments.get("position_ids")
-    heads_first = arguments.pop("heads_first", False)
-    held = {name: _whole(name, value, ids) for name, value in arguments.items()}
-    counts = arguments.get("position") is not None or isinstance(rotary, Rotary)
-    if position_ids is None and counts and any(p.is_shard(last) for p in placements):
-        position_ids = torch.arange(ids.shape[-1], device=ids.device)
-    if position_ids is not None:
-        held["position_ids"] = _share(position_ids, ids, 0)
-    if arguments.get("segment_ids") is not None:
-        held["segment_ids"] = _share(arguments["segment_ids"], ids, 0)
-    if isinstance(rotary, tuple | list):
-        held["rotary"] = tuple(_share(table, ids, 1) for table in rotary)
-    elif isinstance(rotary, Rotary):
-        held["rotary"] = copy.copy(rotary)
-        held["rotary"]._buffers = {name: spread.local(table) for name, table in rotary.named_buffers()}
-    if any(p.is_shard() for p in placements):
-        held.pop("distinct", None)
-    found = function(**held | {"ids": ids.to_local()})
+    heads_first, fields["heads_first"] = fields["heads_first"], False
+    if fields["position_ids"] is None and fields["position"] is not None and any(p.is_shard(last) for p in placements):
+        fields["position_ids"] = torch.arange(ids.shape[-1], device=ids.device)
+    turns_by_token = fields["turn_ids"] is None
+    local = {"ids": ids.to_local()}
+    for name, value in fields.items():
+        if name in IDS[1:] and value is not None:
+            local[name] = _share(value, ids, 0)
+        elif name in ("cos", "sin") and value is not None:
+            local[name] = _share(value, ids, 1) if turns_by_token else _held(value)
+        elif name not in IDS:
+            local[name] = _whole(name, value, ids)
+    fields |= local
+    part = FRONT_END.rebuild(
+        tuple(fields[name] for name in FRONT_END.names),
+        id_policy=call.id_policy,
+        batch_invariant=call.batch_invariant,
+        distinct=None if any(p.is_shard() for p in placements) else call.distinct,
+        concat=call.concat,
+    )
+    if call.projection is None:
+        part = part._replace(projection=None)
 
-    def spread_out(x):
+    def spread(x):
         shape = torch.Size((*ids.shape, *x.shape[ids.dim() :]))
         strides = torch.empty(shape, device="meta").stride()
         return DTensor.from_local(x.contiguous(), mesh, placements, run_check=False, shape=shape, stride=strides)
 
-    if not isinstance(found, tuple):
-        return spread_out(found)
-    hidden, *heads = map(spread_out, found)
-    return HiddenQKV(hidden, *(x.transpose(-3, -2).contiguous() if heads_first else x for x in heads))
+    def gather(found):
+        if isinstance(found, Tensor):
+            return spread(found)
+        hidden, *heads = map(spread, found)
+        return HiddenQKV(hidden, *(x.transpose(-3, -2).contiguous() if heads_first else x for x in heads))
+
+    return part, gather
+
+
+def _held(tensor):
+    """What this rank holds of it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _whole(name, value, ids):
     """A weight as every rank needs it; its gradient is summed over ranks that have different ids."""
-    if not isinstance(value, Tensor) or name in ("ids", "position_ids", "segment_ids"):
+    if not isinstance(value, Tensor):
         return value
     if not isinstance(value, DTensor):
         if value.requires_grad:
@@ -95,102 +111,89 @@ def _layouts(shape, ids, placements=None):
     return found
 
 
-def _alone(ids, counts, statistics=False, alike=False):
-    """Placements of ids, on one dimension of their mesh, where each rank needs nothing of the others; tables are whole.
-
-    alike: every rank must run the whole.
-    counts: places are 0 … T−1 of whole sequences. statistics: some tensors have M rows in the order of the flattened ids, and
-    must not be moved where a rank's rows are none of a whole's."""
-    dims = range(0 if alike else ids.ndim - counts)
-    if statistics and ids.mesh.ndim == 1:
-        dims = [p.dim for p in ids.placements if p.is_shard() and p.dim in dims]
-    elif statistics:
-        dims = [dim for dim in dims if dim == 0 and ids.shape[0] % ids.mesh.size() == 0]
+def _dims(fields, needs_alone=True):
+    """Placements of ids, on one dimension of their mesh, where each rank needs nothing of the others; tables are whole."""
+    ids = fields["ids"]
+    if fields["seed"] is not None:  # dropout counts elements of the whole
+        return [Replicate()]
+    counts = fields["position"] is not None and fields["position_ids"] is None  # 0 … T−1 of whole sequences
+    dims = list(range(ids.ndim - counts))
+    if needs_alone:
+        # Statistics have M rows in the order of the flattened ids, which must be a rank's own.
+        if ids.mesh.ndim == 1:
+            dims = [p.dim for p in ids.placements if p.is_shard() and p.dim in dims]
+        else:
+            dims = [dim for dim in dims if dim == 0 and ids.shape[0] % ids.mesh.size() == 0]
+    if fields.get("query_offset") is not None or fields.get("heads_first"):
+        dims = []
+    if fields.get("cos") is not None:
+        dims = [dim for dim in dims if dim == 0 and _turns_by_place(fields)]
     return [Replicate(), *map(Shard, dims)]
 
 
-def _follows(x, ids, placement):
-    return None if x is None else _layouts(x.shape, ids, [placement])[0]
+def _turns_by_place(fields):
+    """Whether rows of turns are those of one sequence, out of several."""
+    cos, turn_ids, shape = fields["cos"], fields["turn_ids"], fields["ids"].shape
+    rows = cos.shape[:-1] if turn_ids is None else turn_ids.shape
+    return len(shape) > 1 and rows.numel() == shape[-1]
 
 
-def _tables(*tensors):
-    return [None if tensor is None else Replicate() for tensor in tensors]
+def _placed(fields, placement):
+    """Where each field lies when ids lie there; None for what is no tensor."""
+    ids, found = fields["ids"], {}
+    for name, value in fields.items():
+        is_tensor = "Tensor" in SCHEMA[name] and value is not None
+        found[name] = None if not is_tensor else Replicate()
+        if is_tensor and name in IDS:
+            found[name] = placement if name == "ids" else _layouts(value.shape, ids, [placement])[0]
+    return found
 
 
-def _terms(ids, p, token, position, position_ids, segment, segment_ids, seed):
-    places, kinds = (_follows(x, ids, p) for x in (position_ids, segment_ids))
-    return [*_tables(token, position), places, *_tables(segment), kinds, *_tables(seed)]
-
-
-@register_sharding(torch.ops.pyembed.embed.default)
-def _shard_embed(ids, token, position, position_ids, segment, segment_ids, seed, *scalars):
-    placements = _alone(ids, position is not None and position_ids is None, alike=seed is not None)
-    return [
-        ([p], [p, *_terms(ids, p, token, position, position_ids, segment, segment_ids, seed), *[None] * 4]) for p in placements
-    ]
-
-
-@register_sharding(torch.ops.pyembed.embed_backward.default)
-def _shard_embed_backward(grad, ids, position_ids, segment_ids, seed, scale, dropout, rows, places, *others):
-    placements = _alone(ids, places > 0 and position_ids is None, alike=seed is not None)
-    follow = (position_ids, segment_ids)
-    return [([_sums(p)] * 3, [p, p, *(_follows(x, ids, p) for x in follow), *_tables(seed), *[None] * 6]) for p in placements]
+def _rows(placement):
+    """Of a tensor with a row for each token."""
+    return Shard(0) if placement.is_shard() else placement
 
 
 def _sums(placement):
     return Partial() if placement.is_shard() else Replicate()
 
 
+@register_sharding(torch.ops.pyembed.embed.default)
+def _shard_embed(*arguments):
+    fields = dict(zip(HIDDEN.names, arguments, strict=False))
+    return [([p], [*_placed(fields, p).values(), None]) for p in _dims(fields, needs_alone=False)]
+
+
+@register_sharding(torch.ops.pyembed.embed_backward.default)
+def _shard_embed_backward(grad, *arguments):
+    names = [name for name in HIDDEN.names if name not in TABLES]
+    *values, sizes = arguments
+    fields = dict(zip(names, values, strict=True))
+    by_name = dict(zip(TABLES, sizes, strict=True))
+    wanted = fields | {"position": by_name["position"] or None}
+    return [([_sums(p)] * len(TABLES), [p, *_placed(fields, p).values(), None]) for p in _dims(wanted, needs_alone=False)]
+
+
 @register_sharding(torch.ops.pyembed.embed_qkv.default)
-def _shard_embed_qkv(ids, token, weight, bias, position, position_ids, norm_weight, norm_bias, segment, segment_ids, *others):
-    seed, second, *_, cos, sin, turn_ids, _, query_norm, key_norm, _, heads_first, _, _ = others
-    first, last, turns = [token, weight, bias, position], [norm_weight, norm_bias, segment], [cos, sin, turn_ids]
-    alike = seed is not None or second is not None or heads_first
-    placements = _alone(ids, position is not None and position_ids is None, statistics=True, alike=alike)
-    if cos is not None:
-        placements = [p for p in placements if p.is_replicate() or p.dim == 0 and _turn_by_place(cos, turn_ids, ids.shape)]
+def _shard_embed_qkv(*arguments):
+    fields = dict(zip(FRONT_END.names, arguments, strict=False))
+    outputs = one_pass.embed_qkv.outputs
     return [
-        (
-            [p] * 4 + [Shard(0) if p.is_shard() else p] * 2,
-            [
-                p,
-                *_tables(*first),
-                _follows(position_ids, ids, p),
-                *_tables(*last),
-                _follows(segment_ids, ids, p),
-                *_tables(seed, second),
-                *[None] * 7,
-                *_tables(*turns),
-                None,
-                *_tables(query_norm, key_norm),
-                *[None] * 4,
-            ],
-        )
-        for p in placements
+        ([_rows(p) if name in STATISTICS else p for name in outputs], [*_placed(fields, p).values(), None, None])
+        for p in _dims(fields)
     ]
 
 
-def _turn_by_place(cos, turn_ids, shape):
-    """Whether rows of turns are those of one sequence, out of several."""
-    return len(shape) > 1 and (cos if turn_ids is None else turn_ids).shape[0] == shape[-1]
-
-
-@register_sharding(torch.ops.pyembed.turn_back.default)
-def _shard_turn_back(grad, cos, sin, turn_ids, interleaved):
-    dims = [0] if _turn_by_place(cos, turn_ids, grad.shape[:-2]) else []
-    return [([p], [p, *_tables(cos, sin, turn_ids), None]) for p in (Replicate(), *map(Shard, dims))]
-
-
 @register_sharding(torch.ops.pyembed.embed_qkv_backward.default)
-def _shard_embed_qkv_backward(hidden, query, key, value, ids, token, weight, position, position_ids, *others):
-    norm_weight, norm_bias, segment, segment_ids, seed, _, rstd, *_ = others
-    placements = _alone(ids, position is not None and position_ids is None, statistics=True, alike=seed is not None)
-    if ids.mesh.ndim == 1:  # as the forward ran
-        placements = [p for p in placements if p.is_shard() == rstd.placements[0].is_shard()]
+def _shard_embed_qkv_backward(*arguments):
+    named = dict(zip(one_pass.embed_qkv.backward.names, arguments, strict=True))
+    fields = {name: named[name] for name in FRONT_END.names}
+    placements = _dims(fields)
+    if fields["ids"].mesh.ndim == 1:  # as the forward ran
+        placements = [p for p in placements if p.is_shard() == named["rstd"].placements[0].is_shard()]
     found = []
     for p in placements:
-        grads = [None if grad is None else p for grad in (hidden, query, key, value)]
-        tables = [*_tables(token, weight, position), _follows(position_ids, ids, p), *_tables(norm_weight, norm_bias, segment)]
-        tables += [_follows(segment_ids, ids, p), *_tables(seed)]
-        found.append(([_sums(p)] * 7, [*grads, p, *tables, *[Shard(0) if p.is_shard() else p] * 2, *[None] * 6]))
+        placed = dict.fromkeys(named) | _placed(fields, p) | dict.fromkeys(STATISTICS, _rows(p))
+        placed |= {name: p for name, value in named.items() if name.startswith("grad_") and value is not None}
+        found.append(([_sums(p)] * len(LEARNED), list(placed.values())))
     return found

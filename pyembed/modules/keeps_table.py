@@ -3,25 +3,41 @@
 import logging
 import threading
 import warnings
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from . import checks, parts, planner, table
-from .holder import HoldsParts
+import pyembed.settings as settings
+
+from ..call import Call, DistinctIds, Epilogue, HiddenQKV, Norm, Projection
+from ..checks import check, check_epilogue, check_query_biases, check_ranges
+from ..ids import apply_policy
+from ..modes import is_plain_eager
+from ..plans.choice import refuses, why_torch
+from ..plans.table import DoesNotFit, Table, nbytes
+from ..reference import finish
+from . import parts
 
 logger = logging.getLogger(__name__)
 _building = threading.RLock()  # one table at a time: two would take twice the memory
 
 
-class KeepsTable(HoldsParts):
+class KeepsTable(parts.HoldsParts):
     """A front end that may keep a table."""
 
-    _table, _table_dtype, _keeps_table, _table_failed = None, None, False, False
+    _table: Table | None = None
+    _table_dtype: torch.dtype | None = None
+    _keeps_table = _table_failed = False
 
     def table_nbytes(self, dtype: torch.dtype | None = None) -> int:
         """Bytes that build_table(dtype) takes: (V + L)·N elements. TypeError as there."""
         self._check_table_dtype(dtype)
-        return table.nbytes(self._modules["token"].weight, self._projection()[0], self._position(), dtype)
+        return nbytes(self._call_of_no_ids(), dtype)
+
+    def _call_of_no_ids(self):
+        """A Call for the weights alone."""
+        return self._read_weights(torch.empty(0, dtype=torch.long, device=self._modules["token"].weight.device), None, None)
 
     @torch.no_grad()
     def build_table(self, dtype: torch.dtype | None = None) -> float:
@@ -46,70 +62,88 @@ class KeepsTable(HoldsParts):
         foreign = self._foreign() or parts.distributed(self._modules)
         if foreign:
             raise RuntimeError(f"table: expected modules that are no more than their weights, but {foreign}")
-        token, terms = self._modules["token"].weight, (self._position(), self._scale(), self._modules["segment"])
-        refused = planner.refuses(token, *terms, False)
+        call, dtype = self._call_of_no_ids(), self._table_dtype
+        refused = refuses(call._replace(terms=call.terms._replace(dropout=0.0), id_policy="raise", batch_invariant=False))
         if refused:
             raise RuntimeError(f"table: expected token and position rows as they are, but {refused}")
         self._table = None  # its memory comes first
-        dtype = self._table_dtype
-        logger.info("building a table of %s bytes on %s", f"{self.table_nbytes(dtype):,}", token.device)
-        weight, bias = self._projection()
-        self._table = made = table.Table(self._links(), token, weight, bias, self._position(), **self._norm(token), dtype=dtype)
+        logger.info("building a table of %s bytes on %s", f"{nbytes(call, dtype):,}", call.terms.token.device)
+        self._table = made = Table(parts.links(self._modules), call, dtype)
         return made
 
     def drop_table(self):
         """Gives the table's memory back, and makes it no more."""
         self._table, self._keeps_table, self._table_failed = None, False, False
 
-    def _look_up(self, ids, distinct, position_ids, rotary, segment_ids, query_biases):
-        """The call by the table, made or made anew if need be; None: another plan must run it."""
-        forced = planner.forces("table")
+    def _look_up(
+        self,
+        ids: Tensor,
+        position_ids: Tensor | None,
+        distinct: DistinctIds | None,
+        rotary: Any,
+        segment_ids: Tensor | None,
+        query_biases: Any,
+    ) -> HiddenQKV | None:
+        """The call by the table, made or made again if need be; None: another plan must run it."""
         refused = self._refuses_table()
-        if refused and forced:
+        if refused and settings.current.plan == "table":
             raise RuntimeError(f"plan: 'table' cannot run here: {refused}")
-        if refused or planner.forces("one_pass", "distinct") or self._table_failed:
+        if refused or settings.current.plan in ("one_pass", "distinct") or self._table_failed:
             return None
-        if position_ids is not None or distinct is not None:
-            self._check(ids, position_ids)
-            checks.check_distinct(distinct, ids)
-        if segment_ids is not None:
-            self._check(ids, position_ids, segment_ids)
-        turns = rotary is not None or self._modules["rotary"] is not None
-        rotation = self._rotation(ids, position_ids, rotary) if turns else None
-        ids, position_ids, _ = self._kept(ids, position_ids, segment_ids)
-        ends = self._modules["query_norm"] is not None or query_biases is not None or self.heads_first
+        call = self._call_by_table(ids, position_ids, distinct, segment_ids)
+        if rotary is not None or self._modules["rotary"] is not None:
+            call = self._with_turns(call, rotary)
+        if distinct is not None or any(x is not None for x in (position_ids, segment_ids, call.epilogue.cos)):
+            self._check(call)
+        given, call = call, apply_policy(call) if call.id_policy == "clamp" else call
         try:
-            found = self._current_table(ids, position_ids)
+            found = self._current_table(call)
             if found is None:
                 return None
-            kernels = planner.uses_triton(found.token)
+            kernels = why_torch(found.token) is None
             if kernels:  # they do not look at ids
-                self._check(ids, position_ids)
-            reports = self._policy() != "trust"
-            call = (ids, position_ids, self.num_heads, self.num_kv_heads, kernels, reports)
-            if ends:
-                return self._finish(found.look_up(*call), rotation, query_biases)
-            return found.look_up(*call, rotation)
+                self._check(given)
+            if query_biases is None:
+                return found.look_up(call, kernels)
+            check_query_biases(query_biases, given)
+            plain, (first, second) = found.look_up(call._replace(epilogue=Epilogue()), kernels), query_biases
+            epilogue = call.epilogue._replace(query_offset=(second - first).flatten())
+            return finish(plain._replace(query=plain.query + first), epilogue)
         except (AttributeError, IndexError, RuntimeError, TypeError):
-            self._check(ids, position_ids)  # says what is wrong, if it is an argument
+            self._check(given)  # says what is wrong, if it is an argument
             raise
 
-    def _current_table(self, ids, position_ids):
+    def _call_by_table(self, ids, position_ids, distinct, segment_ids):
+        """A Call without norm and projection, which the table holds: in place of the weight it has N empty rows."""
+        terms = self._terms(ids, position_ids, segment_ids)
+        weight = terms.token.new_empty((self.num_heads + 2 * self.num_kv_heads) * self._head_dim, 0)
+        projection = Projection(weight, None, self.num_heads, self.num_kv_heads)
+        epilogue = self._epilogue(terms.token)
+        return Call(terms, Norm(), projection, epilogue, self._policy(), distinct=distinct)
+
+    def _check(self, call):
+        """A call by the table, whose weights are not looked at."""
+        check(call._replace(projection=None, norm=Norm()))
+        check_epilogue(call)
+        if call.id_policy == "raise":
+            check_ranges(call)
+
+    def _current_table(self, call):
         """The table, made if need be; None: it could not be, which is said once."""
         found = self._table
-        if found is not None and found.is_current(ids, position_ids):
+        if found is not None and found.is_current(*call.terms[:4:3]):
             return found
         with _building:
             found = self._table  # another thread may have made it meanwhile
-            if found is not None and found.is_current(ids, position_ids) or self._table_failed:
+            if found is not None and found.is_current(*call.terms[:4:3]) or self._table_failed:
                 return found
             try:
                 made = self._make_table()
                 self._keeps_table = True
                 return made
             except (RuntimeError, ValueError) as error:
-                out_of_memory = isinstance(error, torch.OutOfMemoryError) and not isinstance(error, table.DoesNotFit)
-                if planner.forces("table") and not out_of_memory:
+                out_of_memory = isinstance(error, torch.OutOfMemoryError) and not isinstance(error, DoesNotFit)
+                if settings.current.plan == "table" and not out_of_memory:
                     raise
                 self._keeps_table = self._table_failed = True
                 warnings.warn(
@@ -123,6 +157,11 @@ class KeepsTable(HoldsParts):
         if dtype not in (None, own, torch.float16, torch.bfloat16) or dtype and dtype.itemsize > own.itemsize:
             raise TypeError(f"dtype: expected torch.float16, torch.bfloat16 or None for {own}, got {dtype}")
 
+    def _refuses_plans(self):
+        """Why one_pass alone can run a call; None: other plans can."""
+        terms = self._terms(torch.empty(0), None, None)
+        return refuses(Call(terms, id_policy=self._policy(), batch_invariant=self.batch_invariant))
+
     def _refuses_table(self):
         """Why no table can serve a call now; None: one can."""
         if torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
@@ -132,12 +171,9 @@ class KeepsTable(HoldsParts):
         refused = self._foreign() or self._refuses_plans() or parts.distributed(self._modules)
         if refused:
             return refused
-        if not planner.is_plain_eager():
+        if not is_plain_eager():
             return "a compiler, torch.func or forward-mode AD is at work"
         return None
-
-    def _links(self):
-        return parts.links(self._modules)
 
     def _apply(self, fn, recurse=True):
         self._table = None  # its memory need not wait for the next call

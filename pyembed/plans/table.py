@@ -1,6 +1,6 @@
 """The `table` plan, for inference: every row of the vocabulary and of the position table is projected once, then gathered.
 
-With centred rows as in distinct.py, entry r of the table is γ⊙(r − mean(r))·Wᵀ; a call sums two entries and applies rstd and
+With centred rows as in py, entry r of the table is γ⊙(r − mean(r))·Wᵀ; a call sums two entries and applies rstd and
 W·β + b. Where no position is added rstd depends on the token alone, and an entry is the finished projection.
 
 A table belongs to the modules and tensors that it was made from. Before each call it is held against them: the same objects,
@@ -11,12 +11,16 @@ of a single row or element of the projection mostly is not.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import distinct, memory, ops_distinct
-from .reference import HiddenQKV, finish, split_heads
+from ..call import Call, HiddenQKV, Norm, wide_dtype
+from ..memory import empty
+from ..reference import finish
+from .distinct_cpu import FEW, Batch, centred, expand, inverse_deviation, project, shift
+from .operators import launcher, report
 
 CHUNK = 4096  # rows that are projected at a time
 COLUMN = 1 / math.pi  # of a table that is compared
@@ -24,10 +28,12 @@ WHOLE = 4096  # elements of a vector up to which all of them are compared
 SAMPLES = 64  # elements of a larger weight that are compared: each costs a cache line, and few rows of a head lie between two
 
 
-def nbytes(token: Tensor, weight: Tensor, position: Tensor | None, dtype: torch.dtype | None = None) -> int:
+def nbytes(call: Call, dtype: torch.dtype | None = None) -> int:
     """Bytes of the table: (V + L)·N elements of dtype, by default that of the weights."""
+    token, position, projection = call.terms.token, call.terms.position, call.projection
+    assert projection is not None
     rows = token.shape[0] + (0 if position is None else position.shape[0])
-    return rows * weight.shape[0] * (dtype or token.dtype).itemsize
+    return rows * projection.weight.shape[0] * (dtype or token.dtype).itemsize
 
 
 def available(device: torch.device) -> float:
@@ -49,18 +55,18 @@ class DoesNotFit(torch.OutOfMemoryError):
 class Table:
     """Projected rows of one front end: (L + V, N), positions first.
 
-    links: (dict, key, value) of every object that a user can replace or change, tensors among them; the other arguments are
-    those of functional.embed_qkv, and derive from these.
+    links: (dict, key, value) of every object that a user can replace or change, tensors among them. call: of any ids, with the
+    weights that derive from these.
     dtype: of the entries. error: largest rounding of an entry to a narrower dtype, relative to the largest entry.
     DoesNotFit, torch.OutOfMemoryError: no memory. ValueError: entries exceed dtype's range. RuntimeError: inference tensors.
     """
 
-    def __init__(self, links, token, weight, bias, position, norm, norm_weight, norm_bias, eps, dtype=None):
-        self.token, self.position, self.eps = token, position, eps
-        self.norm = norm or "none"
+    def __init__(self, links: list[tuple[dict, str, Any]], call: Call, dtype: torch.dtype | None = None):
+        token, position, self.norm = call.terms.token, call.terms.position, call.norm
+        self.token, self.position = token, position
         self.dtype = token.dtype if dtype is None else dtype
         sources = [value for _, _, value in links if isinstance(value, Tensor)]
-        size, room = nbytes(token, weight, position, self.dtype), available(token.device)
+        size, room = nbytes(call, self.dtype), available(token.device)
         if size > room:
             raise DoesNotFit(f"table: expected at most the {room:,.0f} bytes that {token.device} has left, got {size:,}")
         if any(tensor.is_inference() for tensor in sources):
@@ -69,32 +75,33 @@ class Table:
         self._sample(sources)
         try:
             with torch.no_grad():
-                self._build(weight, bias, norm_weight, norm_bias)
+                self._build(call.projection.weight, call.projection.bias)
         except RuntimeError as error:
             if isinstance(error, torch.OutOfMemoryError) or "memory" not in str(error):
                 raise
             raise torch.OutOfMemoryError(str(error)) from error  # the CPU's allocator has no type of its own
 
-    def _build(self, weight, bias, norm_weight, norm_bias):
+    def _build(self, weight, bias):
+        kind, norm_weight, norm_bias, eps = self.norm
         tables = [table for table in (self.position, self.token) if table is not None and len(table)]
         places = 0 if self.position is None else self.position.shape[0]
-        wide, N = distinct.wide_dtype(self.token.dtype), weight.shape[0]
+        wide, N = wide_dtype(self.token.dtype), weight.shape[0]
         self.projected = self.token.new_empty(places + self.token.shape[0], N, dtype=self.dtype)
-        self.shift = distinct.shift(weight, bias, norm_bias)
+        self.shift = shift(weight, bias, norm_bias)
         self.unit, largest, lost, start = 1.0, 0.0, 0.0, 0
         if self.dtype == torch.float16 and self.position is not None:
             # No entry exceeds the product of two norms (Cauchy, Schwarz): a power of two that brings all of them into range.
-            longest = [distinct.centred(t, self.norm).norm(dim=1).amax().item() for t in (*tables, weight)]
+            longest = [centred(t, kind).norm(dim=1).amax().item() for t in (*tables, weight)]
             scale = 1.0 if norm_weight is None else norm_weight.abs().amax().item()
             bound = max(max(longest[:-1], default=0.0) * longest[-1] * scale, 1e-30)
             self.unit = 2.0 ** math.floor(15 - math.log2(bound)) if math.isfinite(bound) else 1.0
         for table in tables:
             for rows in table.split(CHUNK):
-                used = distinct.centred(rows, self.norm)
-                rstd = None if self.norm == "none" else used.square().mean(1, keepdim=True).add_(self.eps).rsqrt_()
+                used = centred(rows, kind)
+                rstd = None if kind == "none" else used.square().mean(1, keepdim=True).add_(eps).rsqrt_()
                 if norm_weight is not None:
                     used *= norm_weight
-                exact = distinct.project(used, weight, torch.empty(len(rows), N, dtype=wide, device=rows.device))
+                exact = project(used, weight, torch.empty(len(rows), N, dtype=wide, device=rows.device))
                 if self.position is None:
                     exact = exact.add_(self.shift) if rstd is None else torch.addcmul(self.shift, exact, rstd)
                 exact *= self.unit
@@ -106,8 +113,11 @@ class Table:
         if not math.isfinite(lost):
             raise ValueError(f"dtype: expected one that holds entries up to {largest:.3g}, got {self.dtype}")
         self._tokens, self._positions = self.projected[places:], self.projected[:places] if places else None
+        self.norm = Norm(kind, eps=eps)
         if self.position is None:  # nothing is left to be applied
-            self.norm, self.shift = "none", None
+            self.norm, self.shift = Norm(), None
+        # In place of the weight in calls: N rows, and nothing in them.
+        self._rows = self.token.new_empty(N, 0)
         self.error = lost / largest if largest else 0.0
 
     def _sample(self, sources):
@@ -142,38 +152,44 @@ class Table:
         rows = slice(ids.shape[-1] if ids.dim() else 1) if position_ids is None else position_ids.reshape(-1)
         return all(torch.equal(view[rows], copy[rows]) for view, copy in positions)
 
-    def look_up(self, ids, position_ids, num_heads, num_kv_heads, kernels, reports, rotation=None) -> HiddenQKV:
-        """The front end of ids (..., T). IndexError: an id or place without a row. kernels: by Triton, ids checked before, and
-        reports: by the kernels, where they are not on a CPU."""
-        position_ids = None if self.position is None else position_ids
-        found = self._look_up(ids, position_ids, num_heads, num_kv_heads, kernels, reports, rotation)
-        return found if kernels or rotation is None else finish(found, rotation=rotation)
-
-    def _look_up(self, ids, position_ids, num_heads, num_kv_heads, kernels, reports, rotation):
-        if self.position is not None and position_ids is None and ids.dim() and ids.shape[-1] > self.position.shape[0]:
+    def look_up(self, call: Call, kernels: bool) -> HiddenQKV:
+        """The front end of call's ids (..., T) and epilogue. IndexError: an id or position without a row. kernels: by Triton,
+        which reports absent rows where it is not on a CPU."""
+        terms, projection = call.terms, call.projection
+        assert projection is not None
+        if self.position is not None and terms.position_ids is None and terms.length > self.position.shape[0]:
             raise IndexError("position")
-        if kernels:
-            heads, factor = (num_heads, num_kv_heads, num_kv_heads), 1 / self.unit
-            tables = (self.token, self.position, position_ids, self.projected, self.shift)
-            return HiddenQKV(*ops_distinct.look_up(ids, *tables, self.norm, self.eps, heads, factor, rotation, reports))
+        terms = terms._replace(token=self.token, position=self.position)
+        call = call._replace(terms=terms, norm=self.norm, projection=projection._replace(weight=self._rows, bias=None))
+        if not kernels:
+            return finish(self._gather(call), call.epilogue)
+        fused, rest = call.epilogue.split_turns()
+        module, running = launcher("expand", self.token)
+        with running:
+            told = report(call, call.id_policy != "trust")
+            found = module.look_up(call._replace(epilogue=fused), self.projected, self.shift, 1 / self.unit, told)
+        return finish(HiddenQKV(*found), rest)
+
+    def _gather(self, call):
+        """By PyTorch's operators, without the epilogue."""
+        (ids, _, _, position_ids, *_), (kind, _, _, eps) = call.terms, self.norm
         flat, shape, D, N = ids.reshape(-1), ids.shape, self.token.shape[1], self.projected.shape[1]
-        if flat.numel() <= distinct.FEW or self.token.is_cuda:
-            hidden, qkv = self._look_up_few(flat, shape[-1] if shape else 1, position_ids)
-            return split_heads(hidden.view(*shape, D), qkv.view(*shape, N), num_heads, num_kv_heads)
+        if flat.numel() <= FEW or self.token.is_cuda:
+            return _split(*self._gather_few(flat, call.terms.length, position_ids), shape, call.projection)
         dtype, M = self.token.dtype, flat.numel()
-        batch = distinct.Batch(ids, None, None, max(D, N), index=flat)
+        batch = Batch(ids, None, None, max(D, N), index=flat)
         places, positions = self.position, self._positions
         if position_ids is not None and position_ids.numel() < M:
             places, positions = (table.index_select(0, position_ids.reshape(-1)) for table in (places, positions))
         elif position_ids is not None:
             batch.place_index = position_ids.reshape(-1)
-        hidden, qkv = memory.empty(*shape, D, dtype=dtype), memory.empty(*shape, N, dtype=dtype)
-        rstd = None if self.norm == "none" else self.shift.new_empty(M)
+        hidden, qkv = empty(*shape, D, dtype=dtype), empty(*shape, N, dtype=dtype)
+        rstd = None if kind == "none" else self.shift.new_empty(M)
         parts = [(self._tokens, positions, self.shift, qkv.view(M, N))]
-        distinct.expand(batch, self.token, places, parts, hidden.view(M, D), rstd, self.norm, self.eps, self.unit)
-        return split_heads(hidden, qkv, num_heads, num_kv_heads)
+        expand(batch, self.token, places, parts, hidden.view(M, D), rstd, kind, eps, self.unit)
+        return _split(hidden, qkv, shape, call.projection)
 
-    def _look_up_few(self, flat, T, position_ids):
+    def _gather_few(self, flat, T, position_ids):
         """hidden (M, D) and qkv (M, N) without blocks: for a few tokens the number of operators is what counts."""
         hidden, x = self.token.index_select(0, flat), self._tokens.index_select(0, flat)
         if self.position is None or not len(flat):
@@ -184,12 +200,19 @@ class Table:
         for out, positions in ((hidden, self.position), (x, self._positions)):
             added = positions[rows]
             (out if len(flat) == len(added) else out.view(-1, *added.shape)).add_(added)
-        if self.norm == "none":
+        if self.norm.kind == "none":
             x = torch.add(self.shift, x, alpha=1 / self.unit)
         else:
-            scale = distinct.inverse_deviation(hidden, self.norm, self.eps)
+            scale = inverse_deviation(hidden, self.norm.kind, self.norm.eps)
             x = torch.addcmul(self.shift, x, scale, value=1 / self.unit)
         return hidden, x if x.dtype == hidden.dtype else x.to(hidden.dtype)
+
+
+def _split(hidden, qkv, shape, projection):
+    """hidden (M, D) and qkv (M, N) as results for ids of this shape."""
+    groups = projection.groups
+    heads = qkv.view(*shape, sum(groups), qkv.shape[-1] // sum(groups))
+    return HiddenQKV(hidden.view(*shape, hidden.shape[-1]), *torch.split_with_sizes(heads, groups, -2))
 
 
 def _spread(tensor):

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import memory
+from ..memory import pages
 
 
 class Rates(NamedTuple):
@@ -52,7 +52,7 @@ def _measure(device, dtype):
 
 def _fresh():
     """A tensor that nobody has written to since the system gave its memory."""
-    return torch.frombuffer(memory.pages(FRESH_BYTES), dtype=torch.uint8)
+    return torch.frombuffer(pages(FRESH_BYTES), dtype=torch.uint8)
 
 
 def _time(device, dtype):

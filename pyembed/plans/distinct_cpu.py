@@ -12,27 +12,19 @@ What is left is bound by memory, so tokens go by in blocks that stay in cache, l
 value are tensors of their own: autograd would copy the gradients of three views into one.
 """
 
+from collections.abc import Iterator
 from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
-from . import memory, rates
+from ..call import Call, wide_dtype
+from ..memory import empty, empty_each
+from .rates import product_dtype
 
 FEW = 64  # tokens up to which the number of operators is what a call costs
 BLOCK_BYTES = 2 << 20  # of one block's largest tensor: a few of them fit in the last level of cache
-
-
-class DistinctIds(NamedTuple):
-    """Which ids a batch has, as torch.unique(ids, return_inverse=True) finds them."""
-
-    ids: Tensor  # (U,) ascending
-    inverse: Tensor  # like the batch's ids: the place of each among the distinct ones
-
-
-pytree._register_namedtuple(DistinctIds, serialized_type_name="pyembed.DistinctIds")  # torch.export writes its name
 
 
 class Block(NamedTuple):
@@ -65,7 +57,7 @@ class Batch:
         self.P = 0 if self.place_rows is None else self.place_rows.numel()
         self.step = max(1, BLOCK_BYTES // (4 * width))
 
-    def blocks(self):
+    def blocks(self) -> Iterator[Block]:
         """Whole sequences where they are short, pieces of one where they are long."""
         if self.M == 0:
             return
@@ -114,20 +106,16 @@ class Batch:
         return torch.nn.functional.embedding_bag(order, x, offsets, mode="sum", per_sample_weights=weights)
 
 
-def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What statistics and sums are kept in."""
-    return torch.promote_types(dtype, torch.float32)
-
-
 def centred(rows: Tensor, norm: str) -> Tensor:
     """Table rows in at least fp32, without their mean for LayerNorm; a tensor of its own."""
     rows = rows.to(wide_dtype(rows.dtype), copy=True)
     return rows.sub_(rows.mean(1, keepdim=True)) if norm == "layer" else rows
 
 
-def project(rows: Tensor, weight: Tensor, out: Tensor) -> Tensor:
-    """rows · weightᵀ, into out: rows (R, D) in at least fp32, weight (n, D), out (R, n) of any dtype."""
-    dtype = rates.product_dtype(weight.device, weight.dtype)
+def project(rows: Tensor, weight: Tensor, out: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """rows · weightᵀ, into out: rows (R, D) in at least fp32, weight (n, D), out (R, n) of any dtype; dtype: of the product,
+    by default the one that is fastest."""
+    dtype = dtype or product_dtype(weight.device, weight.dtype)
     rows, weight = rows.to(dtype), weight.to(dtype)
     return torch.mm(rows, weight.t(), out=out) if out.dtype == dtype else out.copy_(rows @ weight.t())
 
@@ -181,111 +169,107 @@ def split(buffer: Tensor, widths: list[int]) -> list[Tensor]:
     return parts
 
 
-def forward(ids, token, weight, bias, position, position_ids, norm_weight, norm_bias, heads, norm, eps, rows=None, index=None):
-    """-> hidden (..., D), [query, key, value] (..., h, d_h), rstd (M,) or (0,), projected (P + U, N): of distinct positions,
-    then of tokens, and the batch's rows (U,) and index (M,), which may be given. heads: how many of query, key and value."""
+def forward(call: Call, rows: Tensor | None = None, index: Tensor | None = None) -> tuple[Tensor, ...]:
+    """-> hidden (..., D), query, key and value (..., h, d_h), mean (0,), rstd (M,) or (0,), projected (P + U, N): of distinct
+    positions, then of tokens, and the batch's rows (U,) and index (M,), which may be given. The epilogue is not applied."""
+    (ids, token, position, position_ids, *_), norm, projection = call.terms, call.norm, call.projection
+    assert projection is not None
+    weight, bias, heads, kv_heads = projection
     D, N, dtype = token.shape[1], weight.shape[0], token.dtype
     batch = Batch(ids, position, position_ids, max(D, N), rows, index)
-    wide, P = wide_dtype(dtype), batch.P
-    widths = [N // sum(heads) * h for h in heads]
+    wide, P, head_dim = wide_dtype(dtype), batch.P, N // (heads + 2 * kv_heads)
+    widths = [n * head_dim for n in (heads, kv_heads, kv_heads)]
     places = None if position is None else position.index_select(0, batch.place_rows)
     used = token.index_select(0, batch.rows)
-    used = centred(used if places is None else torch.cat([places, used]), norm)
-    if norm_weight is not None:
-        used *= norm_weight
+    used = centred(used if places is None else torch.cat([places, used]), norm.kind)
+    if norm.weight is not None:
+        used *= norm.weight
     # In fp16 small projections would lose digits, so they stay in fp32.
-    projected = memory.empty(used.shape[0], N, dtype=wide if dtype == torch.float16 else dtype)
-    hidden = memory.empty(*ids.shape, D, dtype=dtype)
-    rstd = torch.empty(batch.M if norm != "none" else 0, dtype=wide)
-    results, parts = [memory.empty(*ids.shape, h, N // sum(heads), dtype=dtype) for h in heads], []
-    offsets = shift(weight, bias, norm_bias).split(widths)
+    projected = empty(used.shape[0], N, dtype=wide if dtype == torch.float16 else dtype)
+    hidden, *results = empty_each([(*ids.shape, D), *((*ids.shape, n // head_dim, head_dim) for n in widths)], dtype)
+    rstd = torch.empty(batch.M if norm.kind != "none" else 0, dtype=wide)
+    parts, product = [], product_dtype(weight.device, weight.dtype)
+    offsets = shift(weight, bias, norm.bias).split(widths)
     for rows_of, table, out, offset in zip(weight.split(widths), split(projected, widths), results, offsets, strict=True):
-        project(used, rows_of, table)
+        project(used, rows_of, table, product)
         parts.append((table[P:], table[:P] if P else None, offset, out.view(batch.M, rows_of.shape[0])))
-    expand(batch, token, places, parts, hidden.view(batch.M, D), rstd, norm, eps)
-    return hidden, results, rstd, projected, batch.rows, batch.index
+    expand(batch, token, places, parts, hidden.view(batch.M, D), rstd, norm.kind, norm.eps)
+    return hidden, *results, rstd.new_empty(0), rstd, projected, batch.rows, batch.index
 
 
 def backward(
-    grad_hidden,
-    grads_qkv,
-    ids,
-    token,
-    weight,
-    position,
-    position_ids,
-    norm_weight,
-    norm_bias,
-    rstd,
-    projected,
-    rows,
-    index,
-    heads,
-    norm,
-    padding_idx,
-    needs,
-):
-    """Gradients of (token, weight, bias, position, norm_weight, norm_bias), None where `needs` says no.
+    call: Call,
+    grads: list[Tensor | None],
+    rstd: Tensor,
+    projected: Tensor,
+    rows: Tensor,
+    index: Tensor,
+    needs: set[str],
+) -> dict[str, Tensor]:
+    """Gradients of those fields of the call that are needed, by name.
 
-    grad_hidden (M, D) and grads_qkv [(M, n)] of query, key and value, each or None; the others as forward returned them.
+    grads: of hidden, query, key and value, each or None; the others as forward returned them.
     """
-    (V, D), dtype = token.shape, token.dtype
-    needs_token, needs_weight, needs_bias, needs_position, needs_norm_weight, needs_norm_bias = needs
-    N, needs_tables = weight.shape[0], needs_token or needs_position
+    (ids, token, position, position_ids, *_), norm, weight = call.terms, call.norm, call.projection.weight
+    (V, D), dtype, M = token.shape, token.dtype, ids.numel()
+    N, needs_tables, found = weight.shape[0], not needs.isdisjoint(("token", "position")), {}
+    grad_hidden, *grads_qkv = (None if g is None else g.reshape(M, g.shape[ids.dim() :].numel()) for g in grads)
     batch = Batch(ids, position, position_ids, max(D, N), rows, index)
-    wide, P, normed = wide_dtype(dtype), batch.P, norm != "none"
+    wide, P, normed = wide_dtype(dtype), batch.P, norm.kind != "none"
     places = None if position is None else position.index_select(0, batch.place_rows)
 
     grad_places, grad_tokens = torch.zeros(P, D, dtype=wide), None
-    grads = dict.fromkeys(("weight", "bias", "norm_weight", "norm_bias"))
-    pull = None  # per token: how strongly rstd's own gradient pulls its row
+    pull = None  # per token: rstd's own gradient is this times its row
     if any(grad is not None for grad in grads_qkv):
         pull = torch.zeros(batch.M, dtype=wide) if normed and needs_tables else None
-        product = wide if dtype == torch.float16 else rates.product_dtype(weight.device, dtype)
+        product = wide if dtype == torch.float16 else product_dtype(weight.device, dtype)
         grad_projected = torch.empty(P + batch.rows.numel(), N, dtype=product)
         grad_bias = torch.zeros(N, dtype=wide)
-        widths = [N // sum(heads) * h for h in heads]
+        widths = [heads * call.head_dim for heads in call.projection.groups]
         sums = zip(split(projected, widths), grad_projected.split(widths, 1), grad_bias.split(widths), strict=True)
-        for grad, (table, *found) in zip(grads_qkv, sums, strict=True):
+        for grad, (table, *sum_of) in zip(grads_qkv, sums, strict=True):
             if grad is None:
-                found[0].zero_()
+                sum_of[0].zero_()
             else:
-                _project_backward(batch, grad.contiguous(), table, rstd, pull, *found)
+                _project_backward(batch, grad.contiguous(), table, rstd, pull, *sum_of)
         if pull is not None:
             pull *= rstd.pow(3) / -D
         used = token.index_select(0, batch.rows)
-        used = centred(used if places is None else torch.cat([places, used]), norm)
-        gamma = 1.0 if norm_weight is None else norm_weight
-        if needs_weight:
+        used = centred(used if places is None else torch.cat([places, used]), norm.kind)
+        gamma = 1.0 if norm.weight is None else norm.weight
+        if "weight" in needs:
             grad_weight = grad_projected.t() @ (used * gamma).to(product)
-            if norm_bias is not None:
-                grad_weight += torch.outer(grad_bias, norm_bias.to(wide))
-            grads["weight"] = grad_weight.to(dtype)
-        grads["bias"] = grad_bias.to(dtype) if needs_bias else None
-        # Not grad_bias @ weight: a matrix-vector product adds up its rows one after the other, which loses digits.
-        grads["norm_bias"] = (weight * grad_bias[:, None]).sum(0).to(norm_bias.dtype) if needs_norm_bias else None
-        if needs_tables or needs_norm_weight:
+            if norm.bias is not None:
+                grad_weight += torch.outer(grad_bias, norm.bias.to(wide))
+            found["weight"] = grad_weight.to(dtype)
+        if "bias" in needs:
+            found["bias"] = grad_bias.to(dtype)
+        if "norm_bias" in needs:
+            # Not grad_bias @ weight: a matrix-vector product adds up its rows one after the other, which loses digits.
+            found["norm_bias"] = (weight * grad_bias[:, None]).sum(0).to(norm.bias.dtype)
+        if needs_tables or "norm_weight" in needs:
             grad_rows = (grad_projected @ weight.to(product)).to(wide)
-            grads["norm_weight"] = (grad_rows * used).sum(0).to(norm_weight.dtype) if needs_norm_weight else None
+            if "norm_weight" in needs:
+                found["norm_weight"] = (grad_rows * used).sum(0).to(norm.weight.dtype)
             grad_rows *= gamma
-            if norm == "layer":
+            if norm.kind == "layer":
                 grad_rows -= grad_rows.mean(1, keepdim=True)
             grad_places += grad_rows[:P]
             grad_tokens = grad_rows[P:]
 
     if needs_tables and (grad_hidden is not None or pull is not None):
-        by_token = _sum_backward(batch, grad_hidden, token, places, pull, norm, grad_places)
+        by_token = _sum_backward(batch, grad_hidden, token, places, pull, norm.kind, grad_places)
         grad_tokens = by_token if grad_tokens is None else grad_tokens.add_(by_token)
 
-    grad_token = grad_position = None
-    if needs_token and grad_tokens is not None:
-        grad_token = memory.empty(V, D, dtype=dtype).zero_()
-        grad_token[batch.rows] = grad_tokens.to(dtype)
-        if padding_idx >= 0:
-            grad_token[padding_idx] = 0.0
-    if needs_position:
-        grad_position = torch.zeros(position.shape, dtype=wide).index_add_(0, batch.place_rows, grad_places).to(dtype)
-    return grad_token, grads["weight"], grads["bias"], grad_position, grads["norm_weight"], grads["norm_bias"]
+    if "token" in needs and grad_tokens is not None:
+        found["token"] = empty(V, D, dtype=dtype).zero_()
+        found["token"][batch.rows] = grad_tokens.to(dtype)
+        if call.terms.padding_idx >= 0:
+            found["token"][call.terms.padding_idx] = 0.0
+    if "position" in needs:
+        grad_position = torch.zeros(position.shape, dtype=wide).index_add_(0, batch.place_rows, grad_places)
+        found["position"] = grad_position.to(dtype)
+    return found
 
 
 def _project_backward(batch, grad, table, rstd, pull, grad_table, grad_bias):
@@ -308,7 +292,7 @@ def _project_backward(batch, grad, table, rstd, pull, grad_table, grad_bias):
 def _sum_backward(batch, grad_hidden, token, places, pull, norm, grad_places):
     """Gradient of the distinct tokens (U, D) through hidden and rstd; adds that of the positions to grad_places (P, D)."""
     wide = grad_places.dtype
-    streamed = memory.empty(batch.M, token.shape[1], dtype=wide) if pull is not None else grad_hidden.contiguous()
+    streamed = empty(batch.M, token.shape[1], dtype=wide) if pull is not None else grad_hidden.contiguous()
     for block in batch.blocks():
         g = streamed[block.tokens]
         if pull is not None:

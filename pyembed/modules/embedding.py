@@ -3,44 +3,47 @@
 import torch
 from torch import Tensor, nn
 
-from . import checks, planner, positions
-from . import functional as F
-from . import ids as outside
-from .reference import rows_of
+from ..call import Call, Terms
+from ..functional import embedding, why_no_kernel
+from ..ids import HasIdPolicy
+from ..plans.choice import Plan, why_torch
+from ..positions import make
+from ..run import run
+from ..settings import policy_of
+from .parts import COMBINES, stock_forward
 
-COMBINES = ("sum", "concat")
 
-
-class Embedding(nn.Embedding, outside.HasIdPolicy):
+class Embedding(nn.Embedding, HasIdPolicy):
     """torch.nn.Embedding: same constructor, same weights from the same seed, same state_dict, same result.
 
     What the kernels do not serve (max_norm, scale_grad_by_freq, sparse, other dtypes) runs by PyTorch's operator; explain
     says which serves.
     """
 
+    @stock_forward
     def forward(self, input: Tensor) -> Tensor:
         """input: ids (...) int32 or int64 -> (..., embedding_dim). IndexError: an id outside the table."""
         if torch.jit.is_scripting():
             return nn.functional.embedding(
                 input, self.weight, self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse
             )
-        return F.embedding(
+        return embedding(
             input, self.weight, self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse,
             id_policy=self._id_policy,
         )  # fmt: skip
 
-    def explain(self, ids: Tensor) -> planner.Plan:
+    def explain(self, ids: Tensor) -> Plan:
         """Which operator a call with these ids would run now, "triton" (pyembed::embed) or "torch" (aten::embedding), and why.
 
         Nothing runs. Errors as in forward, but for ids outside the table.
         """
         weight = self.weight
         options = (self.max_norm, self.scale_grad_by_freq, self.sparse, self._policy())
-        why = F.unkernelled(ids, weight, *options) or planner.why_torch(weight)
-        return planner.Plan("torch", why, {}) if why else planner.Plan("triton", f"a kernel for {weight.dtype}", {})
+        why = why_no_kernel(ids, weight, *options) or why_torch(weight)
+        return Plan("torch", why, {}) if why else Plan("triton", f"a kernel for {weight.dtype}", {})
 
 
-class TokenPositionEmbedding(outside.HasIdPolicy):
+class TokenPositionEmbedding(HasIdPolicy):
     """dropout(scale·token(ids) + segment(segment_ids) + position(position_ids)): the input of GPT-2, BERT and their like.
 
     position: "learned" (parameter position.weight), "sinusoidal" or "sinusoidal:" and a convention of positions.CONVENTIONS (a
@@ -71,37 +74,30 @@ class TokenPositionEmbedding(outside.HasIdPolicy):
         if combine == "concat" and (position is None or num_segments):
             raise ValueError("combine: expected 'sum' where there are no positions, or segments; got 'concat'")
         self.token = Embedding(num_embeddings, embedding_dim, padding_idx, **factory)
-        self.register_module("position", positions.make(position, max_length, embedding_dim, **factory))
+        self.register_module("position", make(position, max_length, embedding_dim, **factory))
         self.register_module("segment", Embedding(num_segments, embedding_dim, **factory) if num_segments else None)
         self.dropout = nn.Dropout(dropout)
         self.combine, self.scale = combine, scale
-
-    def _policy(self):
-        return outside.applied(self._id_policy or self._modules["token"]._id_policy)
 
     def forward(self, ids: Tensor, position_ids: Tensor | None = None, segment_ids: Tensor | None = None) -> Tensor:
         """ids (..., T), position_ids and segment_ids (T,), (1, T) or like ids, None: 0 … T−1, and 0 -> hidden (..., T,
         embedding_dim)."""
         modules = self._modules  # a module's attributes are slow
-        module, position, segment = modules["token"], modules["position"], modules["segment"]
-        token, padding_idx = module.weight, module.padding_idx
-        position, segment = None if position is None else position.weight, None if segment is None else segment.weight
-        policy = self._policy()
-        if self.combine == "sum":
-            return F.embed(
-                ids, token, position, position_ids, padding_idx=padding_idx, scale=self.scale, segment=segment,
-                segment_ids=segment_ids, dropout=modules["dropout"].p if self.training else 0.0, id_policy=policy,
-            )  # fmt: skip
-        checks.check_front_end(ids, token, position, position_ids, segment_ids=segment_ids, policy=policy)
-        if policy in ("clamp", "zero"):
-            ids, position_ids, _ = F.kept(policy, ids, token, position, position_ids)
-        if position.device != token.device:
-            raise ValueError(f"position: expected device {token.device}, that of token; got {position.device}")
-        rows = F.embed(ids, token, padding_idx=padding_idx, scale=self.scale, id_policy=policy)
-        if position_ids is None:
-            position_ids = positions.from_offset(0, ids.shape[-1], ids.device) if ids.dim() else torch.zeros_like(ids)
-        places = outside.rows(policy, self.position, position_ids, rows_of(position))
-        return self.dropout(torch.cat([rows, places.expand_as(rows)], -1))
+        token, position, segment, dropout = modules["token"], modules["position"], modules["segment"], modules["dropout"]
+        terms = Terms(
+            ids,
+            token.weight,
+            None if position is None else position.weight,
+            position_ids,
+            None if segment is None else segment.weight,
+            segment_ids,
+            None,
+            self.scale,
+            dropout.p if self.training else 0.0,
+            -1 if token.padding_idx is None else token.padding_idx,
+        )
+        policy = policy_of(self._id_policy or token._id_policy)
+        return run(Call(terms, id_policy=policy, concat=self.combine == "concat"))
 
     def extra_repr(self):
         return f"combine={self.combine!r}" + ("" if self.scale is None else f", scale={self.scale}")

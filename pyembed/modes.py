@@ -1,0 +1,56 @@
+"""What of PyTorch's machinery is at work: compilers, tracers, transforms, autocast."""
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from . import settings
+
+
+def is_traced() -> bool:
+    """Whether tensors are fake, proxies or functional ones: without values."""
+    modes = torch._C._TorchDispatchModeKey
+    return any(torch._C._get_dispatch_mode(key) is not None for key in (modes.FAKE, modes.PROXY, modes.FUNCTIONAL))
+
+
+def is_transformed() -> bool:
+    """Whether torch.func or forward-mode AD is at work, for which our operators have no rules."""
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
+def is_plain_eager() -> bool:
+    """No compiler, tracer, torch.func transform or forward-mode AD is at work."""
+    return not (torch.compiler.is_compiling() or is_traced() or is_transformed())
+
+
+def can_read(tensor: Tensor) -> bool:
+    """Whether a check may look at the values of this tensor: where that costs no synchronisation, or within debug()."""
+    here = tensor.device.type == "cpu" or settings.current.debug and tensor.is_cuda
+    if not here or torch.compiler.is_compiling() or is_traceable_wrapper_subclass(tensor):
+        return False
+    return not is_traced() and not is_transformed()
+
+
+def autocast_dtype(token: Tensor) -> torch.dtype | None:
+    """The dtype that products over this table have under autocast; None: autocast is off, or leaves them alone."""
+    kind = token.device.type
+    if kind not in ("cpu", "cuda") or not torch.is_autocast_enabled(kind) or token.dtype == torch.float64:
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
+def has_process_group() -> bool:
+    """Whether there is a process group of torch.distributed, without which there are no DTensors."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def is_dtensor(value: object) -> bool:
+    """Whether it is a DTensor; to be asked where there is a process group, since it imports torch.distributed.tensor."""
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(value, DTensor)
+
+
+def local(tensor: Tensor | None) -> Tensor | None:
+    """What this rank holds of a tensor."""
+    return tensor.to_local() if has_process_group() and is_dtensor(tensor) else tensor

@@ -1,0 +1,77 @@
+"""The `distinct` plan: each distinct token and position is projected once, then gathered, as pyembed::distinct_qkv.
+
+Kernels run it on a GPU (kernels/triton/distinct.py), PyTorch's operators on a CPU (distinct_cpu.py, which has the formula).
+"""
+
+import torch
+from torch import Tensor
+
+from ..call import Call, Epilogue, HiddenQKV, wide_dtype
+from ..reference import finish
+from . import distinct_cpu
+from .choice import remember_count
+from .operators import FrontEnd, launcher, report
+
+
+def front_end(call: Call, kernels: bool, observed: bool) -> HiddenQKV:
+    """The whole call; the part of the epilogue that the plan cannot do follows by PyTorch's operators."""
+    given = (None, None) if call.distinct is None else (call.distinct.ids, call.distinct.inverse.reshape(-1))
+    fused, rest = call.epilogue.split_turns() if kernels else (Epilogue(), call.epilogue)
+    call = call._replace(epilogue=fused)
+    *outputs, count = distinct_qkv(call, *given, kernels, call.id_policy != "trust", observed=observed)
+    if kernels:
+        remember_count(call.terms.token, count, call.terms.ids.numel())
+    return finish(HiddenQKV(*outputs[:4]), rest)
+
+
+def _forward(call, rows, index, kernels, reports):
+    """The last results: projected (·, N), of distinct positions and then of tokens; rows of the token table and each token's
+    index (M,) among them, empty where they were given; count (1,) of the rows in use, where the device alone knows it."""
+    ids = call.terms.ids
+    if kernels:
+        module, running = launcher("distinct", call.terms.token)
+        with running:
+            *results, found_rows, found_index, count = module.forward(call, rows, index, report(call, reports))
+    else:
+        *results, found_rows, found_index = distinct_cpu.forward(call, rows, index)
+        count = ids.new_empty(0, dtype=torch.int32)
+    found = (found_rows, found_index) if rows is None else (ids.new_empty(0), ids.new_empty(0))
+    return *results, *found, count
+
+
+def _backward(call, grads, results, options, needs):
+    mean, rstd, projected, found_rows, found_index, count = results
+    rows, index, kernels, _ = options
+    if rows is None:
+        rows, index = found_rows, found_index
+    if not kernels:
+        return distinct_cpu.backward(call, grads, rstd, projected, rows, index, needs)
+    module, running = launcher("distinct_grad", call.terms.token)
+    with running:
+        return module.backward(call, grads, mean, rstd, projected, rows, index, count, needs)
+
+
+def _empty(call, rows, index, kernels, reports):
+    """Sizes that depend on the values of ids are new symbols."""
+    ids, token = call.terms[:2]
+    M, size = ids.numel(), torch.library.get_ctx().new_dynamic_size
+    found: tuple[Tensor, ...] = (ids.new_empty(0), ids.new_empty(0))
+    if rows is None:
+        used, dtype = (torch.sym_min(M, token.shape[0]), torch.int32) if kernels else (size(), torch.int64)
+        found = ids.new_empty(used, dtype=dtype if kernels else ids.dtype), ids.new_empty(M, dtype=dtype)
+    hidden, query, key, value, mean, rstd = call.empty_outputs()
+    projected = token.new_empty(
+        size(), call.projection.weight.shape[0], dtype=wide_dtype(token.dtype) if token.dtype == torch.float16 else None
+    )
+    mean = mean if kernels else token.new_empty(0, dtype=mean.dtype)
+    return hidden, query, key, value, mean, rstd, projected, *found, ids.new_empty(1 if kernels else 0, dtype=torch.int32)
+
+
+distinct_qkv = FrontEnd(
+    "distinct_qkv",
+    "Tensor? rows, Tensor? index, bool kernels, bool reports",
+    "mean rstd projected found_rows found_index count",
+    _forward,
+    _backward,
+    _empty,
+)

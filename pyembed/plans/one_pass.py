@@ -1,0 +1,180 @@
+"""The `one_pass` plan: hidden, and the whole front end, each by one fused kernel, as the operators pyembed::embed and
+pyembed::embed_qkv. embed is differentiable any number of times, embed_qkv once."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..call import HIDDEN, SCHEMA, TABLES, Call, Epilogue, HiddenQKV, Terms
+from ..modes import autocast_dtype
+from ..reference import finish
+from .operators import FrontEnd, Operator, launcher, refuse_tangents, report, save_inputs, saved_inputs
+
+
+def with_seed(call: Call) -> Call:
+    """Dropout's seed from PyTorch's generator, which torch.manual_seed, checkpointing and CUDA graphs know."""
+    terms = call.terms
+    seed = torch.randint(2**62, (1,), device=terms.ids.device) if terms.dropout else None
+    return call._replace(terms=terms._replace(seed=seed, dropout=float(terms.dropout)))
+
+
+def hidden(call: Call, observed: bool) -> Tensor:
+    """hidden (..., T, D) of a call without a projection."""
+    return embed(*HIDDEN.flatten(with_seed(call)), call.id_policy != "trust", observed=observed)
+
+
+def front_end(call: Call, observed: bool) -> HiddenQKV:
+    """The whole call; what the kernel's epilogue cannot do follows by PyTorch's operators."""
+    call, rest = with_seed(_cast(call)), None
+    if call.epilogue.query_norm is not None and not normalises_heads(call):
+        call, rest = call._replace(epilogue=Epilogue()), call.epilogue
+    found = HiddenQKV(*embed_qkv(call, call.id_policy != "trust", call.batch_invariant, observed=observed)[:4])
+    return found if rest is None else finish(found, rest)
+
+
+def is_one_launch(call: Call) -> bool:
+    """Whether nothing but a kernel runs where no gradient is wanted: no seed is drawn, no weight is cast, no operator follows."""
+    if call.terms.dropout or call.projection is not None and autocast_dtype(call.terms.token) is not None:
+        return False
+    return call.epilogue.query_norm is None or normalises_heads(call)
+
+
+def outputs(call: Call) -> tuple[Tensor, ...]:
+    """All that the launch of such a call fills."""
+    if call.projection is None:
+        return (hidden(call, observed=False),)
+    return embed_qkv(call, call.id_policy != "trust", call.batch_invariant, observed=False)
+
+
+def _cast(call):
+    """Under autocast weight, bias and the second query's offset have its dtype, hidden and the norm keep theirs."""
+    projection, epilogue = call.projection, call.epilogue
+    dtype = autocast_dtype(call.terms.token)
+    if dtype is None:
+        return call
+    weight, bias, offset = (x if x is None else x.to(dtype) for x in (*projection[:2], epilogue.query_offset))
+    return call._replace(
+        projection=projection._replace(weight=weight, bias=bias), epilogue=epilogue._replace(query_offset=offset)
+    )
+
+
+def normalises_heads(call: Call) -> bool:
+    """Whether the kernel's epilogue can normalise heads: of a width that tiles have, and no gradient is wanted."""
+    wanted = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in call.values())
+    head_dim = call.head_dim
+    is_tile = 16 <= head_dim <= 256 and head_dim & (head_dim - 1) == 0
+    return is_tile and not wanted and autocast_dtype(call.terms.token) is None
+
+
+def _run_embed(*arguments):
+    *fields, reports = arguments
+    call = HIDDEN.rebuild(tuple(fields))
+    module, running = launcher("embed", call.terms.token)
+    with running:
+        return module.embed(call.terms, report(call, reports))
+
+
+def _empty_embed(ids, token, *others):
+    return token.new_empty(*ids.shape, token.shape[1])
+
+
+embed = Operator("embed", f"({HIDDEN.schema}, bool reports) -> Tensor", _run_embed, _empty_embed)
+
+
+# The backward is not given tables, which may have changed since the forward, but their sizes.
+_WITHOUT_TABLES = tuple(name for name in HIDDEN.names if name not in TABLES)
+_BACKWARD_SCHEMA = ", ".join(f"{SCHEMA[name]} {name}" for name in _WITHOUT_TABLES)
+
+
+def _terms(fields):
+    """Terms without tables."""
+    return Terms(**dict.fromkeys(TABLES), **dict(zip(_WITHOUT_TABLES, fields, strict=True)))
+
+
+def _run_embed_backward(grad, *arguments):
+    """Gradients of tables of these sizes; 0: not wanted."""
+    *fields, sizes = arguments
+    module, running = launcher("embed_grad", grad)
+    with running:
+        found = module.embed_backward(grad, _terms(fields), dict(zip(TABLES, sizes, strict=True)))
+    return tuple(found[name] if size else grad.new_empty(0, grad.shape[-1]) for name, size in zip(TABLES, sizes, strict=True))
+
+
+def _empty_embed_backward(grad, *arguments):
+    *_, sizes = arguments
+    return tuple(grad.new_empty(size, grad.shape[-1]) for size in sizes)
+
+
+embed_backward = Operator(
+    "embed_backward",
+    f"(Tensor grad, {_BACKWARD_SCHEMA}, SymInt[] sizes) -> (Tensor, Tensor, Tensor)",
+    _run_embed_backward,
+    _empty_embed_backward,
+)
+
+
+def _save_embed(ctx: Any, inputs, output):
+    named = dict(zip(embed.names, inputs, strict=True))
+    ctx.sizes = [0 if named[name] is None else named[name].shape[0] for name in TABLES]
+    save_inputs(ctx, tuple(named[name] for name in _WITHOUT_TABLES))
+
+
+def _differentiate_embed(ctx, grad):
+    refuse_tangents(grad)
+    wanted, (fields, _) = dict(zip(embed.names, ctx.needs_input_grad, strict=True)), saved_inputs(ctx)
+    sizes = [size if wanted[name] else 0 for name, size in zip(TABLES, ctx.sizes, strict=True)]
+    found = dict(zip(TABLES, embed_backward(grad, *fields, sizes), strict=True))
+    return tuple(found[name] if needed else None for name, needed in wanted.items())
+
+
+embed.register_autograd(_save_embed, _differentiate_embed)
+
+
+def _save_embed_backward(ctx: Any, inputs, output):
+    _, *fields, ctx.sizes = inputs
+    save_inputs(ctx, tuple(fields))
+
+
+def _differentiate_embed_backward(ctx, *grads):
+    """The backward is linear in grad: its transpose sums and drops, as the forward did, what comes for its gradients."""
+    refuse_tangents(*grads)
+    fields, _ = saved_inputs(ctx)
+    terms, sizes = _terms(fields), dict(zip(TABLES, ctx.sizes, strict=True))
+    tables = dict(zip(TABLES, grads, strict=True))
+    if not sizes["token"]:
+        terms, tables["token"] = terms._replace(ids=torch.zeros_like(terms.ids)), grads[0].new_zeros(1, grads[0].shape[1])
+    elif terms.padding_idx >= 0:
+        rows = torch.arange(sizes["token"], device=grads[0].device)
+        tables["token"] = tables["token"].masked_fill((rows == terms.padding_idx)[:, None], 0.0)
+    for table, ids_of in (("position", "position_ids"), ("segment", "segment_ids")):
+        if not sizes[table]:
+            tables[table], terms = None, terms._replace(**{ids_of: None})
+    call = Call(terms._replace(**tables, padding_idx=-1))
+    found = embed(*HIDDEN.flatten(call), False)
+    return found, *(None for _ in fields), None
+
+
+embed_backward.register_autograd(_save_embed_backward, _differentiate_embed_backward)
+
+
+def _run_embed_qkv(call, reports, batch_invariant):
+    module, running = launcher("embed_qkv", call.terms.token)
+    with running:
+        return module.embed_qkv(call._replace(batch_invariant=batch_invariant), report(call, reports))
+
+
+def _run_embed_qkv_backward(call, grads, statistics, options, needs):
+    module, running = launcher("embed_grad", call.terms.token)
+    with running:
+        return module.embed_qkv_backward(call, grads, *statistics, needs)
+
+
+embed_qkv = FrontEnd(
+    "embed_qkv",
+    "bool reports, bool batch_invariant",
+    "mean rstd",
+    _run_embed_qkv,
+    _run_embed_qkv_backward,
+    lambda call, *options: call.empty_outputs(),
+)

@@ -1,0 +1,249 @@
+"""Operators over a Call's fields (torch.ops.pyembed.*): what compilers, exporters, profilers and DTensor see of a call.
+
+Where nobody observes operators, the same functions are called without PyTorch's dispatcher, which takes 0.1 ms on the host for
+some 30 arguments and 0.5 ms with gradients. CUDA tensors run the compiled kernels, CPU tensors the same kernels in Triton's
+interpreter. Kernels are imported at the first call, so that `import pyembed` works where triton is missing.
+"""
+
+import contextlib
+import functools
+import importlib
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from ..call import FRONT_END, LEARNED, TABLES, Call, HiddenQKV
+from ..ids import forget, look, report_of
+
+_is_batched = torch._C._functorch.is_legacy_batchedtensor  # as torch.autograd.grad(is_grads_batched=True) has gradients
+
+
+def is_observed() -> bool:
+    """Whether a compiler, tracer, dispatch mode, torch.func, forward-mode AD or profiler is at work, which see operators.
+
+    A TorchFunctionMode, which torch.set_default_device is too, and a bare ExecutionTraceObserver are not asked."""
+    return bool(
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._ops._len_torch_dispatch_stack_pre_dispatch()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
+        or torch.autograd._profiler_enabled()
+        or torch.autograd.profiler._is_profiler_enabled  # of all threads
+    )
+
+
+def is_strange(tensor: Tensor) -> bool:
+    """Whether its memory does not hold its elements as they are, so that no kernel may read it."""
+    return tensor.is_meta or tensor.is_neg() or tensor._is_zerotensor() or _is_batched(tensor)
+
+
+def is_compiled(tensor: Tensor) -> bool:
+    """Whether kernels over this tensor are compiled, not interpreted."""
+    return tensor.is_cuda
+
+
+@functools.cache
+def kernels(name: str) -> Any:
+    """A module of pyembed.kernels."""
+    return importlib.import_module(f"pyembed.kernels.{name}")
+
+
+def launcher(name: str, tensor: Tensor) -> tuple[Any, contextlib.AbstractContextManager]:
+    """A module of pyembed.kernels for this tensor's device, and the context that its launches need. IndexError: the kernels
+    that ran before met an id without a row; on a CPU, those of this call."""
+    if is_compiled(tensor):
+        look(tensor.device)
+        return kernels(name), _without_autocast("cuda")
+    return kernels("interpreter").load(name), _interpreting(tensor.device)
+
+
+def report(call: Call, reports: bool) -> tuple[Tensor, int]:
+    """Where kernels note an absent row, and the length of sequences, by which it is named. reports: an error follows."""
+    shape = call.terms.ids.shape
+    return report_of(call.terms.token.device, reports), shape[-1] if shape else 1
+
+
+def _without_autocast(device_type):
+    """Products within an operator have the dtypes that it was given."""
+    casts = torch.is_autocast_enabled(device_type)
+    return torch.autocast(device_type, enabled=False) if casts else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _interpreting(device):
+    try:
+        with kernels("interpreter").running(), _without_autocast(device.type):
+            yield
+    except BaseException:
+        forget(device)
+        raise
+    look(device)
+
+
+class Operator:
+    """run(*arguments) as the operator pyembed::name, and as a plain call with the same gradients."""
+
+    def __init__(self, name: str, schema: str, run: Callable, fake: Callable):
+        """schema: arguments and results as PyTorch writes them. fake: empty results, for tensors without values."""
+        self._definition = torch.library.custom_op(f"pyembed::{name}", mutates_args=(), schema=schema)(run)
+        self._definition.register_fake(fake)
+        self.op, self._run, self._function = getattr(torch.ops.pyembed, name).default, run, None
+        self.names = tuple(argument.name for argument in self.op._schema.arguments)
+
+    def register_autograd(self, save: Callable, backward: Callable) -> None:
+        """The same rules for the operator and for the plain call. save(ctx, inputs, outputs); backward(ctx, *gradients)."""
+        self._definition.register_autograd(backward, setup_context=save)
+
+        def forward(ctx, *inputs):
+            outputs = self._run(*inputs)
+            save(ctx, inputs, outputs)
+            return outputs
+
+        members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        self._function = type(self.op._schema.name.rpartition(":")[2], (torch.autograd.Function,), members)
+
+    def __call__(self, *arguments, observed: bool | None = None):
+        """observed: whether the operator itself must run; None: as is_observed says, in a backward for example."""
+        tensors = [value for value in arguments if isinstance(value, Tensor)]
+        if (is_observed() if observed is None else observed) or any(map(is_strange, tensors)):
+            return self.op(*arguments)
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            return self._function.apply(*arguments)
+        return self._run(*arguments)
+
+
+def save_inputs(ctx: Any, inputs: tuple, results: Iterable[Tensor] = ()) -> None:
+    """Keeps an operator's inputs, and those of its results that its backward needs."""
+    ctx.numbers = [None if isinstance(value, Tensor) else value for value in inputs]
+    ctx.save_for_backward(*(value if isinstance(value, Tensor) else None for value in inputs), *results)
+
+
+def saved_inputs(ctx: Any) -> tuple[list, list[Tensor]]:
+    """-> inputs and results that save_inputs kept."""
+    saved = ctx.saved_tensors
+    tensors, results = saved[: len(ctx.numbers)], saved[len(ctx.numbers) :]
+    return [n if t is None else t for t, n in zip(tensors, ctx.numbers, strict=True)], list(results)
+
+
+def refuse_double_backward(ctx: Any, *grads: Tensor | None) -> None:
+    """The backward of a backward that has none."""
+    raise RuntimeError(
+        "pyembed has no gradients of gradients by this plan: run the forward within pyembed.backend('torch') and "
+        "pyembed.plan('one_pass')"
+    )
+
+
+def refuse_tangents(*grads: Tensor | None) -> None:
+    """RuntimeError: of a graph made before forward-mode AD began the operators would lose tangents silently."""
+    tangents = (forward_ad.unpack_dual(grad).tangent for grad in grads if grad is not None)
+    if forward_ad._current_level >= 0 and any(tangent is not None for tangent in tangents):
+        raise RuntimeError(
+            "pyembed's backward has no forward mode: run the forward within it too, or within pyembed.backend('torch')"
+        )
+
+
+def empty_grad(call: Call, name: str, needed: bool) -> Tensor:
+    """A gradient of a learned field, or an empty tensor where it is not needed: an operator returns tensors only."""
+    assert call.projection is not None
+    fields, weight = call.named(), call.projection.weight
+    if name in ("bias", "query_offset"):  # their values are not kept for the backward
+        size = weight.shape[0] if name == "bias" else call.projection.num_heads * call.head_dim
+        return weight.new_empty(size if needed else 0)
+    like = call.terms.token if fields[name] is None else fields[name]
+    return like.new_empty(like.shape if needed else 0)
+
+
+def _tensors(names):
+    return ", ".join(["Tensor"] * len(names))
+
+
+def _split(arguments, first, second):
+    return arguments[:first], arguments[first:second], tuple(arguments[second:])
+
+
+class FrontEnd:
+    """A plan's two operators: pyembed::name, over a Call's fields and the plan's own options, and its backward.
+
+    options: the schema of the plan's own arguments; results: names of what the forward returns behind hidden, query, key and
+    value, for the backward alone. forward(call, *options) -> all of these. backward(call, gradients of the four, results,
+    options, needs: names in LEARNED) -> {name: gradient}. empty(call, *options): the forward's results without values.
+    """
+
+    def __init__(self, name: str, options: str, results: str, forward: Callable, backward: Callable, empty: Callable):
+        self._forward, self._backward, self._empty, self._fields = forward, backward, empty, len(FRONT_END.names)
+        kept, arguments = results.split(), f"{FRONT_END.schema}, {options}"
+        self.outputs = (*HiddenQKV._fields, *kept)
+        self.forward = Operator(name, f"({arguments}) -> ({_tensors(self.outputs)})", self._run_forward, self._fake_forward)
+        inputs = [*(f"Tensor? grad_{output}" for output in HiddenQKV._fields), *(f"Tensor {result}" for result in kept)]
+        self.backward = Operator(
+            f"{name}_backward",
+            f"({', '.join(inputs)}, {arguments}, bool[] needs) -> ({_tensors(LEARNED)})",
+            self._run_backward,
+            self._fake_backward,
+        )
+        self.forward.register_autograd(self._save, self._differentiate)
+        self.backward.register_autograd(lambda ctx, inputs, outputs: None, refuse_double_backward)
+
+    def __call__(self, call: Call, *options, observed: bool) -> tuple[Tensor, ...]:
+        """The forward of a call."""
+        return self.forward(*FRONT_END.flatten(call), *options, observed=observed)
+
+    def _call(self, arguments):
+        return FRONT_END.rebuild(arguments[: self._fields]), arguments[self._fields :]
+
+    def _run_forward(self, *arguments):
+        call, options = self._call(arguments)
+        return self._forward(call, *options)
+
+    def _fake_forward(self, *arguments):
+        call, options = self._call(arguments)
+        return self._empty(call, *options)
+
+    def _parts(self, arguments):
+        """Of the backward's arguments: gradients, results, the call, options, and {name: whether its gradient is needed}."""
+        *arguments, needs = arguments
+        grads, results, arguments = _split(arguments, len(HiddenQKV._fields), len(self.outputs))
+        call, options = self._call(arguments)
+        return grads, results, call, options, dict(zip(LEARNED, needs, strict=True))
+
+    def _run_backward(self, *arguments):
+        grads, results, call, options, needs = self._parts(arguments)
+        found = self._backward(call, grads, results, options, {name for name, needed in needs.items() if needed})
+        return tuple(
+            found[name] if needed and found.get(name) is not None else empty_grad(call, name, needed).zero_()
+            for name, needed in needs.items()
+        )
+
+    def _fake_backward(self, *arguments):
+        _, _, call, _, needs = self._parts(arguments)
+        return tuple(empty_grad(call, name, needed) for name, needed in needs.items())
+
+    def _save(self, ctx, inputs, outputs):
+        results = outputs[len(HiddenQKV._fields) :]
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*results)
+        named = dict(zip(self.forward.names, inputs, strict=True))
+        ctx.has_head_norm = named["query_norm"] is not None
+        unused = dict.fromkeys(("bias", "query_offset", "query_norm", "key_norm"))  # the user may change them meanwhile
+        save_inputs(ctx, tuple((named | unused).values()), results)
+
+    def _differentiate(self, ctx, *grads):
+        refuse_tangents(*grads)
+        if ctx.has_head_norm:
+            raise RuntimeError("pyembed::embed_qkv has no gradient of normalised heads: pyembed.functional.embed_qkv has")
+        wanted = dict(zip(self.forward.names, ctx.needs_input_grad, strict=True))
+        outputs = grads[: len(HiddenQKV._fields)]
+        if all(grad is None for grad in outputs):
+            return (None,) * len(wanted)
+        # The gradient of hidden alone reaches only the tables.
+        reached = LEARNED if any(grad is not None for grad in outputs[1:]) else TABLES
+        needs = [wanted[name] and name in reached for name in LEARNED]
+        inputs, results = saved_inputs(ctx)
+        found = dict(zip(LEARNED, self.backward(*outputs, *results, *inputs, needs), strict=True))
+        needed = dict(zip(LEARNED, needs, strict=True))
+        return tuple(found[name] if needed.get(name) else None for name in wanted)
