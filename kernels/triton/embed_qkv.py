@@ -1,14 +1,14 @@
 """The one-pass kernel: gather, position, norm and QKV projection in one launch.
 
-    hidden = token[ids] + position[places]                          (M, D)  rounded to the table's dtype
+    hidden = token[ids] + position[position_ids]                    (M, D)  rounded to the table's dtype
     normed = LayerNorm(hidden) | RMSNorm(hidden) | hidden           statistics in fp32, rounded to the table's dtype
     qkv    = normed · weightᵀ + bias                                (M, N)  accumulated in fp32
 
-A program owns BLOCK_M tokens and a run of N tiles. It walks its rows once to find their statistics (the first run also
-writes hidden), then once per N tile to project them; in between the rows stay in L2, so memory reads the table once.
+A program has BLOCK_M tokens and a run of column tiles of N. It reads its rows once for their statistics (the first run also
+writes hidden), then once per column tile to project them; in between they stay in L2, so the table is read from memory once.
 
-Normalising rows on their way into the tensor cores costs four times the instructions of the bare product, so for many
-tokens a small launch first folds the norm into the weight, and the product's epilogue applies what is left of it:
+Normalising rows while they are loaded takes four times the instructions of the product alone. So for many tokens a small
+launch first folds the norm into the weight, and the epilogue applies the rest of it:
 
     folded = γ⊙W − mean over D of (γ⊙W)     shift = W·β + b     residual = sum over D of the rounded folded
     qkv    = rstd · (hidden · foldedᵀ − mean ⊗ residual) + shift    exact for any mean, whatever folded was rounded to
