@@ -186,8 +186,8 @@ class ProjectedRows(NamedTuple):
     P: int
     positions: Tensor | None  # (P,) rows of the position table; None: 0 … P−1
     gathered: bool  # position i of the projected ones is that of position_ids[i]
-    tokens: Tensor  # (U,) rows of the token table, the first `count` of which are in use
-    count: Tensor  # (1,) int32
+    tokens: Tensor  # (U,) rows of the token table, of which the first in_use[0] count
+    in_use: Tensor  # (1,) int32
 
 
 def find(ids: Tensor, V: int, position_ids: Tensor | None = None, L: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -205,7 +205,7 @@ def find(ids: Tensor, V: int, position_ids: Tensor | None = None, L: int = 0) ->
 
 
 def projected_rows(terms: Terms, tokens: Tensor, count: Tensor) -> ProjectedRows:
-    """Positions that are few are all projected, else those of position_ids, repeated as they are."""
+    """All positions where the table has no more rows than there are tokens; else those of position_ids, with repetitions."""
     if terms.position is None:
         return ProjectedRows(0, None, False, tokens, count)
     if terms.position_ids is None:
@@ -223,7 +223,7 @@ def prepare(terms: Terms, norm: Norm, which: ProjectedRows) -> tuple[Tensor, Ten
     units = token.new_empty(R, dtype=torch.float32) if token.dtype == torch.float16 else None
     block_m, block_d, warps = tuning.rows(D)
     launch(prepare_kernel, (tuning.cdiv(R, block_m),))(
-        which.tokens, which.positions, which.count, token, terms.position, norm.weight, used, units,
+        which.tokens, which.positions, which.in_use, token, terms.position, norm.weight, used, units,
         (which.P, V, places(terms)), used.stride(0), D, CENTRE=norm.kind == "layer", BLOCK_M=block_m, BLOCK_D=block_d,
         num_warps=warps, **tuning.registers(tuning.device_of(token)),
     )  # fmt: skip
@@ -239,7 +239,7 @@ def project(used: Tensor, weight: Tensor, units: Tensor | None, which: Projected
     out = used.new_empty(R, N, dtype=dtype)
     programs = min(device.multiprocessors, tuning.cdiv(R, tiles.BLOCK_M) * tuning.cdiv(N, tiles.BLOCK_N))
     launch(project_kernel, (programs,))(
-        TensorDescriptor(used, [R, K], [used.stride(0), 1], [tiles.BLOCK_M, tiles.BLOCK_K]), operand, units, which.count, out,
+        TensorDescriptor(used, [R, K], [used.stride(0), 1], [tiles.BLOCK_M, tiles.BLOCK_K]), operand, units, which.in_use, out,
         which.P, N, K, TRANSPOSED=transposed, PRECISION=tuning.precision(weight.dtype), **tiles._asdict(),
         **tuning.registers(device),
     )  # fmt: skip
@@ -268,6 +268,7 @@ def forward(
     """
     call = call._replace(terms=contiguous(call.terms), norm=contiguous(call.norm))
     terms, norm, projection = call[:3]
+    assert projection is not None
     ids, token, M = terms.ids, terms.token, terms.ids.numel()
     if M == 0:
         rows, index, count = (ids.new_zeros(size, dtype=torch.int32) for size in (0, 0, 1))
@@ -286,7 +287,6 @@ def forward(
         # Small projections would lose digits in fp16, so they are kept in fp32.
         dtype = torch.float32 if token.dtype == torch.float16 else token.dtype
         projected = project(used, projection.weight, units, which, dtype)
-        outputs = expand(
-            call, projected, slots, index, shift(projection, norm), which.P, which.gathered, report=report
-        )  # fmt: skip
+        offset = shift(projection, norm)
+        outputs = expand(call, projected, slots, index, offset, which.P, which.gathered, report=report)
     return *outputs, projected, rows, index, count

@@ -226,6 +226,7 @@ def backward(
     grad_hidden, heads, _ = projected_grads(call, grads)
     call = call._replace(terms=contiguous(call.terms), norm=contiguous(call.norm))
     (terms, norm, projection), found = call[:3], {}
+    assert projection is not None
     token, weight = terms.token, projection.weight
     M, D, wide = terms.ids.numel(), token.shape[1], wide_dtype(token.dtype)
     widths = [heads * call.head_dim for heads in projection.groups]
@@ -326,7 +327,7 @@ def _weight_grad(
     launch(weight_grad_kernel, (tuning.cdiv(N, tiles.BLOCK_M) * tuning.cdiv(D, tiles.BLOCK_N),))(
         TensorDescriptor(G, [R, N], [G.stride(0), 1], [tiles.BLOCK_K, tiles.BLOCK_M]),
         TensorDescriptor(used, [R, D], [used.stride(0), 1], [tiles.BLOCK_K, tiles.BLOCK_N]),
-        G, used, total, norm_bias, which.count, grad, (which.P, N, D), G.stride(0), used.stride(0),
+        G, used, total, norm_bias, which.in_use, grad, (which.P, N, D), G.stride(0), used.stride(0),
         PRECISION=tuning.precision(weight.dtype), **tiles._asdict(), **tuning.registers(device),
     )  # fmt: skip
     return grad
@@ -361,7 +362,7 @@ def _finish(
     programs = min(tuning.cdiv(R, block_m), 2 * tuning.device_of(token).multiprocessors)
     partials = grad_used.new_empty(programs, D) if wants_norm_weight else None
     launch(table_kernel, (programs,))(
-        which.tokens, which.positions, which.count, token, terms.position, norm.weight, grad_used, by_token, grad_token,
+        which.tokens, which.positions, which.in_use, token, terms.position, norm.weight, grad_used, by_token, grad_token,
         grad_place, partials, (which.P, V, places(terms), terms.padding_idx), D=D, CENTRE=norm.kind == "layer", BLOCK_M=block_m,
         BLOCK_D=block_d, num_warps=warps, **tuning.registers(tuning.device_of(token)),
     )  # fmt: skip

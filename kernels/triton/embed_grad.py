@@ -321,7 +321,8 @@ def embed_qkv_backward(
     grads: of hidden, query, key and value, in the shapes in which embed_qkv returned them, of any strides, or None. mean, rstd:
     as embed_qkv returned them. The bias and query_offset themselves are not read: their fields may be None.
     """
-    terms, projection = call.terms, call.projection
+    terms, norm, projection = call[:3]
+    assert projection is not None
     grad_hidden, grads_heads, grad_second = projected_grads(call, grads)
     wants_tables = not needs.isdisjoint(TABLES)
     weight, found = projection.weight, {}
@@ -332,7 +333,7 @@ def embed_qkv_backward(
         found["query_offset"] = grad_second.sum(0)
     if grad_qkv is not None and terms.ids.numel():
         normed, normed_dtype = None, weight.dtype if "weight" in needs else None
-        if call.norm.kind != "none":
+        if norm.kind != "none":
             wants_grad = wants_tables or not needs.isdisjoint(("norm_weight", "norm_bias"))
             if wants_grad or normed_dtype:
                 grad_normed = grad_qkv @ weight if wants_grad else None

@@ -331,7 +331,8 @@ def embed_qkv(
 
     report: of tiles.report_absent. folds and tiles: instead of what tuning.py would choose.
     """
-    terms, norm, projection, epilogue = call.terms, call.norm, call.projection, call.epilogue
+    terms, norm, projection, epilogue = call[:4]
+    assert projection is not None
     hidden, query, key, value, mean, rstd = outputs = call.empty_outputs()
     weight, groups, head_dim = projection.weight, projection.groups, call.head_dim
     M, (V, D), N = terms.ids.numel(), terms.token.shape, weight.shape[0]

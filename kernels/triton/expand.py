@@ -130,11 +130,12 @@ def expand(
     each token; neither: its id. offset: (N,) W·β + b. gathered: projected positions are in the order of position_ids, else
     in the table's. factor: of the projected rows.
     """
+    assert call.projection is not None
     (terms, norm), groups = call[:2], call.projection.groups
     ids, token = terms.ids, terms.token
     M, (V, D), N = ids.numel(), token.shape, projected.shape[1]
     head_dim, wide = N // sum(groups), wide_dtype(token.dtype)
-    # Not call.empty_outputs(): entries of a table may have another dtype than what it returns.
+    # Not call.empty_outputs(), which takes the weight's dtype: a table's entries may have another one than token.
     hidden = token.new_empty(*ids.shape, D)
     qkv = tuple(token.new_empty(*ids.shape, heads, head_dim) for heads in groups)
     mean = token.new_empty(M if norm.kind == "layer" else 0, dtype=wide)

@@ -14,7 +14,7 @@ from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 KINDS = 1024  # compiled launches to keep, some 20 KB each; a change of Triton's knobs does not reach those that are kept
-_kinds = {}  # (compiled kernel, its trailing arguments) by the launch's signature
+_kinds: dict = {}  # (compiled kernel, its trailing arguments) by the launch's signature
 _recording = threading.local()
 
 
