@@ -141,7 +141,8 @@ def test_batch_invariant_tiles(dtype, monkeypatch):
     """One configuration for any number of tokens, of which there are several otherwise."""
     pytest.importorskip("triton")
     from pyembed.kernels import embed_qkv, tuning
-    from pyembed.kernels.arguments import Terms
+
+    from pyembed.call import Call, Norm, Projection, Terms
 
     meta = {"dtype": dtype, "device": "meta"}
     tables = (torch.empty(shape, **meta) for shape in ((99, 768), (2304, 768)))
@@ -150,8 +151,9 @@ def test_batch_invariant_tiles(dtype, monkeypatch):
 
     def tiles(M, invariant):
         ids = torch.empty(1, M, dtype=torch.long, device="meta")
-        call = (ids, token, weight, None, Terms(), "rms", gamma, None, 1e-5, (12, 12, 12))
-        launches = record(monkeypatch, tuning, tuning.H100, lambda: embed_qkv.embed_qkv(*call, batch_invariant=invariant))
+        norm, projection = Norm("rms", gamma, None, 1e-5), Projection(weight, None, 12, 12)
+        call = Call(Terms(ids, token), norm, projection, batch_invariant=invariant)
+        launches = record(monkeypatch, tuning, tuning.H100, lambda: embed_qkv.embed_qkv(call))
         return tuple((launch.kernel.__name__, *compiled_in(launch), *launch.options.values()) for launch in launches)
 
     def compiled_in(launch):

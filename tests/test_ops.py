@@ -187,18 +187,17 @@ def test_interpreter_leaves_the_compiler_alone(monkeypatch):
     import aot
     import triton
     from pyembed.kernels import embed_qkv, interpreter, tuning
-    from pyembed.kernels.arguments import Terms
+
+    from pyembed.call import Call, Norm, Projection, Terms
 
     with pyembed.backend("triton"):
         pyembed.EmbeddingQKV(7, 16, 1)(torch.tensor([[1, 2]]))
     assert type(interpreter.load("embed_qkv").embed_qkv_kernel).__name__ == "InterpretedFunction"
     meta = {"dtype": torch.bfloat16, "device": "meta"}
-    arguments = [torch.empty(shape, **meta) for shape in ((9, 64), (48, 64), (48,))]
+    token, weight, bias = (torch.empty(shape, **meta) for shape in ((9, 64), (48, 64), (48,)))
     ids, vector = torch.empty(1, 40, dtype=torch.long, device="meta"), torch.empty(64, **meta)
-    (launch,) = aot.record(
-        monkeypatch, tuning, tuning.H100,
-        lambda: embed_qkv.embed_qkv(ids, *arguments, Terms(), "layer", vector, vector, 1e-5, (1, 1, 1)),
-    )  # fmt: skip
+    call = Call(Terms(ids, token), Norm("layer", vector, vector, 1e-5), Projection(weight, bias, 1, 1))
+    (launch,) = aot.record(monkeypatch, tuning, tuning.H100, lambda: embed_qkv.embed_qkv(call))
     monkeypatch.setattr(triton.knobs.compilation, "always_compile", True)
     assert launch.compile(90).asm["cubin"]
 

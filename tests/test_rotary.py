@@ -8,12 +8,12 @@ import pytest
 import torch
 from conftest import DEVICE
 from numerics import Case
-from pyembed.kernels.arguments import Epilogue, Terms
 from torch import nn
 
 import pyembed
 from pyembed import functional as F
 from pyembed import ops, reference
+from pyembed.call import Call, Epilogue, Norm, Projection, Terms
 from pyembed.rotary import Rotary, rotate
 
 LAYOUTS = {
@@ -239,15 +239,12 @@ def test_a_place_without_a_row_is_nan_by_the_kernel(plan):
     ids, token, weight = (t.to(DEVICE) for t in (torch.tensor([[0, 0, 0, 3]]), torch.randn(3, 6), torch.randn(24, 6)))
     rotation = Rotary(8, 4).to(DEVICE).rotation(ids, torch.tensor([[1, 4, -1, 1]], device=DEVICE))
     module, running = ops.kernels_for("distinct" if plan == "distinct" else "embed_qkv", ids)
-    heads, gamma = (1, 1, 1), torch.ones(6, device=DEVICE)
+    cos, sin, turn_ids, interleaved = rotation
+    epilogue = Epilogue(cos=cos, sin=sin, turn_ids=turn_ids, interleaved=interleaved)
+    norm = Norm("rms", torch.ones(6, device=DEVICE), None, 1e-5)
+    call = Call(Terms(ids, token), norm, Projection(weight, None, 1, 1), epilogue)
     with running:
-        if plan == "distinct":
-            results = module.forward(ids, token, weight, None, None, None, gamma, None, heads, "rms", 1e-5, rotary=rotation)
-        else:
-            results = module.embed_qkv(
-                ids, token, weight, None, Terms(), "rms", gamma, None, 1e-5, heads, Epilogue(rotary=rotation),
-                folds=plan == "folded",
-            )  # fmt: skip
+        results = module.forward(call) if plan == "distinct" else module.embed_qkv(call, folds=plan == "folded")
     query = results[1]
     assert query[0, 0].isfinite().all() and query[0, 1:].isnan().all()
 

@@ -7,8 +7,8 @@ import torch
 from aot import record, report
 
 pytest.importorskip("triton")
+from pyembed.call import Call, Epilogue, Norm, Projection, Terms
 from pyembed.kernels import distinct, distinct_grad, embed, embed_grad, embed_qkv, expand, rotary, tuning
-from pyembed.kernels.arguments import PLAIN, Epilogue, Terms
 
 HALF, FULL = (torch.bfloat16, torch.float16), (torch.float32,)
 
@@ -22,44 +22,45 @@ def reported(*shape):
     return meta(6), shape[-1]
 
 
+def norm_of(kind, D, dtype, affine=True):
+    vector = meta(D, dtype=dtype) if affine else None
+    return Norm(kind, vector if kind != "none" else None, vector if kind == "layer" else None, 1e-5)
+
+
 def front_end(dtype, M, D, N, norm, position, bias=True, affine=True, ids=torch.int64, transposed=False):
     """One call of the launcher over meta tensors."""
     weight = meta(D, N, dtype=dtype).t() if transposed else meta(N, D, dtype=dtype)
-    vector = meta(D, dtype=dtype)
     places, positions = meta(1, M, dtype=ids) if position == "ids" else None, meta(8192, D, dtype=dtype) if position else None
-    embed_qkv.embed_qkv(
-        meta(1, M, dtype=ids), meta(50257, D, dtype=dtype), weight, meta(N, dtype=dtype) if bias else None,
-        Terms(positions, places, report=reported(1, M)), norm, vector if affine and norm != "none" else None,
-        vector if affine and norm == "layer" else None, 1e-5, (1, 1, 1),
-    )  # fmt: skip
+    terms = Terms(meta(1, M, dtype=ids), meta(50257, D, dtype=dtype), positions, places)
+    projection = Projection(weight, meta(N, dtype=dtype) if bias else None, 1, 1)
+    embed_qkv.embed_qkv(Call(terms, norm_of(norm, D, dtype, affine), projection), reported(1, M))
 
 
 def mixed(dtype, M, norm, rotates=False):
     """Under autocast: 16-bit products over a table of another dtype, forward and backward."""
-    token, weight, vector = meta(50257, 768), meta(2304, 768, dtype=torch.bfloat16), meta(768, dtype=dtype)
-    token, terms = token.to(dtype), Terms(meta(8192, 768, dtype=dtype), report=reported(1, M))
+    terms = Terms(meta(1, M), meta(50257, 768, dtype=dtype), meta(8192, 768, dtype=dtype))
     cos = meta(8192, 32, dtype=torch.float32)
-    epilogue = Epilogue(rotary=(cos, cos, None, False)) if rotates else PLAIN
-    affine = (vector if norm != "none" else None, vector if norm == "layer" else None)
-    bias = meta(2304, dtype=torch.bfloat16)
-    *_, mean, rstd = embed_qkv.embed_qkv(meta(1, M), token, weight, bias, terms, norm, *affine, 1e-5, (12, 12, 12), epilogue)
+    epilogue = Epilogue(cos=cos, sin=cos) if rotates else Epilogue()
+    projection = Projection(meta(2304, 768, dtype=torch.bfloat16), meta(2304, dtype=torch.bfloat16), 12, 12)
+    call = Call(terms, norm_of(norm, 768, dtype), projection, epilogue)
+    *_, mean, rstd = embed_qkv.embed_qkv(call, reported(1, M))
     if norm != "none":
-        rows, grad, terms = meta(M, 768, dtype=dtype), meta(M, 768, dtype=torch.bfloat16), terms._replace(report=None)
-        embed_grad.norm_backward(meta(1, M), token, terms, *affine, mean, rstd, grad, rows, True, torch.bfloat16)
+        rows, grad = meta(M, 768, dtype=dtype), meta(M, 768, dtype=torch.bfloat16)
+        embed_grad.norm_backward(call, mean, rstd, grad, rows, True, torch.bfloat16)
 
 
 def backward(dtype, M, D, norm, position):
-    vector, rows = meta(D, dtype=dtype), meta(M, D, dtype=dtype)
+    rows, terms = meta(M, D, dtype=dtype), Terms(meta(1, M), meta(50257, D, dtype=dtype))
+    if position:
+        terms = terms._replace(position=meta(8192, D, dtype=dtype))
     mean, rstd = meta(M if norm == "layer" else 0, dtype=torch.float32), meta(M, dtype=torch.float32)
+    vector = meta(D, dtype=dtype)
+    call = Call(terms, Norm(norm, vector, vector if norm == "layer" else None))
     for wanted in (rows, None):  # with frozen tables and norm, only normed is computed
-        embed_grad.norm_backward(
-            meta(1, M), meta(50257, D, dtype=dtype), Terms(meta(8192, D, dtype=dtype) if position else None), vector,
-            vector if norm == "layer" else None, mean, rstd, wanted, wanted, wanted is not None, dtype,
-        )  # fmt: skip
+        embed_grad.norm_backward(call, mean, rstd, wanted, wanted, wanted is not None, dtype)
     embed_grad.table_grad(rows, meta(M), 50257)
     for told in (reported(1, M), None):  # of a forward, and within the backward of embed_qkv
-        terms = Terms(meta(8192, D, dtype=dtype) if position else None, report=told)
-        embed.embed(meta(1, M), meta(50257, D, dtype=dtype), terms)
+        embed.embed(terms, told)
 
 
 def distinct_rows(dtype, M, D, N, norm, position, trains=True, affine=True, index=None, transposed=False):
@@ -67,24 +68,15 @@ def distinct_rows(dtype, M, D, N, norm, position, trains=True, affine=True, inde
     weight = meta(D, N, dtype=dtype).t() if transposed else meta(N, D, dtype=dtype)
     B, T = (2, M // 2) if position is True else (1, M)
     L = 1024 if position == "ids" else 8 * M
-    tables = meta(50257, D, dtype=dtype), weight, meta(N, dtype=dtype), meta(L, D, dtype=dtype) if position else None
     places = meta(B, T) if position in ("ids", "gathered") else None
-    vector = meta(D, dtype=dtype) if affine and norm != "none" else None
-    norm_bias = vector if norm == "layer" else None
     given = (None, None) if index is None else (meta(M // 3, dtype=index), meta(B * T, dtype=index))
-    heads = (1, 1, 1)
-    token, weight, bias, table = tables
-    arguments = (token, weight, bias, table, places, vector, norm_bias)
-    *_, mean, rstd, projected, rows, index, count = distinct.forward(
-        meta(B, T), *arguments, heads, norm, 1e-5, *given, None, reported(B, T)
-    )
+    terms = Terms(meta(B, T), meta(50257, D, dtype=dtype), meta(L, D, dtype=dtype) if position else None, places)
+    call = Call(terms, norm_of(norm, D, dtype, affine), Projection(weight, meta(N, dtype=dtype), 1, 1))
+    hidden, query, key, value, *found = distinct.forward(call, *given, reported(B, T))
     if trains:
-        grads = [meta(B * T, N // 3, dtype=dtype) for _ in heads]
-        distinct_grad.backward(
-            meta(B * T, D, dtype=dtype), grads, meta(B, T), token, weight, table, places, vector, norm_bias, mean, rstd,
-            projected, rows, index, count, heads, norm, -1,
-            [True] * 3 + [bool(position), vector is not None, norm_bias is not None],
-        )  # fmt: skip
+        needs = {"token", "weight", "bias"}
+        needs |= {f"norm_{part}" for part in ("weight", "bias") if getattr(call.norm, part) is not None}
+        distinct_grad.backward(call, (hidden, query, key, value), *found, needs | ({"position"} if position else set()))
 
 
 def look_up(dtype, M, D, N, norm, position, entries):
@@ -92,57 +84,56 @@ def look_up(dtype, M, D, N, norm, position, entries):
     token, table = meta(50257, D, dtype=dtype), meta(1024, D, dtype=dtype) if position else None
     projected = meta(50257 + (1024 if position else 0), N, dtype=entries)
     offset = meta(N, dtype=torch.float32) if position else None
-    norm = norm if position else "none"
-    report = reported(1, M)
-    expand.look_up(meta(1, M), token, table, None, projected, offset, norm, 1e-5, (1, 1, 1), 0.5, None, report)
+    norm = Norm(norm if position else "none", eps=1e-5)
+    call = Call(Terms(meta(1, M), token, table), norm, Projection(meta(N, D, dtype=dtype), None, 1, 1))
+    expand.look_up(call, projected, offset, 0.5, reported(1, M))
 
 
 def turned(dtype, M, rotary_dim, interleaved, given=False, many=True):
     """The kernels that turn heads, of 64 columns each: one pass, a batch's and a table's expand, and the way back."""
     cos = meta(M if given else 8192, rotary_dim // 2, dtype=torch.float32)
-    rotation = (cos, cos, None if given else meta(M), interleaved)
-    token, weight, vector = meta(50257, 768, dtype=dtype), meta(2304, 768, dtype=dtype), meta(768, dtype=dtype)
-    heads, ids = (12, 12, 12), meta(1, M)
-    report, epilogue = reported(1, M), Epilogue(rotary=rotation)
-    embed_qkv.embed_qkv(ids, token, weight, None, Terms(report=report), "rms", vector, None, 1e-5, heads, epilogue)
+    epilogue = Epilogue(cos=cos, sin=cos, turn_ids=None if given else meta(M), interleaved=interleaved)
+    terms, report = Terms(meta(1, M), meta(50257, 768, dtype=dtype)), reported(1, M)
+    projection = Projection(meta(2304, 768, dtype=dtype), None, 12, 12)
+    call = Call(terms, norm_of("rms", 768, dtype), projection, epilogue)
+    embed_qkv.embed_qkv(call, report)
     if many:
-        distinct.forward(ids, token, weight, None, None, None, vector, None, heads, "rms", 1e-5, None, None, rotation, report)
+        distinct.forward(call, report=report)
         projected, offset = meta(50257 + 1024, 2304, dtype=dtype), meta(2304, dtype=torch.float32)
-        position = meta(1024, 768, dtype=dtype)
-        expand.look_up(ids, token, position, None, projected, offset, "layer", 1e-5, heads, 1.0, rotation, report)
-        rotary.turn_back(meta(1, M, 12, 64, dtype=dtype), rotation)
+        terms = terms._replace(position=meta(1024, 768, dtype=dtype))
+        expand.look_up(call._replace(terms=terms, norm=Norm("layer", eps=1e-5)), projected, offset, report=report)
+        rotary.turn_back(meta(1, M, 12, 64, dtype=dtype), epilogue)
 
 
 def terms(dtype, M, norm):
     """Hidden of many terms, forward and backward: segments, scale and dropout, with a table of positions or computed ones."""
     token, segment, seed = meta(50257, 768, dtype=dtype), meta(2, 768, dtype=dtype), meta(1)
-    weight, vector, ids = meta(2304, 768, dtype=dtype), meta(768, dtype=dtype), meta(2, M // 2)
-    affine = (vector if norm != "none" else None, vector if norm == "layer" else None)
+    ids, sines = meta(2, M // 2), meta(2, 768)
     several = [
-        Terms(meta(8192, 768, dtype=dtype), None, segment, ids, None, seed, 0.1),
-        Terms(meta(2, 768), None, None, None, 27.7),
-        Terms(meta(2, 768), ids, segment, None, 27.7, seed, 0.1),
+        Terms(ids, token, meta(8192, 768, dtype=dtype), None, segment, ids, seed, None, 0.1),
+        Terms(ids, token, sines, scale=27.7),
+        Terms(ids, token, sines, ids, segment, None, seed, 27.7, 0.1),
     ]
     for each in several:
-        forward = each._replace(report=reported(2, M // 2))
-        embed.embed(ids, token, forward)
-        *_, mean, rstd = embed_qkv.embed_qkv(ids, token, weight, None, forward, norm, *affine, 1e-5, (12, 12, 12))
+        call = Call(each, norm_of(norm, 768, dtype), Projection(meta(2304, 768, dtype=dtype), None, 12, 12))
+        embed.embed(each, reported(2, M // 2))
+        *_, mean, rstd = embed_qkv.embed_qkv(call, reported(2, M // 2))
+        rows = meta(M, 768, dtype=dtype)
         if norm != "none":
-            rows = meta(M, 768, dtype=dtype)
-            embed_grad.norm_backward(ids, token, each, *affine, mean, rstd, rows, rows, True, dtype)
-        elif each.dropout:
-            embed.drop_again(meta(M, 768, dtype=dtype), each.dropout)
+            embed_grad.norm_backward(call, mean, rstd, rows, rows, True, dtype)
+        elif each.seed is not None:
+            embed.drop_again(rows, each)
 
 
 def ends(dtype, M, head_dim, norms, second, interleaved, first, norm="rms"):
     """Epilogues: heads normalised, a second query, turns and heads before tokens, as they may come together."""
-    token, weight, vector = meta(50257, 768, dtype=dtype), meta(48 * head_dim, 768, dtype=dtype), meta(768, dtype=dtype)
     cos, head = meta(8192, head_dim // 2, dtype=torch.float32), meta(head_dim, dtype=dtype) if norms else None
-    rotation = None if interleaved is None else (cos, cos, None, interleaved)
-    more = meta(16 * head_dim, dtype=dtype) if second else None
-    epilogue = Epilogue(head, head, 1e-6, more, rotation, first)
-    affine, terms = None if norm == "none" else vector, Terms(report=reported(2, M // 2))
-    embed_qkv.embed_qkv(meta(2, M // 2), token, weight, None, terms, norm, affine, None, 1e-5, (16,) * 3, epilogue)
+    epilogue = Epilogue(head, head, meta(16 * head_dim, dtype=dtype) if second else None, head_eps=1e-6, heads_first=first)
+    if interleaved is not None:
+        epilogue = epilogue._replace(cos=cos, sin=cos, interleaved=interleaved)
+    terms = Terms(meta(2, M // 2), meta(50257, 768, dtype=dtype))
+    projection = Projection(meta(48 * head_dim, 768, dtype=dtype), None, 16, 16)
+    embed_qkv.embed_qkv(Call(terms, norm_of(norm, 768, dtype), projection, epilogue), reported(2, M // 2))
 
 
 def launches(device):

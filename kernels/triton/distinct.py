@@ -1,21 +1,27 @@
-"""The `distinct` plan: each distinct token and each position is projected once, then gathered.
+"""The `distinct` plan: project each distinct token and each position once, then gather.
 
     find     marks the ids that occur, numbers them by a prefix sum and lists them          U stays on the device
     prepare  used = rows of positions, then of distinct tokens, centred, times γ            (P + U, D)
     project  projected = used · weightᵀ, by a persistent product that reads U from memory   (P + U, N)
-    expand   hidden = token[ids] + position[places], and its statistics                     (M, D)
-             qkv = rstd · (projected[P + slot] + projected[place]) + W·β + b                (M, N)
+    expand   hidden = token[ids] + position[position_ids], and its statistics               (M, D)
+             qkv = rstd · (projected[P + slot] + projected[position_ids]) + W·β + b         (M, N)
 
-Exact, because a norm's linear part distributes over the sum: only rstd depends on the pair. Buffers have room for min(M, V)
-distinct rows and nothing waits for the host, so one CUDA graph captures the plan and replays it with other ids.
+Exact, because the linear part of a norm distributes over the sum: only rstd depends on both. Buffers have room for min(M, V)
+distinct rows and the host is never waited for, so a CUDA graph can capture the plan and replay it with other ids.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from pyembed.call import Call, Norm, Projection, Terms, wide_dtype
+
 from . import tuning
+from .arguments import contiguous, places
 from .expand import expand
 from .launch import launch, on_device
 from .tiles import dot, load_places, load_rows
@@ -174,9 +180,19 @@ def shift_kernel(
     tl.store(shift + n, acc, mask=n < N)
 
 
-def find(ids, V, position_ids=None, L=0):
-    """The distinct ids of a batch -> rows (min(M, V),), of which count (1,) are in use, ascending, and slots (V,), each one's
-    number among them. A token whose id or place has no row does not count."""
+class ProjectedRows(NamedTuple):
+    """Which rows of the tables are projected: P positions, then the batch's distinct tokens."""
+
+    P: int
+    positions: Tensor | None  # (P,) rows of the position table; None: 0 … P−1
+    gathered: bool  # position i of the projected ones is that of position_ids[i]
+    tokens: Tensor  # (U,) rows of the token table, of which the first in_use[0] count
+    in_use: Tensor  # (1,) int32
+
+
+def find(ids: Tensor, V: int, position_ids: Tensor | None = None, L: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """The distinct ids of a batch: rows (min(M, V),), ascending, count (1,) of those in use, and slots (V,), the place of each
+    among them. A token whose id or position has no row is left out."""
     M = ids.numel()
     ids, position_ids = tuning.dense(ids, position_ids)
     seen = ids.new_zeros(V, dtype=torch.int8)
@@ -188,34 +204,34 @@ def find(ids, V, position_ids=None, L=0):
     return rows, count, slots
 
 
-def places(position, position_ids, M, T):
-    """Which positions are projected -> how many, their rows (None: 0 … P−1), whether in the order of position_ids."""
-    if position is None:
-        return 0, None, False
-    if position_ids is None:
-        return T, None, False
-    if position.shape[0] <= M:
-        return position.shape[0], None, False
-    return position_ids.numel(), position_ids.reshape(-1), True
+def projected_rows(terms: Terms, tokens: Tensor, count: Tensor) -> ProjectedRows:
+    """All positions where the table has no more rows than there are tokens; else those of position_ids, with repetitions."""
+    if terms.position is None:
+        return ProjectedRows(0, None, False, tokens, count)
+    if terms.position_ids is None:
+        return ProjectedRows(terms.length, None, False, tokens, count)
+    if places(terms) <= terms.ids.numel():
+        return ProjectedRows(places(terms), None, False, tokens, count)
+    return ProjectedRows(terms.position_ids.numel(), terms.position_ids.reshape(-1), True, tokens, count)
 
 
-def prepare(rows, place_rows, count, token, position, norm, norm_weight, P):
-    """-> used (P + U, D), rows at multiples of 16 bytes, and units (P + U,) for fp16, else None."""
-    V, D = token.shape
-    R = P + rows.numel()
+def prepare(terms: Terms, norm: Norm, which: ProjectedRows) -> tuple[Tensor, Tensor | None]:
+    """used (P + U, D), rows at multiples of 16 bytes, and in fp16 units (P + U,): what each row was divided by."""
+    token, (V, D) = terms.token, terms.token.shape
+    R = which.P + which.tokens.numel()
     used = tuning.padded(token, R, D)
     units = token.new_empty(R, dtype=torch.float32) if token.dtype == torch.float16 else None
     block_m, block_d, warps = tuning.rows(D)
-    shape = (P, V, 0 if position is None else position.shape[0])
     launch(prepare_kernel, (tuning.cdiv(R, block_m),))(
-        rows, place_rows, count, token, position, norm_weight, used, units, shape, used.stride(0), D, CENTRE=norm == "layer",
-        BLOCK_M=block_m, BLOCK_D=block_d, num_warps=warps, **tuning.registers(tuning.device_of(token)),
+        which.tokens, which.positions, which.in_use, token, terms.position, norm.weight, used, units,
+        (which.P, V, places(terms)), used.stride(0), D, CENTRE=norm.kind == "layer", BLOCK_M=block_m, BLOCK_D=block_d,
+        num_warps=warps, **tuning.registers(tuning.device_of(token)),
     )  # fmt: skip
     return used, units
 
 
-def project(used, weight, units, count, P, dtype):
-    """used (P + U, K) · weightᵀ, weight (N, K) of any strides -> (P + U, N) of dtype; rows past P + count are not written."""
+def project(used: Tensor, weight: Tensor, units: Tensor | None, which: ProjectedRows, dtype: torch.dtype) -> Tensor:
+    """used (P + U, K) · weightᵀ, weight (N, K) of any strides -> (P + U, N) of dtype; rows not in use are not written."""
     (R, K), N = used.shape, weight.shape[0]
     device = tuning.device_of(weight)
     tiles = tuning.project(N, K, weight.dtype, device)
@@ -223,53 +239,54 @@ def project(used, weight, units, count, P, dtype):
     out = used.new_empty(R, N, dtype=dtype)
     programs = min(device.multiprocessors, tuning.cdiv(R, tiles.BLOCK_M) * tuning.cdiv(N, tiles.BLOCK_N))
     launch(project_kernel, (programs,))(
-        TensorDescriptor(used, [R, K], [used.stride(0), 1], [tiles.BLOCK_M, tiles.BLOCK_K]), operand, units, count, out, P, N,
-        K, TRANSPOSED=transposed, PRECISION=tuning.precision(weight.dtype), **tiles._asdict(), **tuning.registers(device),
+        TensorDescriptor(used, [R, K], [used.stride(0), 1], [tiles.BLOCK_M, tiles.BLOCK_K]), operand, units, which.in_use, out,
+        which.P, N, K, TRANSPOSED=transposed, PRECISION=tuning.precision(weight.dtype), **tiles._asdict(),
+        **tuning.registers(device),
     )  # fmt: skip
     return out
 
 
-def shift(weight, bias, norm_bias):
+def shift(projection: Projection, norm: Norm) -> Tensor | None:
     """W·β + b (N,), or None where there is neither."""
-    if norm_bias is None:
+    (bias,) = tuning.dense(projection.bias)
+    if norm.bias is None:
         return bias
-    N, D = weight.shape
-    total = weight.new_empty(N, dtype=torch.promote_types(weight.dtype, torch.float32))
+    weight, (N, D) = projection.weight, projection.weight.shape
+    total = weight.new_empty(N, dtype=wide_dtype(weight.dtype))
     grid = (tuning.cdiv(N, tuning.FOLD["BLOCK_N"]),)
-    launch(shift_kernel, grid)(weight, bias, norm_bias, total, N, *weight.stride(), D, **tuning.FOLD)
+    launch(shift_kernel, grid)(weight, bias, norm.bias, total, N, *weight.stride(), D, **tuning.FOLD)
     return total
 
 
 def forward(
-    ids, token, weight, bias, position, position_ids, norm_weight, norm_bias, heads, norm, eps, rows=None, index=None,
-    rotary=None, report=None,
-):  # fmt: skip
-    """Arguments as of embed_qkv; rows (U,) and index (M,) where the batch's distinct ids are known.
+    call: Call, rows: Tensor | None = None, index: Tensor | None = None, report: tuple | None = None
+) -> tuple[Tensor, ...]:
+    """hidden, query, key, value, mean and rstd as embed_qkv has them, projected (P + U, N), rows, index and count (1,).
 
-    -> hidden, query, key, value, mean, rstd as embed_qkv; projected (P + U, N), rows, index (M,) and count (1,) of the rows.
+    rows (U,), index (M,) or like ids: the batch's distinct ids and the place of each token's among them, where they are known;
+    else they are found here, int32. Of call.epilogue only the rotary turn is applied. report: of tiles.report_absent.
     """
-    M, T = ids.numel(), ids.shape[-1] if ids.dim() else 1
-    token, position, bias, norm_weight, norm_bias = tuning.dense(token, position, bias, norm_weight, norm_bias)
-    ids, position_ids, rows, index = tuning.dense(ids, position_ids, rows, index)
-    P, place_rows, gathered = places(position, position_ids, M, T)
+    call = call._replace(terms=contiguous(call.terms), norm=contiguous(call.norm))
+    terms, norm, projection = call[:3]
+    assert projection is not None
+    ids, token, M = terms.ids, terms.token, terms.ids.numel()
     if M == 0:
-        empty = [ids.new_zeros(size, dtype=torch.int32) for size in (0, 0, 1)]
-        projected = token.new_empty(0, weight.shape[0])
-        return *expand(ids, token, None, None, projected, None, None, None, norm, eps, heads, 0, False), projected, *empty
+        rows, index, count = (ids.new_zeros(size, dtype=torch.int32) for size in (0, 0, 1))
+        projected = token.new_empty(0, projection.weight.shape[0])
+        return *expand(call, projected, None, None, None, 0, False), projected, rows, index, count
     with on_device(token):
         slots = None
         if rows is None:
-            rows, count, slots = find(ids, token.shape[0], position_ids, 0 if position is None else position.shape[0])
+            rows, count, slots = find(ids, token.shape[0], terms.position_ids, places(terms))
             index = ids.new_empty(M, dtype=torch.int32)
         else:
+            rows, index = tuning.dense(rows, index.reshape(-1))
             count = ids.new_full((1,), rows.numel(), dtype=torch.int32)
-        used, units = prepare(rows, place_rows, count, token, position, norm, norm_weight, P)
-        # In fp16 small projections would lose digits, so they stay in fp32.
+        which = projected_rows(terms, rows, count)
+        used, units = prepare(terms, norm, which)
+        # Small projections would lose digits in fp16, so they are kept in fp32.
         dtype = torch.float32 if token.dtype == torch.float16 else token.dtype
-        projected = project(used, weight, units, count, P, dtype)
-        offset = shift(weight, bias, norm_bias)
-        outputs = expand(
-            ids, token, position, position_ids, projected, slots, index, offset, norm, eps, heads, P, gathered, rotary=rotary,
-            report=report,
-        )  # fmt: skip
+        projected = project(used, projection.weight, units, which, dtype)
+        offset = shift(projection, norm)
+        outputs = expand(call, projected, slots, index, offset, which.P, which.gathered, report=report)
     return *outputs, projected, rows, index, count

@@ -2,7 +2,7 @@
 
     total     = Σ grad_qkv[m]                                  grad of W·β + b                                   (N,)
     G[P + u]  = Σ rstd[m]·grad_qkv[m] over the tokens of id u   G[p] likewise over those at position p           (P + U, N)
-    dot[m]    = grad_qkv[m] · (projected[P + slot] + projected[place])         rstd's own gradient               (M,)
+    dot[m]    = grad_qkv[m] · (projected[P + slot] + projected[position_ids])  the gradient of rstd              (M,)
     grad_sum  = grad_hidden − rstd³/D · dot · (hidden − mean)                                                      (M, D)
     grad_weight = Gᵀ·used + total ⊗ β       grad_used = G·weight              used as in distinct.py
     a table's row = Σ grad_sum over its tokens + centred (γ ⊙ its row of grad_used)
@@ -13,12 +13,15 @@ One pass over grad_qkv gives total, the positions' rows of G and dot; a second, 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import distinct, tuning
-from .arguments import Terms
-from .distinct import load_used
-from .embed_grad import embed_qkv_backward, position_grad, table_grad
+from pyembed.call import Call, Norm, Terms, wide_dtype
+
+from . import tuning
+from .arguments import contiguous, period, places, terms_arguments
+from .distinct import ProjectedRows, load_used, prepare, project, projected_rows
+from .embed_grad import embed_qkv_backward, position_grad, projected_grads, table_grad
 from .launch import launch, on_device
 from .tiles import dot, find_rows, find_tile, load_hidden, load_places, load_rows
 
@@ -204,92 +207,101 @@ def table_kernel(
 
 
 def backward(
-    grad_hidden, grads_qkv, ids, token, weight, position, position_ids, norm_weight, norm_bias, mean, rstd, projected, rows,
-    index, count, heads, norm, padding_idx, needs,
-):  # fmt: skip
-    """Gradients of (token, weight, bias, position, norm_weight, norm_bias), None where `needs` says no.
+    call: Call,
+    grads: tuple[Tensor | None, ...],
+    mean: Tensor,
+    rstd: Tensor,
+    projected: Tensor,
+    rows: Tensor,
+    index: Tensor,
+    count: Tensor,
+    needs: set[str],
+) -> dict[str, Tensor]:
+    """Gradients by name, as embed_qkv_backward returns them; mean … count: as distinct.forward returned them.
 
-    grad_hidden (M, D) and grads_qkv [(M, n)] of query, key and value, any of them None, of any strides; the others as
-    distinct.forward returned them. fp16 takes the backward of the one-pass kernel: sums of rstd·grad would leave its range.
+    fp16 takes the backward of the one-pass kernel: sums of rstd·grad would leave its range.
     """
-    M, (V, D), N = ids.numel(), token.shape, weight.shape[0]
-    if M == 0 or token.dtype == torch.float16 or all(grad is None for grad in grads_qkv):
-        terms = Terms(position, position_ids)
-        return embed_qkv_backward(
-            grad_hidden, grads_qkv, ids, token, weight, terms, norm_weight, norm_bias, mean, rstd, heads, padding_idx,
-            [*needs, False],
-        )[:6]  # fmt: skip
-    needs_token, needs_weight, needs_bias, needs_position, needs_norm_weight, needs_norm_bias = needs
-    needs_tables, wide = needs_token or needs_position, torch.promote_types(token.dtype, torch.float32)
-    shape, T = tuple(ids.shape), ids.shape[-1] if ids.dim() else 1
-    widths = [N // sum(heads) * h for h in heads]
-    grads = [ids.new_zeros(M, n, dtype=token.dtype) if g is None else g for g, n in zip(grads_qkv, widths, strict=True)]
-    grad_hidden, *grads = tuning.dense(grad_hidden, *grads)
-    token, position, norm_weight, norm_bias = tuning.dense(token, position, norm_weight, norm_bias)
-    ids, position_ids, rows, index = tuning.dense(ids, position_ids, rows, index)
-    P, place_rows, gathered = distinct.places(position, position_ids, M, T)
-    scales, means = rstd if norm != "none" else None, mean if norm == "layer" else None
+    if call.terms.ids.numel() == 0 or call.terms.token.dtype == torch.float16 or all(grad is None for grad in grads[1:]):
+        return embed_qkv_backward(call, grads, mean, rstd, needs)
+    grad_hidden, heads, _ = projected_grads(call, grads)
+    call = call._replace(terms=contiguous(call.terms), norm=contiguous(call.norm))
+    (terms, norm, projection), found = call[:3], {}
+    assert projection is not None
+    token, weight = terms.token, projection.weight
+    M, D, wide = terms.ids.numel(), token.shape[1], wide_dtype(token.dtype)
+    widths = [heads * call.head_dim for heads in projection.groups]
+    heads = [token.new_zeros(M, n) if grad is None else grad for grad, n in zip(heads, widths, strict=True)]
+    grad_hidden, rows, index, *heads = tuning.dense(grad_hidden, rows, index.reshape(-1), *heads)
+    which = projected_rows(terms, rows, count)
+    means, scales = mean if norm.kind == "layer" else None, rstd if norm.kind != "none" else None
+    wants_tables = "token" in needs or "position" in needs
     with on_device(token):
         order = torch.sort(index, stable=True)
-        G = tuning.padded(token, P + rows.numel(), N).zero_()  # given rows may be more than the batch names
-        total, dots = _stream(grads, projected, index, position_ids, scales, needs_tables, G, P, T, gathered, position)
+        G = tuning.padded(token, which.P + rows.numel(), sum(widths)).zero_()  # given rows may be more than the batch names
+        total, dots = _stream(heads, projected, index, terms, scales, wants_tables, G, which)
         start = 0
-        for grad in grads:
-            table_grad(grad, index, rows.numel(), weights=scales, order=order, out=G[P:, start : start + grad.shape[1]])
-            start += grad.shape[1]
-        grad_weight = grad_sum = grad_token = grad_position = by_token = None
-        if needs_weight:
-            used, _ = distinct.prepare(rows, place_rows, count, token, position, norm, norm_weight, P)
-            grad_weight = _weight_grad(G, used, total, norm_bias, count, weight, P)
-        if needs_tables:
-            grad_sum = grad_hidden if scales is None else _grad_sum(
-                ids, position_ids, token, position, means, scales, dots, grad_hidden, T
-            )  # fmt: skip
-        if needs_token:
-            grad_token = token.new_zeros(V, D)
-            by_token = grad_sum if grad_sum is None else table_grad(
-                grad_sum, index, rows.numel(), order=order, out=token.new_zeros(rows.numel(), D, dtype=wide)
-            )  # fmt: skip
-        grad_place = token.new_empty(P, D, dtype=wide) if needs_position else None
-        partials = None
-        if needs_tables or needs_norm_weight:
-            grad_used = distinct.project(G, weight.t(), None, count, P, wide)
-            partials = _finish(
-                rows, place_rows, count, token, position, norm_weight,
-                grad_used, by_token, grad_token, grad_place, needs_norm_weight, norm, padding_idx, P,
-            )  # fmt: skip
-        if needs_position:
-            grad_position = _position_grad(grad_sum, grad_place, shape, position_ids, gathered, position.shape[0], wide)
-            grad_position = grad_position.to(token.dtype)
-    return (
-        grad_token,
-        grad_weight,
-        total.to(token.dtype) if needs_bias else None,
-        grad_position,
-        partials.sum(0).to(norm_weight.dtype) if needs_norm_weight else None,
-        (weight * total[:, None]).sum(0).to(norm_bias.dtype) if needs_norm_bias else None,
-    )
+        for grad, n in zip(heads, widths, strict=True):
+            out = G[which.P :, start : start + n]
+            table_grad(grad, index, rows.numel(), weights=scales, order=order, out=out)
+            start += n
+        if "weight" in needs:
+            used, _ = prepare(terms, norm, which)
+            found["weight"] = _weight_grad(G, used, total, norm.bias, weight, which)
+        grad_sum = by_token = grad_token = grad_place = None
+        if wants_tables:
+            grad_sum = grad_hidden if scales is None else _grad_sum(terms, means, scales, dots, grad_hidden)
+        if "token" in needs:
+            found["token"] = grad_token = torch.zeros_like(token)
+            if grad_sum is not None:
+                by_token = token.new_zeros(rows.numel(), D, dtype=wide)
+                table_grad(grad_sum, index, rows.numel(), order=order, out=by_token)
+        if "position" in needs:
+            grad_place = token.new_empty(which.P, D, dtype=wide)
+        if wants_tables or "norm_weight" in needs:
+            grad_used = project(G, weight.t(), None, which, wide)
+            grad_norm_weight = _finish(terms, norm, which, grad_used, by_token, grad_token, grad_place, "norm_weight" in needs)
+            if "norm_weight" in needs:
+                found["norm_weight"] = grad_norm_weight
+        if "position" in needs:
+            found["position"] = _position_grad(grad_sum, grad_place, terms, which.gathered)
+    if "bias" in needs:
+        found["bias"] = total.to(token.dtype)
+    if "norm_bias" in needs:
+        found["norm_bias"] = (weight * total[:, None]).sum(0).to(norm.bias.dtype)
+    return found
 
 
-def _stream(grads, projected, index, position_ids, rstd, wants_dots, G, P, T, gathered, position):
-    """One pass over the gradients: fills the positions' rows of G, -> total (N,), dots (column blocks, M) or None."""
-    M, N, L = index.numel(), projected.shape[1], 0 if position is None else position.shape[0]
-    period = T if position_ids is None else position_ids.numel()
-    by_id = position_ids is not None and not gathered  # several tokens of a walk may share a position
-    wide = torch.promote_types(projected.dtype, torch.float32)
+def _stream(
+    grads: list[Tensor],
+    projected: Tensor,
+    index: Tensor,
+    terms: Terms,
+    rstd: Tensor | None,
+    wants_dots: bool,
+    G: Tensor,
+    which: ProjectedRows,
+) -> tuple[Tensor, Tensor | None]:
+    """One pass over the gradients of query, key and value: fills the positions' rows of G.
+
+    Returns total (N,), and dots (column blocks, M) or None.
+    """
+    M, N, P, T = index.numel(), projected.shape[1], which.P, period(terms)
+    position_ids = terms.position_ids
+    by_id = position_ids is not None and not which.gathered  # tokens that are summed together may differ in position
+    wide = wide_dtype(projected.dtype)
     block_m, block_n = tuning.stream(N)
     step, sums = min(M, 1024), None
     if P and not by_id:
-        step, sums = period, G[:P]
-    elif P and period < M:
-        step, sums = period, projected.new_empty(period, N, dtype=wide)
+        step, sums = T, G[:P]
+    elif P and T < M:
+        step, sums = T, projected.new_empty(T, N, dtype=wide)
     row_blocks, column_blocks = tuning.cdiv(step, block_m), sum(tuning.cdiv(grad.shape[1], block_n) for grad in grads)
     totals = projected.new_empty(row_blocks, N, dtype=wide)
     dots = projected.new_empty(column_blocks, M, dtype=wide) if rstd is not None and wants_dots else None
-    shape = (M, step, period, L, P, projected.shape[0] - P, grads[0].shape[1], grads[1].shape[1])
+    shape = (M, step, T, places(terms), P, projected.shape[0] - P, grads[0].shape[1], grads[1].shape[1])
     launch(qkv_kernel, (row_blocks, column_blocks))(
         tuple(grads), projected, index, position_ids, rstd, dots, sums, totals, shape, 0 if sums is None else sums.stride(0),
-        PLACED=P > 0, GATHERED=gathered, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=4,
+        PLACED=P > 0, GATHERED=which.gathered, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=4,
         **tuning.registers(tuning.device_of(projected)),
     )  # fmt: skip
     if by_id:
@@ -304,7 +316,10 @@ def _stream(grads, projected, index, position_ids, rstd, wants_dots, G, P, T, ga
     return totals.sum(0), dots
 
 
-def _weight_grad(G, used, total, norm_bias, count, weight, P):
+def _weight_grad(
+    G: Tensor, used: Tensor, total: Tensor, norm_bias: Tensor | None, weight: Tensor, which: ProjectedRows
+) -> Tensor:
+    """Gᵀ·used + total ⊗ β: (N, D) in weight's dtype."""
     (R, N), D = G.shape, used.shape[1]
     device = tuning.device_of(weight)
     tiles = tuning.weight_grad(N, D, weight.dtype, device)
@@ -312,48 +327,56 @@ def _weight_grad(G, used, total, norm_bias, count, weight, P):
     launch(weight_grad_kernel, (tuning.cdiv(N, tiles.BLOCK_M) * tuning.cdiv(D, tiles.BLOCK_N),))(
         TensorDescriptor(G, [R, N], [G.stride(0), 1], [tiles.BLOCK_K, tiles.BLOCK_M]),
         TensorDescriptor(used, [R, D], [used.stride(0), 1], [tiles.BLOCK_K, tiles.BLOCK_N]),
-        G, used, total, norm_bias, count, grad, (P, N, D), G.stride(0), used.stride(0),
+        G, used, total, norm_bias, which.in_use, grad, (which.P, N, D), G.stride(0), used.stride(0),
         PRECISION=tuning.precision(weight.dtype), **tiles._asdict(), **tuning.registers(device),
     )  # fmt: skip
     return grad
 
 
-def _grad_sum(ids, position_ids, token, position, mean, rstd, dots, grad_hidden, T):
-    M, (V, D) = ids.numel(), token.shape
+def _grad_sum(terms: Terms, mean: Tensor | None, rstd: Tensor, dots: Tensor, grad_hidden: Tensor | None) -> Tensor:
+    """grad_hidden − rstd³/D · dot · (hidden − mean): (M, D), hidden gathered again."""
+    token, M, (V, D) = terms.token, terms.ids.numel(), terms.token.shape
     block_m, block_d = tuning.streaming(D, token.dtype)
     out = token.new_empty(M, D)
-    terms = Terms(position, position_ids)
-    shape = (M, terms.period(T), V, terms.places, dots.shape[0])
+    shape = (M, period(terms), V, places(terms), dots.shape[0])
     launch(sum_kernel, (tuning.cdiv(M, block_m), tuning.cdiv(D, block_d)))(
-        ids, terms.arguments(), token, mean, rstd, dots, grad_hidden, out, shape, D=D, BLOCK_M=block_m, BLOCK_D=block_d,
-        num_warps=4,
+        terms.ids, terms_arguments(terms), token, mean, rstd, dots, grad_hidden, out, shape, D=D, BLOCK_M=block_m,
+        BLOCK_D=block_d, num_warps=4,
     )  # fmt: skip
     return out
 
 
 def _finish(
-    rows, place_rows, count, token, position, norm_weight, grad_used, by_token, grad_token, grad_place, wants_gamma, norm,
-    padding_idx, P,
-):  # fmt: skip
-    (V, D), R = token.shape, grad_used.shape[0]
+    terms: Terms,
+    norm: Norm,
+    which: ProjectedRows,
+    grad_used: Tensor,
+    by_token: Tensor | None,
+    grad_token: Tensor | None,
+    grad_place: Tensor | None,
+    wants_norm_weight: bool,
+) -> Tensor | None:
+    """Fills grad_token (V, D) and grad_place (P, D); returns the gradient (D,) of the norm's weight, where it is wanted."""
+    token, (V, D), R = terms.token, terms.token.shape, grad_used.shape[0]
     block_m, block_d, warps = tuning.rows(D)
     programs = min(tuning.cdiv(R, block_m), 2 * tuning.device_of(token).multiprocessors)
-    partials = grad_used.new_empty(programs, D) if wants_gamma else None
-    L = 0 if position is None else position.shape[0]
+    partials = grad_used.new_empty(programs, D) if wants_norm_weight else None
     launch(table_kernel, (programs,))(
-        rows, place_rows, count, token, position, norm_weight, grad_used, by_token, grad_token, grad_place, partials,
-        (P, V, L, padding_idx), D=D, CENTRE=norm == "layer", BLOCK_M=block_m, BLOCK_D=block_d, num_warps=warps,
-        **tuning.registers(tuning.device_of(token)),
+        which.tokens, which.positions, which.in_use, token, terms.position, norm.weight, grad_used, by_token, grad_token,
+        grad_place, partials, (which.P, V, places(terms), terms.padding_idx), D=D, CENTRE=norm.kind == "layer", BLOCK_M=block_m,
+        BLOCK_D=block_d, num_warps=warps, **tuning.registers(tuning.device_of(token)),
     )  # fmt: skip
-    return partials
+    return None if partials is None else partials.sum(0).to(norm.weight.dtype)
 
 
-def _position_grad(grad_sum, grad_place, shape, position_ids, gathered, L, wide):
-    """(L, D): through hidden and rstd by token, through the projection by its row."""
+def _position_grad(grad_sum: Tensor | None, grad_place: Tensor, terms: Terms, gathered: bool) -> Tensor:
+    """(L, D): grad_sum by token, and grad_place (P, D) by projected position."""
+    L, wide = places(terms), grad_place.dtype
     grad = grad_place.new_zeros(L, grad_place.shape[1])
     if grad_sum is not None:
-        grad = position_grad(grad_sum, shape, position_ids, L, dtype=wide)
+        grad = position_grad(grad_sum, terms.length, terms.position_ids, L, dtype=wide)
     if gathered:
-        return grad.add_(table_grad(grad_place, position_ids.reshape(-1), L))
-    grad[: grad_place.shape[0]] += grad_place
-    return grad
+        grad.add_(table_grad(grad_place, terms.position_ids.reshape(-1), L))
+    else:
+        grad[: grad_place.shape[0]] += grad_place
+    return grad.to(terms.token.dtype)

@@ -1,10 +1,14 @@
-"""hidden = dropout(scale·token[ids] + segment[kinds] + position[places]) in one pass, bound by memory alone."""
+"""One pass, limited by memory bandwidth: hidden = dropout(scale·token[ids] + segment[segment_ids] + position[position_ids])."""
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from pyembed.call import Terms
 
 from . import tuning
+from .arguments import dropout, period, places, terms_arguments
 from .launch import launch, on_device
 from .tiles import drop, find_rows, load_hidden
 
@@ -30,18 +34,17 @@ def embed_kernel(
     tl.store(hidden + m[:, None] * D + d[None, :], h, mask=(m < M)[:, None] & (d < D)[None, :])
 
 
-def embed(ids, token, terms, absent=float("nan")):
-    """ids (..., T), token (V, D), terms: Terms -> hidden (..., T, D), `absent` where a row is."""
-    M, T = ids.numel(), ids.shape[-1] if ids.dim() else 1
-    V, D = token.shape
-    hidden = token.new_empty(*ids.shape, D)
+def embed(terms: Terms, report: tuple | None = None, absent: float = float("nan")) -> Tensor:
+    """hidden (..., T, D) in token's dtype. absent: its elements where an id has no row; report: of tiles.report_absent."""
+    M, (V, D) = terms.ids.numel(), terms.token.shape
+    hidden = terms.token.new_empty(*terms.ids.shape, D)
     if hidden.numel() == 0:
         return hidden
-    rows, columns = tuning.streaming(D, token.dtype)
-    ids, token = tuning.dense(ids, token)
+    rows, columns = tuning.streaming(D, hidden.dtype)
+    ids, token = tuning.dense(terms.ids, terms.token)
     with on_device(token):
         launch(embed_kernel, (tuning.cdiv(M, rows), tuning.cdiv(D, columns)))(
-            ids, terms.arguments(), token, hidden, absent, (M, terms.period(T), V, terms.places), D=D, BLOCK_M=rows,
+            ids, terms_arguments(terms, report), token, hidden, absent, (M, period(terms), V, places(terms)), D=D, BLOCK_M=rows,
             BLOCK_D=columns, num_warps=4, **tuning.registers(tuning.device_of(token)),
         )  # fmt: skip
     return hidden
@@ -65,13 +68,13 @@ def drop_kernel(
     tl.store(out + place, drop(tl.load(x + place, mask=inside, other=0.0), dropout, m, d, ACC), mask=inside)
 
 
-def drop_again(grad, dropout):
-    """The gradient (M, D) of hidden after its dropout -> before: the same elements are dropped."""
+def drop_again(grad: Tensor, terms: Terms) -> Tensor:
+    """The gradient (M, D) of hidden -> that of hidden before dropout, which draws the same elements again from the seed."""
     (M, D), (grad,) = grad.shape, tuning.dense(grad)
     out = torch.empty_like(grad)
     rows, columns = tuning.streaming(D, grad.dtype)
     with on_device(grad):
         launch(drop_kernel, (tuning.cdiv(M, rows), tuning.cdiv(D, columns)))(
-            grad, out, dropout, M, D, BLOCK_M=rows, BLOCK_D=columns, num_warps=4
+            grad, out, dropout(terms), M, D, BLOCK_M=rows, BLOCK_D=columns, num_warps=4
         )
     return out

@@ -1,21 +1,26 @@
 """Gradients of the front end. No atomics and no host synchronisation: every sum has one fixed order.
 
     grad_normed = grad_qkv · weight                  grad_weight = grad_qkvᵀ · normed          by matrix product
-    grad_sum    = norm's backward (grad_normed) + grad_hidden                     (M, D), rows re-gathered, not saved
-    grad_token[v] = Σ grad_sum[m] over the tokens m with ids[m] = v               likewise for the position table
+    grad_sum    = norm's backward (grad_normed) + grad_hidden                     (M, D), rows gathered again, not saved
+    grad_token[v] = Σ grad_sum[m] over the tokens m with ids[m] = v               likewise for the other tables
 
-Table gradients sort the ids once (stable, so the order of the sum is fixed). A run of equal ids is cut at multiples of
-CHUNK: a run within one chunk is summed and written at once; the pieces of a longer run go to a small buffer, which a
-second launch sums in order. So a token that fills half of the batch costs no more than any other half.
+Table gradients are segment sums over ids that are sorted once per batch (stable, so the order of each sum is fixed). A run of
+equal ids is cut at multiples of CHUNK: a run within one chunk is summed and written at once; the pieces of a longer run go to a
+small buffer, which a second launch sums in order. So one frequent token costs no more than many rare ones.
 """
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from pyembed.call import TABLES, Call, Terms, wide_dtype
 
 from . import tuning
+from .arguments import dropout, period, places, terms_arguments
 from .embed import drop_again, embed
 from .launch import launch, on_device
+from .rotary import turn_back
 from .tiles import drop, find_rows, load_hidden
 
 CHUNK = 64
@@ -162,19 +167,28 @@ def join_kernel(
         tl.store(grad + row * stride_gv + d, acc.to(grad.dtype.element_ty), mask=d < D)
 
 
-def table_grad(rows, ids, size, padding_idx=-1, dtype=None, weights=None, order=None, out=None):
-    """Gradient of a table of `size` rows: rows (M, D), times weights (M,), summed by ids (M,); ids outside the table have none.
+def table_grad(
+    rows: Tensor,
+    ids: Tensor,
+    size: int,
+    padding_idx: int = -1,
+    dtype: torch.dtype | None = None,
+    weights: Tensor | None = None,
+    order: tuple[Tensor, Tensor] | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """The gradient (size, D) of a table: rows (M, D), times weights (M,), summed by ids (M,); ids without a row are left out.
 
     order: torch.sort(ids, stable=True), where it is known. out: (size, D), of which only rows that an id names are written.
     """
     M, D = rows.shape
-    rows = rows.contiguous()  # sum().backward() hands down an expanded gradient of stride 0
+    rows = rows.contiguous()  # sum().backward() passes an expanded gradient of stride 0
     grad = rows.new_zeros(size, D, dtype=dtype or rows.dtype) if out is None else out
     if M == 0 or D == 0:
         return grad
     ids, order = torch.sort(ids, stable=True) if order is None else order
     chunks = tuning.cdiv(M, CHUNK)
-    pieces = rows.new_empty(2, chunks, D, dtype=torch.promote_types(rows.dtype, torch.float32))
+    pieces = rows.new_empty(2, chunks, D, dtype=wide_dtype(rows.dtype))
     block_m, block_d = tuning.segment(D)
     tiles = {"D": D, "CHUNK": CHUNK, "BLOCK_M": block_m, "BLOCK_D": block_d, "num_warps": 4}
     with on_device(rows):
@@ -185,13 +199,12 @@ def table_grad(rows, ids, size, padding_idx=-1, dtype=None, weights=None, order=
     return grad
 
 
-def position_grad(rows, shape, position_ids, size, dtype=None):
-    """Gradient of a position table of `size` rows: rows (M, D) of ids with this shape, summed by position."""
+def position_grad(rows: Tensor, T: int, position_ids: Tensor | None, size: int, dtype: torch.dtype | None = None) -> Tensor:
+    """The gradient (size, D) of a position table: rows (M, D) of sequences of T tokens, summed by position."""
     dtype = dtype or rows.dtype
-    T = shape[-1] if shape else 1
     if position_ids is not None and position_ids.numel() == rows.shape[0]:
         return table_grad(rows, position_ids.reshape(-1), size, dtype=dtype)
-    wide = torch.promote_types(rows.dtype, torch.float32)
+    wide = wide_dtype(rows.dtype)
     per_place = rows.view(-1, T, rows.shape[1]).sum(0, dtype=wide) if rows.numel() else rows.new_zeros(T, rows.shape[1])
     if position_ids is not None:
         return table_grad(per_place, position_ids.reshape(-1), size, dtype=dtype)
@@ -200,121 +213,150 @@ def position_grad(rows, shape, position_ids, size, dtype=None):
     return grad
 
 
-def segment_grad(rows, shape, segment_ids, size):
-    """Gradient of a segment table of `size` rows: rows (M, D) of ids with this shape; segment_ids None: all are 0."""
+def segment_grad(rows: Tensor, T: int, segment_ids: Tensor | None, size: int) -> Tensor:
+    """The gradient (size, D) of a segment table; without segment_ids every token takes row 0."""
     if segment_ids is not None:
-        return position_grad(rows, shape, segment_ids, size)
+        return position_grad(rows, T, segment_ids, size)
     grad = rows.new_zeros(size, rows.shape[1])
-    grad[0] = rows.sum(0, dtype=torch.promote_types(rows.dtype, torch.float32))
+    grad[0] = rows.sum(0, dtype=wide_dtype(rows.dtype))
     return grad
 
 
-def norm_backward(ids, token, terms, norm_weight, norm_bias, mean, rstd, grad_normed, grad_hidden, wants_sum, normed_dtype):
-    """grad_normed (M, D) -> grad_sum (M, D), before dropout, normed (M, D), grad_norm_weight (D,), grad_norm_bias (D,); what is
-    not wanted comes as None, normed where it has no dtype. Without grad_normed only normed is computed."""
-    M, T = ids.numel(), ids.shape[-1] if ids.dim() else 1
-    V, D = token.shape
-    affine_like = norm_bias if norm_weight is None else norm_weight
+def norm_backward(
+    call: Call,
+    mean: Tensor,
+    rstd: Tensor,
+    grad_normed: Tensor | None,
+    grad_hidden: Tensor | None,
+    wants_sum: bool,
+    normed_dtype: torch.dtype | None,
+) -> tuple[Tensor | None, ...]:
+    """grad_sum (M, D), which is before dropout, normed (M, D), and the gradients (D,) of the norm's weight and bias.
+
+    None: not wanted (grad_sum without wants_sum, normed without normed_dtype), or the norm has none. grad_normed, grad_hidden:
+    (M, D); without grad_normed only normed is computed.
+    """
+    terms, norm = call.terms, call.norm
+    M, (V, D) = terms.ids.numel(), terms.token.shape
+    affine_like = norm.bias if norm.weight is None else norm.weight
     wants_affine = grad_normed is not None and affine_like is not None
+    ids, token, norm_weight, norm_bias = tuning.dense(terms.ids, terms.token, norm.weight, norm.bias)
     block_m, block_d, warps = tuning.rows(D)
     programs = min(tuning.cdiv(M, block_m), 2 * tuning.device_of(token).multiprocessors)
     grad_sum = token.new_empty(M, D) if wants_sum else None
     normed = token.new_empty(M, D, dtype=normed_dtype) if normed_dtype else None
     partials = token.new_empty(2, programs, D, dtype=rstd.dtype) if wants_affine else None
-    ids, token, norm_weight, norm_bias = tuning.dense(ids, token, norm_weight, norm_bias)
     with on_device(token):
         launch(norm_backward_kernel, (programs,))(
-            ids,
-            terms.arguments(),
-            token,
-            norm_weight,
-            norm_bias,
-            mean if mean.numel() else None,
-            rstd,
-            grad_normed,
-            grad_hidden,
-            grad_sum,
-            normed,
-            partials,
-            (M, terms.period(T), V, terms.places),
-            D=D,
-            BLOCK_M=block_m,
-            BLOCK_D=block_d,
-            num_warps=warps,
-            **tuning.registers(tuning.device_of(token)),
-        )
+            ids, terms_arguments(terms), token, norm_weight, norm_bias, mean if mean.numel() else None, rstd, grad_normed,
+            grad_hidden, grad_sum, normed, partials, (M, period(terms), V, places(terms)), D=D, BLOCK_M=block_m,
+            BLOCK_D=block_d, num_warps=warps, **tuning.registers(tuning.device_of(token)),
+        )  # fmt: skip
     affine = (None, None) if partials is None else (share.sum(0).to(affine_like.dtype) for share in partials)
     return grad_sum, normed, *affine
 
 
-def packed(grads, widths):
-    """Gradients of query, key and value, [(M, n)] of any strides or None, as one matrix (M, N); None where all are."""
-    if all(grad is None for grad in grads):
+def tables_grad(grad_sum: Tensor, terms: Terms, sizes: dict[str, int]) -> dict[str, Tensor]:
+    """Gradients of the tables by that of hidden before its dropout (M, D). sizes: rows by name; 0 or missing: not wanted."""
+    T, found = terms.length, {}
+    if size := sizes.get("token"):
+        weights = None
+        if terms.scale is not None:
+            weights = grad_sum.new_full(grad_sum.shape[:1], terms.scale, dtype=wide_dtype(grad_sum.dtype))
+        found["token"] = table_grad(grad_sum, terms.ids.reshape(-1), size, terms.padding_idx, weights=weights)
+    if size := sizes.get("position"):
+        found["position"] = position_grad(grad_sum, T, terms.position_ids, size)
+    if size := sizes.get("segment"):
+        found["segment"] = segment_grad(grad_sum, T, terms.segment_ids, size)
+    return found
+
+
+def embed_backward(grad: Tensor, terms: Terms, sizes: dict[str, int]) -> dict[str, Tensor]:
+    """Gradients of the tables by that of hidden (..., T, D), of any strides; sizes: as of tables_grad.
+
+    The tables themselves are not read: terms may come without them.
+    """
+    grad = grad.reshape(terms.ids.numel(), grad.shape[-1])
+    return tables_grad(grad if dropout(terms) is None else drop_again(grad, terms), terms, sizes)
+
+
+def projected_grads(call: Call, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, list[Tensor | None], Tensor | None]:
+    """Undo the epilogue: gradients of hidden (M, D), of query, key and value as projected (M, n), and of the second query.
+
+    grads: of hidden, query, key and value, in the shapes in which the forward returned them, of any strides, or None.
+    """
+    ids, epilogue = call.terms.ids, call.epilogue
+    hidden, *heads = grads
+    if epilogue.heads_first and ids.dim():
+        heads = [None if grad is None else grad.transpose(-3, -2) for grad in heads]
+    query, second = heads[0], None
+    if query is not None and query.dim() == ids.dim() + 3:
+        second = _matrix(query[1], ids)
+        heads[0] = query.sum(0)
+    if epilogue.cos is not None:
+        heads[:2] = [None if grad is None else turn_back(grad, epilogue) for grad in heads[:2]]
+    hidden, *heads = (None if grad is None else _matrix(grad, ids) for grad in (hidden, *heads))
+    return hidden, heads, second
+
+
+def _matrix(grad, ids):
+    """(..., T, n) or (..., T, h, d_h) -> (M, n)."""
+    return grad.reshape(ids.numel(), grad.shape[ids.dim() :].numel())
+
+
+def concatenated(grads: list[Tensor | None], widths: list[int]) -> Tensor | None:
+    """Gradients of query, key and value (M, n), of any strides or None, as one matrix (M, N); None where all are None."""
+    like = next((grad for grad in grads if grad is not None), None)
+    if like is None:
         return None
-    (like,) = [grad for grad in grads if grad is not None][:1]
-    zeros = (like.new_zeros(like.shape[0], n) if g is None else g for g, n in zip(grads, widths, strict=True))
+    zeros = (like.new_zeros(like.shape[0], n) if grad is None else grad for grad, n in zip(grads, widths, strict=True))
     return torch.cat(tuple(zeros), 1)
 
 
-def tables_grad(grad_sum, ids, terms, padding_idx, sizes):
-    """Gradients of tables of tokens, positions and segments of these sizes (0: not wanted, None), by that of hidden before its
-    dropout (M, D)."""
-    rows, places, kinds = sizes
-    shape, M, weights = tuple(ids.shape), grad_sum.shape[0], None
-    if rows and terms.scale is not None:
-        weights = grad_sum.new_full((M,), terms.scale, dtype=torch.promote_types(grad_sum.dtype, torch.float32))
-    return (
-        table_grad(grad_sum, ids.reshape(-1), rows, padding_idx, weights=weights) if rows else None,
-        position_grad(grad_sum, shape, terms.position_ids, places) if places else None,
-        segment_grad(grad_sum, shape, terms.segment_ids, kinds) if kinds else None,
-    )
-
-
-def embed_backward(grad, ids, terms, padding_idx, sizes):
-    """Gradients of tables as tables_grad has them, by that of hidden (M, D)."""
-    return tables_grad(grad if terms.dropout is None else drop_again(grad, terms.dropout), ids, terms, padding_idx, sizes)
-
-
 def embed_qkv_backward(
-    grad_hidden, grads_qkv, ids, token, weight, terms, norm_weight, norm_bias, mean, rstd, heads, padding_idx, needs
-):
-    """Gradients of (token, weight, bias, position, norm_weight, norm_bias, segment), None where `needs` says no.
+    call: Call, grads: tuple[Tensor | None, ...], mean: Tensor, rstd: Tensor, needs: set[str]
+) -> dict[str, Tensor]:
+    """Gradients, by name, of those of pyembed.call.LEARNED that are in needs; one that nothing reaches is missing.
 
-    grad_hidden (M, D) and grads_qkv [(M, n)] of query, key and value, any of them None, of any strides. mean and rstd as
-    embed_qkv returned them; heads: how many of query, key and value.
+    grads: of hidden, query, key and value, in the shapes in which embed_qkv returned them, of any strides, or None. mean, rstd:
+    as embed_qkv returned them. The bias and query_offset themselves are not read: their fields may be None.
     """
-    needs_token, needs_weight, needs_bias, needs_position, needs_norm_weight, needs_norm_bias, needs_segment = needs
-    needs_sum = needs_token or needs_position or needs_segment
-    grad_weight = grad_bias = grad_norm_weight = grad_norm_bias = None
+    terms, norm, projection = call[:3]
+    assert projection is not None
+    grad_hidden, grads_heads, grad_second = projected_grads(call, grads)
+    wants_tables = not needs.isdisjoint(TABLES)
+    weight, found = projection.weight, {}
     grad_sum = None if grad_hidden is None else grad_hidden.contiguous()
-    grad_qkv = packed(grads_qkv, [weight.shape[0] // sum(heads) * h for h in heads])
-    drops = terms.dropout is not None and needs_sum
-    if grad_qkv is not None and ids.numel():
-        normed = None
-        if rstd.numel():
-            wants_grad = needs_sum or needs_norm_weight or needs_norm_bias
-            if wants_grad or needs_weight:
-                new_sum, normed, grad_norm_weight, grad_norm_bias = norm_backward(
-                    ids, token, terms, norm_weight, norm_bias, mean, rstd, grad_qkv @ weight if wants_grad else None, grad_sum,
-                    needs_sum, weight.dtype if needs_weight else None,
-                )  # fmt: skip
-                grad_sum, drops = new_sum if needs_sum else None, False
+    grad_qkv = concatenated(grads_heads, [heads * call.head_dim for heads in projection.groups])
+    drops = dropout(terms) is not None and wants_tables
+    if grad_second is not None and "query_offset" in needs:
+        found["query_offset"] = grad_second.sum(0)
+    if grad_qkv is not None and terms.ids.numel():
+        normed, normed_dtype = None, weight.dtype if "weight" in needs else None
+        if norm.kind != "none":
+            wants_grad = wants_tables or not needs.isdisjoint(("norm_weight", "norm_bias"))
+            if wants_grad or normed_dtype:
+                grad_normed = grad_qkv @ weight if wants_grad else None
+                grad_sum, normed, found["norm_weight"], found["norm_bias"] = norm_backward(
+                    call, mean, rstd, grad_normed, grad_sum, wants_tables, normed_dtype
+                )
+                drops = False
         else:
-            if needs_weight:
-                normed = embed(ids, token, terms, 0.0).view(-1, token.shape[1]).to(weight.dtype)
-            if needs_sum and grad_sum is not None and grad_sum.dtype == weight.dtype:
+            if normed_dtype:
+                normed = embed(terms, absent=0.0).view(-1, terms.token.shape[1]).to(normed_dtype)
+            if wants_tables and grad_sum is not None and grad_sum.dtype == weight.dtype:
                 grad_sum = torch.addmm(grad_sum, grad_qkv, weight)
-            elif needs_sum:
-                reached = (grad_qkv @ weight).to(token.dtype)
+            elif wants_tables:
+                reached = (grad_qkv @ weight).to(terms.token.dtype)
                 grad_sum = reached if grad_sum is None else grad_sum + reached
-        grad_weight = grad_qkv.t() @ normed if needs_weight else None
-        grad_bias = grad_qkv.sum(0) if needs_bias else None
-    grad_token = grad_position = grad_segment = None
+        if normed_dtype:
+            found["weight"] = grad_qkv.t() @ normed
+        if "bias" in needs:
+            found["bias"] = grad_qkv.sum(0)
     if grad_sum is not None:
         if drops:
-            grad_sum = drop_again(grad_sum, terms.dropout)
-        sizes = (token.shape[0], terms.places, 0 if terms.segment is None else terms.segment.shape[0])
-        needed = (needs_token, needs_position, needs_segment)
-        sizes = [size if need else 0 for size, need in zip(sizes, needed, strict=True)]
-        grad_token, grad_position, grad_segment = tables_grad(grad_sum, ids, terms, padding_idx, sizes)
-    return grad_token, grad_weight, grad_bias, grad_position, grad_norm_weight, grad_norm_bias, grad_segment
+            grad_sum = drop_again(grad_sum, terms)
+        sizes = {"token": terms.token.shape[0], "position": places(terms)}
+        sizes["segment"] = 0 if terms.segment is None else terms.segment.shape[0]
+        found |= tables_grad(grad_sum, terms, {name: size for name, size in sizes.items() if name in needs})
+    return {name: grad for name, grad in found.items() if name in needs and grad is not None}

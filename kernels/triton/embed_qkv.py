@@ -1,14 +1,14 @@
 """The one-pass kernel: gather, position, norm and QKV projection in one launch.
 
-    hidden = token[ids] + position[places]                          (M, D)  rounded to the table's dtype
+    hidden = token[ids] + position[position_ids]                    (M, D)  rounded to the table's dtype
     normed = LayerNorm(hidden) | RMSNorm(hidden) | hidden           statistics in fp32, rounded to the table's dtype
     qkv    = normed · weightᵀ + bias                                (M, N)  accumulated in fp32
 
-A program owns BLOCK_M tokens and a run of N tiles. It walks its rows once to find their statistics (the first run also
-writes hidden), then once per N tile to project them; in between the rows stay in L2, so memory reads the table once.
+A program has BLOCK_M tokens and a run of column tiles of N. It reads its rows once for their statistics (the first run also
+writes hidden), then once per column tile to project them; in between they stay in L2, so the table is read from memory once.
 
-Normalising rows on their way into the tensor cores costs four times the instructions of the bare product, so for many
-tokens a small launch first folds the norm into the weight, and the product's epilogue applies what is left of it:
+Normalising rows while they are loaded takes four times the instructions of the product alone. So for many tokens a small
+launch first folds the norm into the weight, and the epilogue applies the rest of it:
 
     folded = γ⊙W − mean over D of (γ⊙W)     shift = W·β + b     residual = sum over D of the rounded folded
     qkv    = rstd · (hidden · foldedᵀ − mean ⊗ residual) + shift    exact for any mean, whatever folded was rounded to
@@ -19,9 +19,12 @@ import functools
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from pyembed.call import Call, Norm, Projection, wide_dtype
 
 from . import tuning
-from .arguments import PLAIN
+from .arguments import are_many, epilogue_arguments, needs, period, places, terms_arguments
 from .launch import launch, on_device
 from .tiles import (
     count_tiles,
@@ -287,15 +290,17 @@ def embed_qkv_folded_kernel(
         store_projected(acc, out, m, M, n0, width, first, query, key, None, epilogue, HEAD_DIM, HALF, BLOCK_M, BLOCK_N)
 
 
-def fold(weight, bias, norm, norm_weight, norm_bias, pairs):
-    """weight (N, D) -> folded (N, D) with rows at multiples of 16 bytes, shift (N,), residual (N,) or None.
+def fold(projection: Projection, norm: Norm, pairs: dict[str, int]) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The norm folded into the projection: folded (N, D), rows at multiples of 16 bytes, shift (N,), residual (N,) or None.
 
-    pairs: HEAD_DIM and HALF of the rotary pairs that come to stand side by side."""
+    pairs: HEAD_DIM and HALF; the rows of rotary pairs are moved side by side.
+    """
+    weight = projection.weight
     N, D = weight.shape
     folded = tuning.padded(weight, N, D)
-    statistics = torch.promote_types(weight.dtype, torch.float32)
-    shift = weight.new_empty(N, dtype=statistics)
-    residual = weight.new_empty(N, dtype=statistics) if norm == "layer" else None
+    bias, norm_weight, norm_bias = tuning.dense(projection.bias, norm.weight, norm.bias)
+    shift = weight.new_empty(N, dtype=wide_dtype(weight.dtype))
+    residual = torch.empty_like(shift) if norm.kind == "layer" else None
     grid = (tuning.cdiv(N, tuning.FOLD["BLOCK_N"]),)
     options = {**tuning.FOLD, **tuning.registers(tuning.device_of(weight))}
     launch(fold_kernel, grid)(
@@ -306,8 +311,8 @@ def fold(weight, bias, norm, norm_weight, norm_bias, pairs):
 
 
 @functools.lru_cache(1024)
-def configure(M, N, D, heads, dtype, weight_dtype, device, normed, needs, folds, tiles, batch_invariant):
-    """-> whether to fold the norm into the weight, tiles, options of the launch, and how many programs share a row's tiles."""
+def configure(M, N, D, groups, dtype, weight_dtype, device, normed, needs, folds, tiles, batch_invariant):
+    """Whether to fold the norm into the weight, tiles, options of the launch, and how many programs share a row's tiles."""
     size = tuning.INVARIANT if batch_invariant else M
     if folds is None:
         folds = tuning.folds(size, dtype) and weight_dtype == dtype
@@ -315,53 +320,47 @@ def configure(M, N, D, heads, dtype, weight_dtype, device, normed, needs, folds,
     if tiles is None:
         choose = tuning.embed_qkv_folded if folds else tuning.embed_qkv
         tiles = choose(size, N, D, weight_dtype, device, *needs)
-    query, key = (tuning.cdiv(N // sum(heads) * h, tiles.BLOCK_N) for h in heads[:2])
+    query, key = (tuning.cdiv(N // sum(groups) * heads, tiles.BLOCK_N) for heads in groups[:2])
     return folds, tiles, {**tiles._asdict(), **tuning.registers(device)}, tuning.runs(M, query + 2 * key, tiles, device)
 
 
 def embed_qkv(
-    ids, token, weight, bias, terms, norm, norm_weight, norm_bias, eps, heads, epilogue=PLAIN, folds=None, tiles=None,
-    batch_invariant=False,
-):  # fmt: skip
-    """ids (..., T), token (V, D), weight (N, D), bias (N,), terms: Terms of hidden, norm "layer", "rms" or "none", heads:
-    how many of query, key and value, epilogue: Epilogue -> hidden (..., T, D), query, key and value (..., T, h, d_h), or
-    (..., h, T, d_h) where heads come first, mean (M,) and rstd (M,), the last two empty where the norm has none.
+    call: Call, report: tuple | None = None, folds: bool | None = None, tiles: tuning.Tiles | None = None
+) -> tuple[Tensor, ...]:
+    """hidden, query, key, value, mean and rstd, of the shapes and dtypes of call.empty_outputs().
 
-    weight and bias may have another dtype than token: that of query, key and value.
-
-    With a second query, query is (2, ..., T, h, d_h). folds and tiles override what tuning.py would choose.
-    batch_invariant: one order of sums for any number of tokens, so that a token's results have the same bits in every batch.
+    report: of tiles.report_absent. folds and tiles: instead of what tuning.py would choose.
     """
-    M, T = ids.numel(), ids.shape[-1] if ids.dim() else 1
-    (V, D), N = token.shape, weight.shape[0]
-    ids, token, bias, norm_weight, norm_bias = tuning.dense(ids, token, bias, norm_weight, norm_bias)
-    hidden = token.new_empty(*ids.shape, D)  # in their last shape: a view could not be changed in place by its user
-    head_dim = N // sum(heads)
-    qkv = tuple([weight.new_empty(*shape) for shape in epilogue.shapes(ids.shape, heads, head_dim)])
-    statistics = torch.float64 if token.dtype == torch.float64 else torch.float32
-    mean = token.new_empty(M if norm == "layer" else 0, dtype=statistics)
-    rstd = token.new_empty(M if norm != "none" else 0, dtype=statistics)
+    terms, norm, projection, epilogue = call[:4]
+    assert projection is not None
+    hidden, query, key, value, mean, rstd = outputs = call.empty_outputs()
+    weight, groups, head_dim = projection.weight, projection.groups, call.head_dim
+    M, (V, D), N = terms.ids.numel(), terms.token.shape, weight.shape[0]
     if M == 0 or N == 0 or D == 0:
-        return hidden, *qkv, mean, rstd
-    device, needs = tuning.device_of(token), epilogue.needs(head_dim)
+        return outputs
+    device, layer, normed = tuning.device_of(weight), norm.kind == "layer", norm.kind != "none"
     folds, tiles, options, runs = configure(
-        M, N, D, heads, token.dtype, weight.dtype, device, norm != "none", needs, folds, tiles, batch_invariant
-    )
-    ends, pairs = epilogue.arguments(T, head_dim)
-    outputs = (hidden, qkv, (mean if norm == "layer" else None, rstd if norm != "none" else None))
-    shape = (M, terms.period(T), V, terms.places, heads[0] * head_dim, heads[1] * head_dim, runs)
+        M, N, D, groups, hidden.dtype, weight.dtype, device, normed, needs(epilogue, head_dim), folds, tiles,
+        call.batch_invariant,
+    )  # fmt: skip
+    ends, pairs = epilogue_arguments(epilogue, terms.length, head_dim)
+    ids, token = tuning.dense(terms.ids, terms.token)
+    inputs = ids, terms_arguments(terms, report), token
+    stored = hidden, (query, key, value), (mean if layer else None, rstd if normed else None), ends
+    shape = (M, period(terms), V, places(terms), groups[0] * head_dim, groups[1] * head_dim, runs)
     options = {"PRECISION": tuning.precision(weight.dtype), **pairs, **options}
     grid = (tuning.cdiv(M, tiles.BLOCK_M) * runs,)
     with on_device(token):
         if folds:
-            folded, shift, residual = fold(weight, bias, norm, norm_weight, norm_bias, pairs)
+            folded, shift, residual = fold(projection, norm, pairs)
             operand, _ = tuning.weight_descriptor(folded, tiles)
             launch(embed_qkv_folded_kernel, grid)(
-                ids, terms.arguments(), token, operand, shift, residual, *outputs, ends, shape, eps, D, **options
+                *inputs, operand, shift, residual, *stored, shape, norm.eps, D, **options
             )  # fmt: skip
         else:
+            bias, norm_weight, norm_bias = tuning.dense(projection.bias, norm.weight, norm.bias)
             launch(embed_qkv_kernel, grid)(
-                ids, terms.arguments(), token, (norm_weight, norm_bias), (weight, *weight.stride()), bias, *outputs, ends,
-                shape, eps, D, READ_BACK=terms.are_many, **options,
+                *inputs, (norm_weight, norm_bias), (weight, *weight.stride()), bias, *stored, shape, norm.eps, D,
+                READ_BACK=are_many(terms), **options,
             )  # fmt: skip
-    return hidden, *qkv, mean, rstd
+    return outputs

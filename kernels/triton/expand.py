@@ -1,15 +1,19 @@
-"""The streaming pass of `distinct` and `table`: rows that were projected before are gathered, and become a batch's results.
+"""The last step of the plans `distinct` and `table`: gather rows that were projected before, then norm, bias and rotary turn.
 
-hidden = token[ids] + position[places], and its statistics                              (M, D)
-qkv    = rstd · (projected[P + slot] + projected[place]) + W·β + b, rotary turns applied (M, N)
+    hidden = token[ids] + position[position_ids]                                              (M, D), and its statistics
+    qkv    = rotary(rstd · (projected[P + slot] + projected[position_ids]) + W·β + b)         (M, N)
+
+projected holds P rows of positions, then rows of tokens; slot is a token's row among the latter.
 """
 
-import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from pyembed.call import Call, wide_dtype
 
 from . import tuning
-from .arguments import Epilogue, Terms
+from .arguments import contiguous, epilogue_arguments, period, places, terms_arguments
 from .launch import launch, on_device
 from .tiles import (
     count_tiles,
@@ -110,40 +114,56 @@ def expand_kernel(
 
 
 def expand(
-    ids, token, position, position_ids, projected, slots, index, offset, norm, eps, heads, P, gathered, factor=1.0, rotary=None,
-    report=None,
-):  # fmt: skip
-    """The streaming pass -> hidden (..., D), query, key and value (..., h, d_h), mean and rstd (M,) or (0,)."""
-    M, T = ids.numel(), ids.shape[-1] if ids.dim() else 1
-    (V, D), N = token.shape, projected.shape[1]
-    head_dim, wide = N // sum(heads), torch.promote_types(token.dtype, torch.float32)
+    call: Call,
+    projected: Tensor,
+    slots: Tensor | None,
+    index: Tensor | None,
+    offset: Tensor | None,
+    P: int,
+    gathered: bool,
+    factor: float = 1.0,
+    report: tuple | None = None,
+) -> tuple[Tensor, ...]:
+    """hidden, query, key and value in token's dtype, mean and rstd: shapes as of embed_qkv. Terms and norm are contiguous.
+
+    projected: (P + U, N). slots: (V,) each token row's place among the U, then index (M,) is written; index without slots: of
+    each token; neither: its id. offset: (N,) W·β + b. gathered: projected positions are in the order of position_ids, else
+    in the table's. factor: of the projected rows.
+    """
+    assert call.projection is not None
+    (terms, norm), groups = call[:2], call.projection.groups
+    ids, token = terms.ids, terms.token
+    M, (V, D), N = ids.numel(), token.shape, projected.shape[1]
+    head_dim, wide = N // sum(groups), wide_dtype(token.dtype)
+    # Not call.empty_outputs(), which takes the weight's dtype: a table's entries may have another one than token.
     hidden = token.new_empty(*ids.shape, D)
-    qkv = tuple(token.new_empty(*ids.shape, h, head_dim) for h in heads)
-    mean = token.new_empty(M if norm == "layer" else 0, dtype=wide)
-    rstd = token.new_empty(M if norm != "none" else 0, dtype=wide)
+    qkv = tuple(token.new_empty(*ids.shape, heads, head_dim) for heads in groups)
+    mean = token.new_empty(M if norm.kind == "layer" else 0, dtype=wide)
+    rstd = token.new_empty(M if norm.kind != "none" else 0, dtype=wide)
     if hidden.numel() == 0:
         return hidden, *qkv, mean, rstd
     block_m, block_n, block_k = tuning.expand(D, N, token.dtype)
     blocks = tuning.cdiv(M, block_m)
     runs = 1 if blocks >= 2 * tuning.device_of(token).multiprocessors else tuning.cdiv(N, block_n)
-    terms = Terms(position, position_ids, report=report)
-    shape = (M, terms.period(T), V, terms.places, heads[0] * head_dim, heads[1] * head_dim, P, projected.shape[0] - P, runs)
-    statistics = (mean if norm == "layer" else None, rstd if norm != "none" else None)
-    (_, _, rotary, _), pairs = Epilogue(rotary=rotary).arguments(T, head_dim)
+    shape = (M, period(terms), V, places(terms), groups[0] * head_dim, groups[1] * head_dim, P, projected.shape[0] - P, runs)
+    statistics = (mean if norm.kind == "layer" else None, rstd if norm.kind != "none" else None)
+    (_, _, rotary, _), pairs = epilogue_arguments(call.epilogue, terms.length, head_dim)
     launch(expand_kernel, (blocks * runs,))(
-        ids, terms.arguments(), token, projected, slots, index, offset, hidden, qkv, statistics, rotary, shape,
-        (eps, factor), D, GATHERED=gathered, **pairs, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=4,
+        ids, terms_arguments(terms, report), token, projected, slots, index, offset, hidden, qkv, statistics, rotary, shape,
+        (norm.eps, factor), D, GATHERED=gathered, **pairs, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=4,
         **tuning.registers(tuning.device_of(token)),
     )  # fmt: skip
     return hidden, *qkv, mean, rstd
 
 
-def look_up(ids, token, position, position_ids, projected, offset, norm, eps, heads, factor, rotary, report=None):
-    """The `table` plan: expand over a table (L + V, N) of all positions and tokens -> hidden, query, key, value."""
-    ids, position_ids, token, position = tuning.dense(ids, position_ids, token, position)
-    P = 0 if position is None else position.shape[0]
-    with on_device(token):
-        return expand(
-            ids, token, position, position_ids, projected, None, None, offset, norm, eps, heads, P, False, factor, rotary,
-            report,
-        )[:4]  # fmt: skip
+def look_up(
+    call: Call, projected: Tensor, offset: Tensor | None, factor: float = 1.0, report: tuple | None = None
+) -> tuple[Tensor, ...]:
+    """The `table` plan: hidden, query, key and value by a table of every row of positions and tokens, projected (L + V, N).
+
+    call.norm is what is still to be applied, and of call.projection only the numbers of heads count. offset, factor: as of
+    expand; report: of tiles.report_absent.
+    """
+    call = call._replace(terms=contiguous(call.terms))
+    with on_device(call.terms.token):
+        return expand(call, projected, None, None, offset, places(call.terms), False, factor, report)[:4]

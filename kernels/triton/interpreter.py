@@ -1,7 +1,7 @@
-"""The kernels under Triton's interpreter, for CPU tensors, in a process that may compile the same kernels as well.
+"""Run the kernels in Triton's interpreter, on CPU tensors, in a process that may also compile them.
 
-triton.jit decides at decoration whether a function is compiled or interpreted, so the kernels are imported a second
-time with the switch on; Triton's own library functions (tl.sum and so on) are swapped for the time of a launch.
+triton.jit decides when it decorates whether a function is compiled or interpreted, so the kernels are imported a second time
+with the interpreter switched on. Triton's library functions (tl.sum and so on) are replaced for the time of a launch.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ _interpreted = functools.cache(lambda function: InterpretedFunction(function))
 
 @functools.cache
 def load(name):
-    """The module of that name in this folder, its kernels interpreted."""
+    """This package's module of that name, with its kernels interpreted."""
     package = f"{__package__}.interpreted"
     if package not in sys.modules:
         sys.modules[package] = types.ModuleType(package)
@@ -34,13 +34,13 @@ def load(name):
         return importlib.import_module(f"{package}.{name}")
 
 
-# What the interpreter patches for a launch, and does not put back where one library function calls another.
+# The interpreter patches these for a launch, and fails to restore them where one library function calls another.
 _PATCHED = (tl, tl.core, tl.math, tl.standard, tl.random, tl.tensor, tl.dtype, tl.core.tensor_descriptor_base)
 
 
 @contextlib.contextmanager
 def running():
-    """While it lasts, jitted functions of triton.language can be called from an interpreted kernel."""
+    """Within it, interpreted kernels may call the jitted functions of triton.language; one thread at a time."""
     with _lock, triton.knobs.runtime.scope():
         triton.knobs.runtime.interpret = True
         before = [(owner, dict(vars(owner))) for owner in _PATCHED]

@@ -1,10 +1,13 @@
-"""Gradients of turned queries and keys, turned back: the transpose of each pair's turn."""
+"""The backward of rotary positions: the gradient of each pair is turned by the opposite angle."""
 
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from pyembed.call import Epilogue
 
 from . import tuning
-from .arguments import Epilogue
+from .arguments import epilogue_arguments
 from .launch import launch, on_device
 from .tiles import find_pairs, load_turns, store_pairs, turn
 
@@ -33,14 +36,14 @@ def turn_back_kernel(
     store_pairs(out, x, y, m, M, n0, width, None, first, second, HEAD_DIM, HALF)
 
 
-def turn_back(grad, rotation):
-    """grad (..., h, d_h) of turned heads -> the same before they were turned; rotation as of embed_qkv."""
+def turn_back(grad: Tensor, epilogue: Epilogue) -> Tensor:
+    """The gradient (..., h, d_h) of heads after their rotary turn -> that of the heads before it."""
     head_dim = grad.shape[-1]
     M, width = grad[..., 0, 0].numel() if grad.numel() else 0, grad.shape[-2] * head_dim
     out = grad.new_empty(grad.shape)
     if out.numel() == 0:
         return out
-    (_, _, rotary, _), pairs = Epilogue(rotary=rotation).arguments(M, head_dim)
+    (_, _, rotary, _), pairs = epilogue_arguments(epilogue, M, head_dim)
     block_m, block_n = tuning.streaming(width, grad.dtype)
     with on_device(grad):
         launch(turn_back_kernel, (tuning.cdiv(M, block_m), tuning.cdiv(width, block_n)))(
