@@ -1,9 +1,9 @@
-"""A report from the suite's JSON: tables, figures, and README's one table.
+"""Turns the JSON of the benchmark suite into a report: tables, figures, and the table in README.
 
     python -m pytest bench && python bench/report.py bench.json [--out bench/results/DEVICE] [--readme README.md]
 
-Writes report.md, time.png, limit.png and map.png, and copies the JSON without the machine's name. With --readme the lines
-between <!-- measured --> and <!-- /measured --> become the short table; tests/test_report.py holds README to it.
+Writes report.md, time.png, limit.png, map.png and a copy of the JSON without the machine's name. --readme replaces the lines
+between <!-- measured --> and <!-- /measured --> with the short table; tests/test_report.py checks that README shows it.
 """
 
 import json
@@ -24,15 +24,15 @@ DIRECTIONS = ("forward", "forward+backward")
 OURS = ("one_pass", "distinct", "table", "auto")
 SUITES = {
     "Front end": "front end",
-    "Tables alone": "embedding",
+    "Embedding tables": "embedding",
     "Host time of a call": "host",
     "Whole models": "step",
     "Data loader": "data",
 }
-OTHER = ("#59636e", "x", "-")
-UNMAPPED = ("linear alone", "table", "auto")
-LEAST_POINTS = 4  # of a model's line
-STYLES = {  # by variant: colour, marker, line; eager, torch.compile and one_pass may lie upon each other
+OTHER = ("#59636e", "x", "-")  # the style of any other variant
+UNMAPPED = ("linear alone", "table", "auto")  # variants that map.png leaves out
+LEAST_POINTS = 4  # sizes that a model needs to be drawn in time.png and limit.png
+STYLES = {  # variant: colour, marker, line style; eager, torch.compile and one_pass often overlap
     "eager": ("#1f2328", "o", "-"),
     "torch.compile": ("#8250df", "s", "--"),
     "max-autotune": ("#bf3989", "P", "--"),
@@ -44,12 +44,12 @@ STYLES = {  # by variant: colour, marker, line; eager, torch.compile and one_pas
 
 
 def main(
-    measured: Annotated[Path, typer.Argument(metavar="BENCH.json", help="What `python -m pytest bench` saved.")],
+    measured: Annotated[Path, typer.Argument(metavar="BENCH.json", help="The JSON file that `python -m pytest bench` saved.")],
     *,
-    out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Default: bench/results/ and the device's name.")] = None,
-    readme: Annotated[Path | None, typer.Option(metavar="FILE", help="Put the short table between its markers.")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Where to write; default: bench/results/DEVICE.")] = None,
+    readme: Annotated[Path | None, typer.Option(metavar="FILE", help="Replace the short table in this README.")] = None,
 ):
-    """Write report.md, its figures and the JSON behind them."""
+    """Write report.md, its figures and the JSON that they come from."""
     try:
         document = json.loads(measured.read_text(encoding="utf-8"))
         known = bool(document["benchmarks"]) and all("suite" in row["extra_info"] for row in document["benchmarks"])
@@ -59,7 +59,7 @@ def main(
         raise typer.BadParameter(f"{measured}: expected what `python -m pytest bench` saved")
     has_fronts = bool(rows_of(document, "front end"))
     if readme and not has_fronts:
-        raise typer.BadParameter(f"{measured}: expected rows of the front end, which README shows")
+        raise typer.BadParameter(f"{measured}: expected rows of the front end, which README's table shows")
     if readme and not SECTION.search(readme.read_text(encoding="utf-8")):
         raise typer.BadParameter(f"{readme} lacks the lines <!-- measured --> and <!-- /measured -->")
     out = out or Path(__file__).parent / "results" / slug(document)
@@ -78,13 +78,13 @@ def main(
 
 
 def rows_of(document, *suites):
-    """What the benchmarks noted, in the file's order."""
+    """extra_info of the benchmarks in these suites, in the file's order."""
     found = [row["extra_info"] for row in document["benchmarks"]]
     return [row for row in found if row.get("suite") in suites]
 
 
 def cells(row, direction):
-    """{variant: what it measured}, of those that have this direction."""
+    """{variant: its measurements}, of the variants that have this direction."""
     return {name: found for name, found in row["variants"].items() if direction in found["seconds"]}
 
 
@@ -99,7 +99,7 @@ def slug(document):
 
 
 def report(document):
-    """All of it, as Markdown."""
+    """The whole of report.md."""
     directions = ("forward", "training forward", "backward", "forward+backward")
     sections = []
     for title, suite in SUITES.items():
@@ -108,22 +108,24 @@ def report(document):
     sections += [("The front end's share of a whole model's floating-point operations, forward", shares())]
     sections += [("Not measured", left_out(document))]
     parts = [f"## {title}\n\n{text}" for title, text in sections if text]
-    return "\n".join(["# What was measured\n", provenance(document), EXPLAINED, *parts])
+    return "\n".join(["# Benchmark results\n", provenance(document), EXPLAINED, *parts])
 
 
 EXPLAINED = """\
-Milliseconds, the median of a row's rounds, in which all its variants ran in turn; in brackets how many times as fast as the
-first column. In the tables of front ends and of tables alone a third figure is the percentage of the limit: of the larger of
-the bytes that must move over this machine's copy rate, and of the operations over its matrix rate (bench/roofline.py); each
-plan has its own operations, and what fits in a cache may pass 100 %. `linear alone` multiplies rows that are normalised
-already: the bound of a plan that projects every token. `table` is built before, and not for training. `auto` names its plan.
-On a GPU, forward rows are replays of CUDA graphs with a cold L2 cache, all of a row; training rows are not, so a few tokens
-there are the host's time. Memory kept for the backward counts the ids, and not weights and results.
+Times are milliseconds where no unit is given: the median over the rounds of a row, in each of which all its variants run one
+after the other. In brackets: how many times as fast as the first column. In the tables of front ends and of embedding
+tables, the percentage is the share of the limit that a variant reaches. The limit is the larger of two times: the bytes that
+must be moved over this machine's copy rate, and the operations over its matrix product rate (bench/roofline.py). Each plan
+has its own operations; data that fits in a cache may exceed 100 %. `linear alone` multiplies rows that are already
+normalised: a lower bound for the time of any plan that projects every token. `table` is built before the timing starts, and
+cannot train. `auto` is followed by the plan that it chose. On a GPU, forward rows replay CUDA graphs with a cold L2 cache,
+all variants of a row or none; training rows run without graphs, so for a few tokens they measure the host. Bytes saved for
+backward include ids, but neither weights nor results.
 """
 
 
 def times(rows, direction):
-    """A line for each row: milliseconds, in brackets times as fast as the first variant, and the percentage of the limit."""
+    """A Markdown table, one line per row: milliseconds, (speedup over the first variant), percentage of the limit."""
     rows = [row for row in rows if cells(row, direction)]
     names = ordered(name for row in rows for name in cells(row, direction))
     lines = []
@@ -146,7 +148,7 @@ def times(rows, direction):
 
 
 def ordered(names):
-    """Each once: in the order of STYLES, then as they come."""
+    """Without duplicates: in the order of STYLES, then in the order of appearance."""
     names = list(dict.fromkeys(names))
     return sorted(names, key=lambda name: list(STYLES).index(name) if name in STYLES else len(STYLES))
 
@@ -157,7 +159,7 @@ def _kind(row):
 
 
 def memory(rows):
-    """Bytes a token that a forward keeps for its backward, and MiB that a step takes at its peak."""
+    """A Markdown table: bytes per token that forward saves for backward, and the peak memory of a training step in MiB."""
     rows = [row for row in rows if row["direction"] == "training"]
     names = ordered(name for row in rows for name in row["variants"] if name != "linear alone")
     lines = []
@@ -168,7 +170,7 @@ def memory(rows):
             peak = "–" if found is None or found["peak"] is None else f"{found['peak'] / 2**20:,.0f}"
             line.append("–" if found is None else f"{found['saved'] / row['tokens']:,.0f}, {peak}")
         lines.append(line)
-    head = ["bytes kept a token, MiB at the peak", *names]
+    head = ["bytes saved per token, peak MiB", *names]
     return markdown(head, lines, "l" + " r" * len(names)) if lines else ""
 
 
@@ -178,7 +180,7 @@ def shares():
         T = min(1024, model.L or 1024)
         whole, draft = (roofline.share(model, T, layers) for layers in (model.layers, 1))
         lines.append([model.name, f"{model.layers}", f"{T:,}", f"{100 * whole:.1f} %", f"{100 * draft:.1f} %"])
-    return markdown(["model", "layers", "tokens", "share", "with one layer alone"], lines, "l r r r r")
+    return markdown(["model", "layers", "tokens", "share", "share with one layer"], lines, "l r r r r")
 
 
 def left_out(document):
@@ -187,15 +189,15 @@ def left_out(document):
         for name, reason in row["left_out"].items():
             reasons.setdefault((name, reason), []).append(f"{row['case']}{_kind(row)} {row['direction']}")
     for name, reason in document.get("not_measured", {}).items():
-        reasons.setdefault(("whole rows", reason), []).append(name)
-    notes = [f"- {name}: {reason} ({len(cases)} rows, {cases[0]} among them)\n" for (name, reason), cases in reasons.items()]
+        reasons.setdefault(("entire rows", reason), []).append(name)
+    notes = [f"- {name}: {reason} ({len(cases)} rows, for example {cases[0]})\n" for (name, reason), cases in reasons.items()]
     if "gpu" not in document["machine_info"]:
-        notes.append("- Every row of a GPU: this machine has none.\n")
+        notes.append("- All GPU rows: this machine has no GPU.\n")
     return "".join(notes) or "- nothing\n"
 
 
 def readme_table(document):
-    """Every front end in one line, both directions: what a user gets who asks for no plan, and with a table built before."""
+    """One line per front end, both directions: the speedup of "auto", and of the table plan with its table built beforehand."""
     merged = {}
     for row in rows_of(document, "front end"):
         direction = DIRECTIONS[row["direction"] == "training"]
@@ -210,30 +212,30 @@ def readme_table(document):
     for case, both in merged.items():
         columns = (" / ".join(column) for column in zip(*(cell for cell, _ in both), strict=True))
         lines.append([case, *columns, next((table for _, table in both if table), "–")])
-    head = ["case", "direction", "plan", "× stock modules", "× torch.compile", "% of limit", "a table built before, × stock"]
+    head = ["case", "direction", "plan", "× stock modules", "× torch.compile", "% of limit", "`table` plan, × stock modules"]
     return markdown(head, lines, "l l l r r r r")
 
 
 def provenance(document):
-    """What was measured where, as a Markdown list."""
+    """Hardware, versions, date and commit, as a Markdown list."""
     machine, commit = document["machine_info"], document.get("commit_info", {})
     cpu = machine.get("cpu", {})
     rates = machine.get("rates", {})
     facts = {
         "GPU": machine.get("gpu"),
         "driver, CUDA": machine.get("gpu") and f"{machine.get('driver_version')}, {machine.get('cuda')}",
-        "clocks at most, power": machine.get("gpu")
+        "maximum clocks (SM, memory), power limit": machine.get("gpu")
         and f"{machine.get('clocks.max.sm')} and {machine.get('clocks.max.mem')} MHz, {machine.get('power.limit')} W",
-        "clocks seen": clocks_seen(document),
+        "SM clock during the run": clocks_seen(document),
         "CPU": f"{cpu.get('brand_raw', 'unknown')}, {cpu.get('count', 'unknown')} cores, {machine.get('threads')} threads",
         **{
-            f"rates, {dtype}": f"copy {rate['copy'] / 1e9:,.1f} GB/s, product {rate['flops'] / 1e12:,.3f} TFLOP/s"
-            for dtype, rate in rates.items()
+            f"measured rates, {dtype}": f"copy {r['copy'] / 1e9:,.1f} GB/s, matrix product {r['flops'] / 1e12:,.3f} TFLOP/s"
+            for dtype, r in rates.items()
         },
         "Python": machine.get("python_version"),
         "torch": machine.get("torch"),
         "triton": machine.get("triton"),
-        "load when it began": machine.get("load") and f"{machine['load']:.2f} processes",
+        "load average at the start": machine.get("load") and f"{machine['load']:.2f}",
         "text": machine.get("text"),
         "date": document.get("datetime"),
         "commit": f"{commit.get('id')}{', with uncommitted changes' if commit.get('dirty') else ''}",
@@ -242,14 +244,14 @@ def provenance(document):
 
 
 def clocks_seen(document):
-    """MHz right after rows, from lowest to highest; None on a CPU."""
+    """The lowest and the highest SM clock in MHz, read after each row; None on a CPU."""
     seen = [row.get("clocks", {}).get("clocks.sm", "") for row in rows_of(document, "front end", "embedding")]
     seen = [int(clock) for clock in seen if clock.isdigit()]
     return f"{min(seen):,} to {max(seen):,} MHz" if seen else None
 
 
 def milliseconds(seconds):
-    """Three digits, and all before the point."""
+    """Three significant digits, but never a rounded integer part."""
     return f"{seconds * 1e3:,.0f}" if seconds >= 0.1 else f"{seconds * 1e3:#.3g}".rstrip(".")
 
 
@@ -259,7 +261,7 @@ def markdown(head, rows, alignments):
 
 
 def _natural(document):
-    """{model: its rows of natural text, in fp32 on a CPU and in bf16 on a GPU}"""
+    """{model: its front end rows over natural text}, in fp32 on a CPU and in bf16 on a GPU."""
     dtype, found = "bfloat16" if "gpu" in document["machine_info"] else "float32", {}
     for row in rows_of(document, "front end"):
         if row["ids"] == "natural" and row["dtype"] == dtype:
@@ -273,7 +275,7 @@ def _machine(document):
 
 
 def draw_lines(document, path, label, value):
-    """value(what a variant measured, direction) against tokens: a line of panels for each model that has enough sizes."""
+    """Plots value(measurements of a variant, direction) against tokens: two panels for each model with enough sizes."""
     models = {name: rows for name, rows in _natural(document).items() if len({r["tokens"] for r in rows}) >= LEAST_POINTS}
     if not models:
         return
@@ -283,7 +285,7 @@ def draw_lines(document, path, label, value):
     figure = Figure((10.8, 0.6 + 4.2 * len(models)), dpi=130, layout="constrained")
     lines, panels = {}, figure.subplots(len(models), 2, squeeze=False)
     for line, (model, rows) in zip(panels, models.items(), strict=True):
-        rows = [row for row in rows if row["shape"][1] > 1 or row["tokens"] == 1]  # decode of a batch is the map's
+        rows = [row for row in rows if row["shape"][1] > 1 or row["tokens"] == 1]  # batched decode is shown in map.png alone
         for axis, direction in zip(line, DIRECTIONS, strict=True):
             for name, (color, marker, style) in STYLES.items():
                 found = {row["tokens"]: cells(row, direction).get(name) for row in rows}
@@ -307,8 +309,8 @@ def draw_lines(document, path, label, value):
 
 
 def draw_map(document, path):
-    """Which variant is fastest at each model and number of tokens, and how many times as fast as eager. `table` is left out:
-    it needs memory and weights that stand still, and wins wherever it may."""
+    """The fastest variant of each model and size, and how many times as fast as eager it is. `table` is left out: it needs
+    memory and frozen weights, and wins wherever it can run."""
     from matplotlib.figure import Figure
 
     models = _natural(document)
@@ -335,7 +337,7 @@ def draw_map(document, path):
         axis.set_xticks(range(len(columns)), [f"{B} × {T}" for B, T in columns])
         axis.set_yticks(range(len(models)), models)
         axis.set_title(
-            f"{direction}: the fastest without a table, and how many times as fast as eager", loc="left", fontsize=10
+            f"{direction}: the fastest variant except table, and how many times as fast as eager", loc="left", fontsize=10
         )
         axis.spines[:].set_visible(False)
     figure.suptitle(_machine(document), fontsize=11)
@@ -343,7 +345,7 @@ def draw_map(document, path):
 
 
 def strip(document):
-    """A copy without the machine's name, and without pytest-benchmark's own statistics: of a row's whole measurement."""
+    """A copy without the machine's name and pytest-benchmark's own statistics, which time a whole row with all its variants."""
     machine = {key: value for key, value in document["machine_info"].items() if key != "node"}
     benchmarks = [{"name": row["name"], "extra_info": row["extra_info"]} for row in document["benchmarks"]]
     return {**document, "machine_info": machine, "benchmarks": benchmarks}

@@ -54,7 +54,7 @@ ROWS = [
     row("a call", 1, 0.004, 0.001, suite="host"),
 ]
 TABLE = """\
-| case | direction | plan | × stock modules | × torch.compile | % of limit | a table built before, × stock |
+| case | direction | plan | × stock modules | × torch.compile | % of limit | `table` plan, × stock modules |
 | --- | --- | --- | ---: | ---: | ---: | ---: |
 | GPT-2 small, 1 × 8 | forward / forward+backward | distinct / distinct | 2.00 / 1.25 | 1.00 / 0.62 | 50 / 50 | 20.00 |
 """
@@ -87,13 +87,13 @@ def test_files(measured, tmp_path):
         "| 0.100 (40.00×) 50 % | 1.00 (4.00×) 50 % distinct |",
         "| GPT-2 small, 1 × 8 | 24, 3 | 24, 3 | 24, 3 | 24, 3 |",
         "- CPU: A CPU (R), 8 cores, 4 threads",
-        "- rates, float32: copy 20.0 GB/s, product 0.150 TFLOP/s",
+        "- measured rates, float32: copy 20.0 GB/s, matrix product 0.150 TFLOP/s",
         "- text: text.txt",
         "- commit: c0ffee, with uncommitted changes",
         "## Host time of a call, forward",
-        "- Liger norm: its kernels want a GPU (10 rows, GPT-2 small, 1 × 8 forward among them)",
-        "- whole rows: a row of --full (2 rows, test_a among them)",
-        "- Every row of a GPU: this machine has none.",
+        "- Liger norm: its kernels want a GPU (10 rows, for example GPT-2 small, 1 × 8 forward)",
+        "- entire rows: a row of --full (2 rows, for example test_a)",
+        "- All GPU rows: this machine has no GPU.",
     ):
         assert line in lines, line
     assert all((out / name).read_bytes().startswith(b"\x89PNG") for name in ("time.png", "limit.png", "map.png"))
@@ -130,8 +130,8 @@ def test_a_gpu_says_what_it_is():
     for line in (
         "- GPU: NVIDIA H200",
         "- driver, CUDA: 580.1, 13.0",
-        "- clocks at most, power: 1980 and 3201 MHz, 700 W",
-        "- clocks seen: 1,755 to 1,980 MHz",
+        "- maximum clocks (SM, memory), power limit: 1980 and 3201 MHz, 700 W",
+        "- SM clock during the run: 1,755 to 1,980 MHz",
     ):
         assert line in text.splitlines()
 
