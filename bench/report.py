@@ -3,7 +3,7 @@
     python -m pytest bench && python bench/report.py bench.json [--out bench/results/DEVICE] [--readme README.md]
 
 Writes report.md, time.png, limit.png and map.png, and copies the JSON without the machine's name. With --readme the lines
-between <!-- measured --> and <!-- /measured --> become the short table; tests/test_report.py holds README to it.
+between <!-- measured --> and <!-- /measured --> become the short table; tests/tools/test_report.py holds README to it.
 """
 
 import json
