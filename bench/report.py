@@ -3,7 +3,7 @@
     python -m pytest bench && python bench/report.py bench.json [--out bench/results/DEVICE] [--readme README.md]
 
 Writes report.md, time.png, limit.png, map.png and a copy of the JSON without the machine's name. --readme replaces the lines
-between <!-- measured --> and <!-- /measured --> with the short table; tests/test_report.py checks that README shows it.
+between <!-- measured --> and <!-- /measured --> with the short table; tests/tools/test_report.py checks that README shows it.
 """
 
 import json

@@ -6,9 +6,10 @@ import torch
 
 import pyembed
 
-hypothesis.settings.register_profile("ci", derandomize=True)  # the same cases on every run: a red test is a change's doing
+# The same cases on every run: a red test is a change's doing.
+hypothesis.settings.register_profile("default", derandomize=True, max_examples=5)
+hypothesis.settings.register_profile("full", derandomize=True, max_examples=100)
 hypothesis.settings.register_profile("nightly", max_examples=2000)  # other cases on every run, of tests that set no number
-hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers share the cores
@@ -17,6 +18,25 @@ CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 # Triton's interpreter has no bf16 product of its own: what bf16 rounds to is a GPU's to say.
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if CUDA else [])]
+
+
+def pytest_addoption(parser, pluginmanager):
+    pluginmanager.import_plugin("default_run")  # --full
+    help = "of the ahead-of-time cases, only kernels of these files of kernels/triton, as embed,expand"
+    parser.getgroup("pyembed").addoption("--kernels", metavar="FILES", help=help)
+
+
+def pytest_configure(config):
+    full = config.getoption("--full")
+    hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "full" if full else "default"))
+    examples.full = full
+    if CUDA:
+        config.option.limit = 0  # kernels are compiled
+
+
+def examples(default, full):
+    """Settings of a test that sets its own number of random examples: by default, and with --full."""
+    return hypothesis.settings(max_examples=full if examples.full else default, deadline=None)
 
 
 def pytest_make_parametrize_id(config, val, argname):

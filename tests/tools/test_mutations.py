@@ -1,4 +1,4 @@
-"""The list of mutations fits the code: each breaks one place. That a test sees each is for tests/mutations.py to show."""
+"""The list of mutations fits the code: each breaks one place. That a test sees each is for helpers/mutations.py to show."""
 
 import pytest
 from mutations import MUTATIONS, ROOT

@@ -1,6 +1,6 @@
 """Breaks the code in one place at a time and runs the tests that should see it; a mutant that lives is a test that is missing.
 
-    python tests/mutations.py [part of a mutation's text or file ...]
+    python tests/helpers/mutations.py [part of a mutation's text or file ...]
 
 Works on a copy, prints a table and exits with 1 where a mutant lived. Every mutation must fit the code in exactly one place.
 """
@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 class Mutation(NamedTuple):
@@ -24,16 +24,27 @@ class Mutation(NamedTuple):
     tests: str  # pytest's arguments
 
 
-KERNELS, QKV, TERMS, ENDS = "kernels/triton/", "tests/test_embed_qkv.py", "tests/test_terms.py", "tests/test_epilogue.py"
-GRAD, ROTARY, DISTINCT = "tests/test_embed_grad.py", "tests/test_rotary.py", "tests/test_distinct_kernels.py"
-IDS, SAME, CAST = "tests/test_ids.py", "tests/test_determinism.py", "tests/test_autocast.py"
-THIN, AGAIN = "tests/test_thin.py", "tests/test_replays.py"
+KERNELS = "kernels/triton/"
+EMBED, GRAD, QKV = (f"tests/kernels/test_{name}.py" for name in ("embed", "embed_grad", "embed_qkv"))
+ROTARY, DISTINCT = (f"tests/kernels/test_{name}.py" for name in ("rotary", "distinct_kernels"))
+TERMS, ENDS = (f"tests/kernels/test_{name}.py" for name in ("terms", "epilogue"))
+SAME, SIZES, TABLE = (f"tests/plans/test_{name}.py" for name in ("determinism", "sizes", "table"))
+IDS, CAST, FUNCTIONS = (f"tests/machinery/test_{name}.py" for name in ("ids", "autocast", "functional"))
+FAST, LAUNCHES, OPS = (f"tests/machinery/test_{name}.py" for name in ("fast_path", "launches", "ops"))
+EMBEDDING, MODULES = (f"tests/modules/test_{name}.py" for name in ("embedding", "modules"))
+BENCH = "tests/tools/test_bench.py"
 MUTATIONS = [
     Mutation(
-        KERNELS + "tiles.py", "known = (row >= 0) & (row < size)", "known = row < size", "tests/test_embed.py -k without_a_row"
+        KERNELS + "tiles.py",
+        "known = (row >= 0) & (row < size)",
+        "known = row < size",
+        EMBED + " -k without_a_row",
     ),
     Mutation(
-        KERNELS + "tiles.py", "other=0).to(tl.int64)\n    known", "other=0)\n    known", "tests/test_sizes.py -k tables_beyond"
+        KERNELS + "tiles.py",
+        "other=0).to(tl.int64)\n    known",
+        "other=0)\n    known",
+        SIZES + " -k tables_beyond",
     ),
     Mutation(KERNELS + "tiles.py", "place = m % T\n    known = place", "place = m\n    known = place", QKV),
     Mutation(KERNELS + "tiles.py", "x = (x.to(ACC) * scale).to(x.dtype)", "x = x", TERMS + " -k scale"),
@@ -100,7 +111,7 @@ MUTATIONS = [
         QKV + " -k padding",
     ),
     Mutation(KERNELS + "embed_grad.py", "chunk += BLOCK_M", "chunk += 2 * BLOCK_M", GRAD),
-    Mutation(KERNELS + "expand.py", "x *= factor\n", "x *= 1.0\n", 'tests/test_table.py -k "half or dtype or sixteen"'),
+    Mutation(KERNELS + "expand.py", "x *= factor\n", "x *= 1.0\n", TABLE + ' -k "half or dtype or sixteen"'),
     Mutation(KERNELS + "expand.py", "tl.where(known, slot, -1)", "tl.where(known, slot, 0)", DISTINCT),
     Mutation("pyembed/call.py", "2**31 - 1\n", "4\n", TERMS + " -k sines"),
     Mutation(KERNELS + "arguments.py", "1 / (1 - terms.dropout)", "1.0", TERMS + " -k nn_dropouts"),
@@ -118,7 +129,7 @@ MUTATIONS = [
         "torch.zeros(1, dtype=torch.int64, device=device)",
         TERMS + " -k nn",
     ),
-    Mutation("pyembed/checks.py", "if low < 0 or high >= size:", "if high >= size:", "tests/test_functional.py"),
+    Mutation("pyembed/checks.py", "if low < 0 or high >= size:", "if high >= size:", FUNCTIONS),
     Mutation(
         "pyembed/checks.py", "if query_norm is not None or rotary is not None:", "if query_norm is not None:", ENDS + " -k bad"
     ),
@@ -136,47 +147,47 @@ MUTATIONS = [
     Mutation("pyembed/ops.py", "torch.autocast(device_type, enabled=False)", "contextlib.nullcontext()", CAST),
     Mutation("pyembed/functional.py", "else t.to(cast) for t in", "else t for t in", CAST),
     Mutation("pyembed/planner.py", 'return "autocast is on"', "pass", CAST + " -k plans"),
-    Mutation("pyembed/parts.py", 'return f"{name} has a padding_idx"', "pass", "tests/test_modules.py"),
+    Mutation("pyembed/parts.py", 'return f"{name} has a padding_idx"', "pass", MODULES),
     Mutation("pyembed/reference.py", "query, query + second.view", "query, query - second.view", ENDS + " -k transformer_xl"),
-    Mutation("pyembed/thin.py", "token.shape[1] != D:", "False:", THIN + " -k error"),
-    Mutation("pyembed/thin.py", "tensor.dtype == token.dtype", "True", THIN + " -k sums"),
-    Mutation("pyembed/thin.py", "+ position[:T] if T <= L else None", "+ position[:T]", THIN + " -k sums"),
-    Mutation("pyembed/thin.py", "bias.shape != weight.shape[:1]", "False", THIN + " -k error"),
-    Mutation("pyembed/thin.py", 'state["_forward_hooks"]\n            or ', "", THIN + " -k more_than"),
-    Mutation("pyembed/thin.py", 'or "forward" in state', "", THIN + " -k more_than"),
-    Mutation("pyembed/thin.py", "type(module) in kinds\n", "isinstance(module, kinds)\n", THIN + " -k more_than"),
-    Mutation("pyembed/thin.py", "or front.heads_first\n", "\n", THIN + " -k more_than"),
-    Mutation("pyembed/thin.py", 'in ("raise", "trust")', "in outside.POLICIES", THIN),
+    Mutation("pyembed/thin.py", "token.shape[1] != D:", "False:", FAST + " -k error"),
+    Mutation("pyembed/thin.py", "tensor.dtype == token.dtype", "True", FAST + " -k sums"),
+    Mutation("pyembed/thin.py", "+ position[:T] if T <= L else None", "+ position[:T]", FAST + " -k sums"),
+    Mutation("pyembed/thin.py", "bias.shape != weight.shape[:1]", "False", FAST + " -k error"),
+    Mutation("pyembed/thin.py", 'state["_forward_hooks"]\n            or ', "", FAST + " -k more_than"),
+    Mutation("pyembed/thin.py", 'or "forward" in state', "", FAST + " -k more_than"),
+    Mutation("pyembed/thin.py", "type(module) in kinds\n", "isinstance(module, kinds)\n", FAST + " -k more_than"),
+    Mutation("pyembed/thin.py", "or front.heads_first\n", "\n", FAST + " -k more_than"),
+    Mutation("pyembed/thin.py", 'in ("raise", "trust")', "in outside.POLICIES", FAST),
     Mutation(
         "pyembed/thin.py",
         "torch.embedding(rotary.cos, places), torch.embedding(rotary.sin, places)",
         "rotary.cos[places], rotary.sin[places]",
-        THIN + " -k error",
+        FAST + " -k error",
     ),
-    Mutation("pyembed/thin.py", "query + key), rotation)", "query + key), rotation._replace(sin=-rotation.sin))", THIN),
-    Mutation("pyembed/thin.py", "token.dtype and tensor.is_cpu", "token.dtype", THIN + " -k meta"),
-    Mutation("pyembed/thin.py", 'and "weight" in state["_parameters"]\n', "\n", THIN + " -k no_parameters"),
-    Mutation(KERNELS + "launch.py", "append(argument.data_ptr() % 16)", "append(0)", AGAIN + " -k address"),
-    Mutation(KERNELS + "launch.py", "            append(argument)\n", "            append(0)\n", AGAIN),
-    Mutation(KERNELS + "launch.py", "if len(names) < len(given):", "if False:", AGAIN + " -k two_places"),
-    Mutation(KERNELS + "launch.py", "if len(memory) >= KINDS:", "if False:", AGAIN + " -k bounded"),
-    Mutation("pyembed/replays.py", "tensor.data_ptr() % 16", "0", AGAIN + " -k address"),
-    Mutation("pyembed/replays.py", "tensor.stride(), ", "", AGAIN + " -k looked_at"),
-    Mutation("pyembed/replays.py", "grads and tensor.requires_grad", "False", AGAIN + " -k forgotten"),
-    Mutation("pyembed/replays.py", "outside.look(ids.device)", "pass", AGAIN + " -k absent"),
-    Mutation("pyembed/replays.py", "direct.is_heard() or", "", AGAIN + " -k profiler"),
-    Mutation("pyembed/direct.py", "tensor.is_neg() or ", "", "tests/test_ops.py -k views"),
-    Mutation("pyembed/direct.py", " or _is_batched(tensor)", "", "tests/test_embedding.py -k batched"),
-    Mutation("pyembed/direct.py", "        or torch._C._len_torch_dispatch_stack()\n", "", AGAIN + " -k modes"),
+    Mutation("pyembed/thin.py", "query + key), rotation)", "query + key), rotation._replace(sin=-rotation.sin))", FAST),
+    Mutation("pyembed/thin.py", "token.dtype and tensor.is_cpu", "token.dtype", FAST + " -k meta"),
+    Mutation("pyembed/thin.py", 'and "weight" in state["_parameters"]\n', "\n", FAST + " -k no_parameters"),
+    Mutation(KERNELS + "launch.py", "append(argument.data_ptr() % 16)", "append(0)", LAUNCHES + " -k address"),
+    Mutation(KERNELS + "launch.py", "            append(argument)\n", "            append(0)\n", LAUNCHES),
+    Mutation(KERNELS + "launch.py", "if len(names) < len(given):", "if False:", LAUNCHES + " -k two_places"),
+    Mutation(KERNELS + "launch.py", "if len(memory) >= KINDS:", "if False:", LAUNCHES + " -k bounded"),
+    Mutation("pyembed/replays.py", "tensor.data_ptr() % 16", "0", LAUNCHES + " -k address"),
+    Mutation("pyembed/replays.py", "tensor.stride(), ", "", LAUNCHES + " -k looked_at"),
+    Mutation("pyembed/replays.py", "grads and tensor.requires_grad", "False", LAUNCHES + " -k forgotten"),
+    Mutation("pyembed/replays.py", "outside.look(ids.device)", "pass", LAUNCHES + " -k absent"),
+    Mutation("pyembed/replays.py", "direct.is_heard() or", "", LAUNCHES + " -k profiler"),
+    Mutation("pyembed/direct.py", "tensor.is_neg() or ", "", OPS + " -k views"),
+    Mutation("pyembed/direct.py", " or _is_batched(tensor)", "", EMBEDDING + " -k batched"),
+    Mutation("pyembed/direct.py", "        or torch._C._len_torch_dispatch_stack()\n", "", LAUNCHES + " -k modes"),
     Mutation(
-        "pyembed/direct.py", "        or torch._ops._len_torch_dispatch_stack_pre_dispatch()\n", "", AGAIN + " -k tracers"
+        "pyembed/direct.py", "        or torch._ops._len_torch_dispatch_stack_pre_dispatch()\n", "", LAUNCHES + " -k tracers"
     ),
-    Mutation("pyembed/thin.py", "front._own_rotary(table.device)", 'modules["rotary"]', AGAIN + " -k moved"),
-    Mutation("pyembed/replays.py", "ids.contiguous() if", "ids if", AGAIN + " -k column"),
-    Mutation("pyembed/replays.py", "direct.is_strange(tensor) or ", "", AGAIN + " -k many"),
-    Mutation("pyembed/direct.py", "if of not in kinds:", "if False:", AGAIN + " -k eps"),
-    Mutation("bench/timing.py", "atol=tolerance * largest", "atol=1.0", "tests/test_bench.py -k wrong"),
-    Mutation("bench/roofline.py", "2 * rows * D * N", "rows * D * N", "tests/test_bench.py -k counts"),
+    Mutation("pyembed/thin.py", "front._own_rotary(table.device)", 'modules["rotary"]', LAUNCHES + " -k moved"),
+    Mutation("pyembed/replays.py", "ids.contiguous() if", "ids if", LAUNCHES + " -k column"),
+    Mutation("pyembed/replays.py", "direct.is_strange(tensor) or ", "", LAUNCHES + " -k many"),
+    Mutation("pyembed/direct.py", "if of not in kinds:", "if False:", LAUNCHES + " -k eps"),
+    Mutation("bench/timing.py", "atol=tolerance * largest", "atol=1.0", BENCH + " -k wrong"),
+    Mutation("bench/roofline.py", "2 * rows * D * N", "rows * D * N", BENCH + " -k counts"),
 ]
 
 
@@ -213,7 +224,7 @@ def main(words):
         for mutation in chosen:
             alive, seconds = lives(mutation, folder)
             survivors += alive
-            row = (mutation.file, mutation.before.strip(), mutation.after.strip(), "NOTHING" if alive else mutation.tests)
+            row = (mutation.file, mutation.before.strip(), mutation.after.strip(), "NOFASTG" if alive else mutation.tests)
             table.add_row(*row, f"{seconds:.0f}")
             print(f"{'LIVES' if alive else 'killed'}  {mutation.file}: {mutation.before.strip()!r}", flush=True)
     Console(width=200).print(table)

@@ -124,7 +124,7 @@ def test_devices_must_agree():
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_later_calls_are_a_launch(dtype, monkeypatch):
-    """As tests/test_replays.py has it where there is no device."""
+    """As test_launches.py has it where there is no device."""
     from pyembed.kernels import launch
 
     asked, by_launcher = [], launch._launch

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer import BadParameter
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "bench"))
 report = importlib.import_module("report")
 sys.path.remove(str(ROOT / "bench"))

@@ -15,6 +15,7 @@ import pyembed
 from pyembed import functional as F
 from pyembed import reference
 
+ROOT = Path(__file__).parents[2]
 BACKENDS, PLANS, NORMS = ["torch", "triton"], ["one_pass", "distinct", "table"], ["layer", "rms", None]
 ONE = {"B": 1, "T": 1, "V": 1, "D": 1, "heads": 1, "head_dim": 1}
 SMALLEST = {
@@ -33,8 +34,8 @@ SMALLEST = {
 @pytest.mark.skipif(sys.platform != "linux", reason="needs files with holes, and Linux's limits")
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_tables_beyond_two_to_the_31_elements(dtype, tmp_path):
-    command = [sys.executable, str(Path(__file__).with_name("far_rows.py")), str(tmp_path), dtype]
-    found = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    command = [sys.executable, str(ROOT / "tests/helpers/far_rows.py"), str(tmp_path), dtype]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert found.returncode == 0, found.stderr[-2000:] or f"ended by signal {-found.returncode}"
 
 

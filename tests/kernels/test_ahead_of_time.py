@@ -1,4 +1,4 @@
-"""Tile configurations: valid, and compiled ahead of time for every device, just as the launchers would launch them."""
+"""Every kernel compiled ahead of time for every device, just as the launchers would launch it."""
 
 import itertools
 
@@ -9,8 +9,6 @@ from aot import record, report
 pytest.importorskip("triton")
 from pyembed.call import Call, Epilogue, Norm, Projection, Terms
 from pyembed.kernels import distinct, distinct_grad, embed, embed_grad, embed_qkv, expand, rotary, tuning
-
-HALF, FULL = (torch.bfloat16, torch.float16), (torch.float32,)
 
 
 def meta(*shape, dtype=torch.int64):
@@ -136,133 +134,142 @@ def ends(dtype, M, head_dim, norms, second, interleaved, first, norm="rms"):
     embed_qkv.embed_qkv(Call(terms, norm_of(norm, 768, dtype), projection, epilogue), reported(2, M // 2))
 
 
-def launches(device):
-    """Every distinct launch of the sizes at which a configuration changes, in every variant of the kernels."""
+def every_call():
+    """(whether products use tf32, function, its arguments): every variant at the sizes at which a configuration changes."""
     combinations = list(itertools.product(("layer", "rms", "none"), (True, False)))
-    tf32 = torch.backends.cuda.matmul.allow_tf32
-    found = {}
-    with pytest.MonkeyPatch.context() as patch:
-        calls = []
-        for dtype, (norm, position) in itertools.product((torch.bfloat16, torch.float32), combinations):
-            for M in (1, 17, 199, 513, 4097):
-                calls.append((False, front_end, dtype, M, 768, 2304, norm, position))
-            for M in (17, 4097):
-                calls.append((False, front_end, dtype, M, 771, 2313, norm, position))
-        for M in (1, 17, 199, 513):  # fp16 differs from bf16, and tf32 from fp32, in the name of an instruction
-            calls.append((False, front_end, torch.float16, M, 768, 2304, "layer", True))
-            calls.append((True, front_end, torch.float32, M, 768, 2304, "layer", True))
-        for dtype, M in itertools.product((torch.bfloat16, torch.float32), (17, 4097)):
-            variant = (False, front_end, dtype, M, 768, 2304)
-            calls += [(*variant, "layer", True, False), (*variant, "layer", "ids"), (*variant, "rms", False, True, False)]
-            calls += [
-                (*variant, "layer", True, True, True, torch.int32),
-                (*variant, "layer", True, True, True, torch.int64, True),
-            ]
-        for dtype, D, norm in itertools.product((torch.bfloat16, torch.float32), (64, 771, 2048, 8192), ("layer", "rms")):
-            calls.append((False, backward, dtype, 4097, D, norm, norm == "layer"))
-        calls += [(False, distinct_rows, torch.bfloat16, 4098, 768, 2304, *variant) for variant in combinations]
-        for dtype in (torch.bfloat16, torch.float32):
-            calls.append((False, distinct_rows, dtype, 4098, 4096, 6144, "rms", None))
-            calls.append((False, distinct_rows, dtype, 4098, 771, 2313, "layer", True))
-            for position in (True, "ids", "gathered"):
-                calls.append((False, distinct_rows, dtype, 4098, 768, 2304, "layer", position))
-            calls.append((False, distinct_rows, dtype, 4098, 768, 2304, "layer", True, True, False, torch.int64, True))
-        calls.append((False, distinct_rows, torch.float16, 4098, 768, 2304, "layer", True, False))
-        calls.append((True, distinct_rows, torch.float32, 4098, 768, 2304, "layer", True))
-        for dtype, entries in (
-            (torch.bfloat16,) * 2,
-            (torch.float16,) * 2,
-            (torch.float32,) * 2,
-            (torch.float32, torch.bfloat16),
-        ):
-            for M, (norm, position) in itertools.product((1, 4098), (("layer", True), ("rms", True), ("none", False))):
-                calls.append((False, look_up, dtype, M, 768, 2304, norm, position, entries))
-        for dtype, (rotary_dim, interleaved) in itertools.product(
-            (torch.bfloat16, torch.float32), ((64, False), (64, True), (16, False))
-        ):
-            for M in (1, 17, 199, 513, 4097):
-                calls.append((False, turned, dtype, M, rotary_dim, interleaved, False, M in (1, 4097)))
-        calls.append((False, turned, torch.float16, 513, 64, False, True))
-        for dtype, M in itertools.product((torch.bfloat16, torch.float32), (2, 4098)):
-            calls += [(False, terms, dtype, M, norm) for norm in ("layer", "rms", "none")]
-        calls.append((False, terms, torch.bfloat16, 200, "layer"))
+    calls = []
+    for dtype, (norm, position) in itertools.product((torch.bfloat16, torch.float32), combinations):
         for M in (1, 17, 199, 513, 4097):
-            calls += [(False, mixed, torch.float32, M, norm) for norm in ("layer", "rms", "none")]
-            calls.append((False, mixed, torch.float32, M, "rms", True))
-        calls.append((False, mixed, torch.float16, 513, "layer"))
-        for dtype, M in itertools.product((torch.bfloat16, torch.float32), (2, 20, 200, 514, 4098)):
-            for head_dim in (64, 128, 256):
-                calls.append((False, ends, dtype, M, head_dim, True, False, False, True))
-            calls.append((False, ends, dtype, M, 64, False, True, None, True))
-        for dtype, M in itertools.product((torch.bfloat16, torch.float32), (2, 4098)):
-            calls += [(False, ends, dtype, M, head_dim, True, False, None, False) for head_dim in (128, 256)]
-            calls += [(False, ends, dtype, M, head_dim, True, False, False, True) for head_dim in (16, 32)]
-            calls.append((False, ends, dtype, M, 128, True, False, True, True))
-            calls.append((False, ends, dtype, M, 64, False, True, None, False, "none"))
-            calls.append((False, ends, dtype, M, 64, False, False, False, True))
-        for switch, function, *arguments in calls:
-            torch.backends.cuda.matmul.allow_tf32 = switch
-            for launch in record(patch, tuning, device, lambda f=function, a=arguments: f(*a)):
-                found.setdefault(launch.key(), launch)
-        torch.backends.cuda.matmul.allow_tf32 = tf32
-    return list(found.values())
+            calls.append((False, front_end, dtype, M, 768, 2304, norm, position))
+        for M in (17, 4097):
+            calls.append((False, front_end, dtype, M, 771, 2313, norm, position))
+    for M in (1, 17, 199, 513):  # fp16 differs from bf16, and tf32 from fp32, in the name of an instruction
+        calls.append((False, front_end, torch.float16, M, 768, 2304, "layer", True))
+        calls.append((True, front_end, torch.float32, M, 768, 2304, "layer", True))
+    for dtype, M in itertools.product((torch.bfloat16, torch.float32), (17, 4097)):
+        variant = (False, front_end, dtype, M, 768, 2304)
+        calls += [(*variant, "layer", True, False), (*variant, "layer", "ids"), (*variant, "rms", False, True, False)]
+        calls += [
+            (*variant, "layer", True, True, True, torch.int32),
+            (*variant, "layer", True, True, True, torch.int64, True),
+        ]
+    for dtype, D, norm in itertools.product((torch.bfloat16, torch.float32), (64, 771, 2048, 8192), ("layer", "rms")):
+        calls.append((False, backward, dtype, 4097, D, norm, norm == "layer"))
+    calls += [(False, distinct_rows, torch.bfloat16, 4098, 768, 2304, *variant) for variant in combinations]
+    for dtype in (torch.bfloat16, torch.float32):
+        calls.append((False, distinct_rows, dtype, 4098, 4096, 6144, "rms", None))
+        calls.append((False, distinct_rows, dtype, 4098, 771, 2313, "layer", True))
+        for position in (True, "ids", "gathered"):
+            calls.append((False, distinct_rows, dtype, 4098, 768, 2304, "layer", position))
+        calls.append((False, distinct_rows, dtype, 4098, 768, 2304, "layer", True, True, False, torch.int64, True))
+    calls.append((False, distinct_rows, torch.float16, 4098, 768, 2304, "layer", True, False))
+    calls.append((True, distinct_rows, torch.float32, 4098, 768, 2304, "layer", True))
+    for dtype, entries in (
+        (torch.bfloat16,) * 2,
+        (torch.float16,) * 2,
+        (torch.float32,) * 2,
+        (torch.float32, torch.bfloat16),
+    ):
+        for M, (norm, position) in itertools.product((1, 4098), (("layer", True), ("rms", True), ("none", False))):
+            calls.append((False, look_up, dtype, M, 768, 2304, norm, position, entries))
+    for dtype, (rotary_dim, interleaved) in itertools.product(
+        (torch.bfloat16, torch.float32), ((64, False), (64, True), (16, False))
+    ):
+        for M in (1, 17, 199, 513, 4097):
+            calls.append((False, turned, dtype, M, rotary_dim, interleaved, False, M in (1, 4097)))
+    calls.append((False, turned, torch.float16, 513, 64, False, True))
+    for dtype, M in itertools.product((torch.bfloat16, torch.float32), (2, 4098)):
+        calls += [(False, terms, dtype, M, norm) for norm in ("layer", "rms", "none")]
+    calls.append((False, terms, torch.bfloat16, 200, "layer"))
+    for M in (1, 17, 199, 513, 4097):
+        calls += [(False, mixed, torch.float32, M, norm) for norm in ("layer", "rms", "none")]
+        calls.append((False, mixed, torch.float32, M, "rms", True))
+    calls.append((False, mixed, torch.float16, 513, "layer"))
+    for dtype, M in itertools.product((torch.bfloat16, torch.float32), (2, 20, 200, 514, 4098)):
+        for head_dim in (64, 128, 256):
+            calls.append((False, ends, dtype, M, head_dim, True, False, False, True))
+        calls.append((False, ends, dtype, M, 64, False, True, None, True))
+    for dtype, M in itertools.product((torch.bfloat16, torch.float32), (2, 4098)):
+        calls += [(False, ends, dtype, M, head_dim, True, False, None, False) for head_dim in (128, 256)]
+        calls += [(False, ends, dtype, M, head_dim, True, False, False, True) for head_dim in (16, 32)]
+        calls.append((False, ends, dtype, M, 128, True, False, True, True))
+        calls.append((False, ends, dtype, M, 64, False, True, None, False, "none"))
+        calls.append((False, ends, dtype, M, 64, False, False, False, True))
+    return calls
 
 
-CASES = [(arch, launch) for arch, device in tuning.DEVICES.items() for launch in launches(device)]
+HALF, FLOAT = torch.bfloat16, torch.float32
+EVERYWHERE = [
+    (False, front_end, HALF, 17, 768, 2304, "layer", True),
+    (False, front_end, HALF, 4097, 768, 2304, "layer", True),
+]
+ON_HOPPER = [  # every kernel; test_the_sample_has_every_kernel holds it to that
+    *EVERYWHERE,
+    (False, front_end, HALF, 4097, 771, 2313, "rms", True),
+    (False, front_end, torch.float16, 513, 768, 2304, "layer", True),
+    (True, front_end, FLOAT, 199, 768, 2304, "layer", True),
+    (False, front_end, FLOAT, 17, 771, 2313, "none", False),
+    (False, backward, HALF, 4097, 2048, "layer", True),
+    (False, backward, FLOAT, 4097, 64, "rms", False),
+    (False, distinct_rows, HALF, 4098, 768, 2304, "layer", True),
+    (False, look_up, FLOAT, 4098, 768, 2304, "layer", True, HALF),
+    (False, turned, torch.float16, 513, 64, False, True),
+    (False, terms, HALF, 2, "none"),
+    (False, mixed, FLOAT, 513, "rms", True),
+    (False, ends, HALF, 514, 64, True, False, False, True),
+]
 
 
-def describe(arch, launch):
-    dtypes = {t for t in map(str, launch.signature.values()) if "fp" in t or "bf" in t}
-    constants = [str(v) for v in launch.constants.values() if isinstance(v, int | str)]
-    kind = "bf16" if any("bf16" in t for t in dtypes) else "fp16" if any("fp16" in t for t in dtypes) else "fp32"
-    return f"{arch}-{launch.kernel.__name__}-{kind}-{'x'.join(constants)}"
+def cases():
+    for arch in tuning.DEVICES:
+        for call in every_call():
+            by_default = call in (ON_HOPPER if arch == 90 else EVERYWHERE)
+            switch, function, *arguments = call
+            words = [str(word).removeprefix("torch.") for word in (arch, function.__name__, *arguments, *["tf32"] * switch)]
+            yield pytest.param(arch, call, marks=() if by_default else pytest.mark.full, id="-".join(words))
 
 
-@pytest.mark.parametrize("arch, launch", CASES, ids=[f"{describe(*case)}-{i}" for i, case in enumerate(CASES)])
-def test_ahead_of_time(arch, launch):
+def launches(monkeypatch, arch, call):
+    """What the launchers would launch on this device."""
+    switch, function, *arguments = call
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", switch)
+    return record(monkeypatch, tuning, tuning.DEVICES[arch], lambda: function(*arguments))
+
+
+COMPILED = set()  # (device, launch), which many calls share
+
+
+@pytest.mark.parametrize("arch, call", cases())
+def test_ahead_of_time(arch, call, monkeypatch, pytestconfig):
     """No register spills, shared memory within the device's limit, products on the tensor cores."""
-    device = tuning.DEVICES[arch]
-    found = report(launch.compile(arch), arch)
-    assert found["spills"] == 0
-    assert found["shared"] <= device.shared_memory
+    files = pytestconfig.getoption("--kernels")
+    for launch in launches(monkeypatch, arch, call):
+        case = arch, launch.key()
+        if case not in COMPILED and (files is None or launch.kernel.__module__.rpartition(".")[2] in files.split(",")):
+            check(arch, launch)
+            COMPILED.add(case)
+
+
+def check(arch, launch):
+    device, found = tuning.DEVICES[arch], report(launch.compile(arch), arch)
     constants = {p.name: launch.constants.get((i,)) for i, p in enumerate(launch.kernel.params)}
+    what = f"{launch.kernel.__name__}{launch.signature} {constants}: {found}"
+    assert found["spills"] == 0, what
+    assert found["shared"] <= device.shared_memory, what
     operands = [str(kind) for name, kind in launch.signature.items() if name in ("token", "weight", "used")]
     if "PRECISION" in constants and not (constants["PRECISION"] == "ieee" and any("fp32" in kind for kind in operands)):
-        assert found["instruction"]
+        assert found["instruction"], what
         # Hopper's and Blackwell's own instructions want 64 rows; decode has fewer, and waits for memory anyway.
         if arch == 90 and constants["BLOCK_M"] >= 64:
-            assert found["instruction"] == "HGMMA"
+            assert found["instruction"] == "HGMMA", what
         if arch == 100 and constants["BLOCK_M"] >= 128:
-            assert found["instruction"].startswith("UTC")
+            assert found["instruction"].startswith("UTC"), what
 
 
-def test_every_configuration_is_valid():
-    sizes = itertools.product((1, 16, 17, 33, 300, 1000, 5000, 100_000), (48, 2304, 6144, 12288), (16, 768, 771, 4096))
-    for (M, N, D), dtype, device in itertools.product(sizes, (*HALF, *FULL), tuning.DEVICES.values()):
-        assert tuning.is_valid(tuning.embed_qkv(M, N, D, dtype, device), dtype, device)
-        if tuning.folds(M, dtype):
-            assert tuning.is_valid(tuning.embed_qkv_folded(M, N, D, dtype, device), dtype, device)
-    too_big = tuning.Tiles(256, 256, 128, 8, 4)
-    assert not any(tuning.is_valid(too_big, torch.bfloat16, device) for device in tuning.DEVICES.values())
-    assert not tuning.is_valid(tuning.Tiles(48, 64, 64, 4, 2), torch.bfloat16, tuning.H100)
-
-
-@pytest.mark.parametrize("M, N", [(1, 2304), (64, 6144), (4096, 2304), (20_000, 3072), (1_000_000, 12288)])
-def test_runs_fill_the_device(M, N):
-    """No split of the N tiles among programs ends earlier by the model that runs() states."""
-    tiles, device = tuning.embed_qkv(M, N, 768, torch.bfloat16, tuning.H100), tuning.H100
-    count = -(-N // tiles.BLOCK_N)
-    chosen = tuning.runs(M, count, tiles, device)
-    assert 1 <= chosen <= count
-    blocks = -(-M // tiles.BLOCK_M)
-    cost = {share: -(-blocks * share // device.multiprocessors) * (0.5 + -(-count // share)) for share in range(1, count + 1)}
-    assert cost[chosen] == min(cost.values())
-
-
-def test_weight_descriptor_copies_only_what_it_must():
-    tiles = tuning.Tiles(64, 64, 32, 4, 2)
-    weight = torch.randn(12, 16)
-    for matrix, transposed, copied in ((weight, False, False), (weight.t(), True, False), (torch.randn(12, 15), False, True)):
-        descriptor, turned = tuning.weight_descriptor(matrix, tiles)
-        assert turned == transposed and (descriptor.base.data_ptr() != matrix.data_ptr()) == copied
-        assert torch.equal(descriptor.base.t() if turned else descriptor.base, matrix)
+def test_the_sample_has_every_kernel(monkeypatch):
+    """Each that any call launches, by a call that is compiled by default."""
+    every, sample = (
+        {launch.kernel.__name__ for call in calls for launch in launches(monkeypatch, 90, call)}
+        for calls in (every_call(), ON_HOPPER)
+    )
+    assert sample == every and {*ON_HOPPER} <= {*every_call()}
