@@ -1,4 +1,4 @@
-"""Gradients of turned queries and keys, turned back: the transpose of each pair's turn."""
+"""Backward of the rotary embedding: gradients of query and key are rotated by the opposite angles."""
 
 import triton
 import triton.language as tl
@@ -12,8 +12,8 @@ from .tiles import find_pairs, load_turns, store_pairs, turn
 @triton.jit
 def turn_back_kernel(
     grad,  # (M, n)
-    out,  # (M, n)
-    rotary,  # as in store_projected
+    out,  # (M, n) out
+    rotary,  # as in embed_qkv.store_projected
     M,
     width,
     HEAD_DIM: tl.constexpr,
