@@ -32,6 +32,7 @@ setup(
             "pytest-xdist",
             "hypothesis",
             "ruff",
+            "mypy",
             "expecttest",
             "transformers",
             "safetensors",

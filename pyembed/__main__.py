@@ -1,4 +1,4 @@
-"""`python -m pyembed` is `pyembed`."""
+"""`python -m pyembed` runs the command line, as `pyembed` does."""
 
 import sys
 

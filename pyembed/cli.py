@@ -1,8 +1,8 @@
-"""The command line. `pyembed demo` runs the front end on a text, forward and backward, and checks all of it.
+"""The command line. `pyembed demo` runs the front end on a text, forward and backward, and checks every output and gradient.
 
-Runs from the same rounded weights: the one-pass kernel (ours), the other plans as they run here (by kernels on a GPU, by
-PyTorch's operators on a CPU), the PyTorch composition in the same dtype (eager) and in float64 (exact). Errors are distances
-to exact, and eager's say how large ours may be.
+From the same rounded weights it runs the one-pass kernel (`ours`), the plans `distinct` and `table` (by kernels on a GPU, by
+PyTorch's operators on a CPU), and the PyTorch composition in the same dtype (`eager`) and in float64 (`exact`). An error is a
+distance to `exact`; the budget for ours is derived from eager's error.
 """
 
 import functools
@@ -12,15 +12,17 @@ import platform
 import statistics
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 
 from . import __version__, functional, reference, settings
 from .data import get_encoding
 from .modules.front_end import EmbeddingQKV
-from .plot import describe, plot_errors
+from .plot import Report, describe, plot_errors
+from .reference import HiddenQKV
 
 try:
     import typer
@@ -33,9 +35,10 @@ except ModuleNotFoundError as missing:
     print(f"error: the command line needs {missing.name}: pip install 'pyembed[demo]'", file=sys.stderr)
     raise SystemExit(2) from None
 
-UsageError = typer.BadParameter.__base__  # typer does not name it, and newer ones carry their own click
+T = TypeVar("T")
+UsageError: Any = typer.BadParameter.__base__  # click's, not exported by typer, whose newer versions contain a copy of click
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-PARAMETERS = {  # arguments of embed_qkv, as EmbeddingQKV calls them
+PARAMETERS = {  # argument of embed_qkv: parameter of EmbeddingQKV
     "token": "token.weight",
     "position": "position.weight",
     "norm_weight": "norm.weight",
@@ -43,13 +46,13 @@ PARAMETERS = {  # arguments of embed_qkv, as EmbeddingQKV calls them
     "weight": "qkv.weight",
     "bias": "qkv.bias",
 }
-COMPILED_CALLS = 21  # the first compiles, the median is of the others
+COMPILED_CALLS = 21  # the first compiles; times are medians of the others
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The program. Returns its exit status: 0, 1 over budget, 2 refused, 130 interrupted."""
+    """Runs the program. Returns its exit status: 0 success, 1 a tensor over budget, 2 a usage error, 130 interrupted."""
     try:
         arguments = sys.argv[1:] if arguments is None else arguments
         return app(arguments or ["--help"], prog_name="pyembed", standalone_mode=False) or 0
@@ -63,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
-def _print_version(wanted: bool):
+def _print_version(wanted: bool) -> None:
     if wanted:
         print(f"pyembed {__version__}")
         raise typer.Exit()
@@ -71,31 +74,31 @@ def _print_version(wanted: bool):
 
 @app.callback()
 def _pyembed(
-    version: Annotated[bool, typer.Option("--version", callback=_print_version, help="Print it and exit.")] = False,
-):
+    version: Annotated[bool, typer.Option("--version", callback=_print_version, help="Print the version and exit.")] = False,
+) -> None:
     """The front end of a transformer (embedding, position, norm, QKV projection) in one Triton kernel."""
 
 
 @app.command()
 def demo(
-    text: Annotated[Path | None, typer.Option(metavar="FILE", help="UTF-8 text; default: Python's own manual.")] = None,
+    text: Annotated[Path | None, typer.Option(metavar="FILE", help="UTF-8 text; default: Python's manual.")] = None,
     encoding: Annotated[str, typer.Option(metavar="NAME", help="A tiktoken encoding: gpt2, cl100k_base, o200k_base.")] = "gpt2",
     batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 2,
     length: Annotated[int, typer.Option(min=1, help="Tokens per sequence.")] = 64,
     width: Annotated[int, typer.Option(min=1, max=16_384, help="Model width D.")] = 768,
-    kv_heads: Annotated[int | None, typer.Option(min=1, help="Key and value heads; default: as many as of query.")] = None,
+    kv_heads: Annotated[int | None, typer.Option(min=1, help="Key and value heads; default: as many as query heads.")] = None,
     norm: Annotated[Literal["layer", "rms", "none"], typer.Option(help="LayerNorm, RMSNorm or none.")] = "layer",
     dtype: Annotated[
         list[str] | None, typer.Option(metavar="NAME[,NAME]", help="fp32, fp16, bf16 (GPU only); default: all that run here.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the weights and the incoming gradients.")] = 0,
-    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write every number there.")] = None,
-    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the errors: .png, .svg or .pdf.")] = None,
-):
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of weights and incoming gradients.")] = 0,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all results to FILE.")] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Plot the errors: .png, .svg or .pdf.")] = None,
+) -> None:
     """Check the kernel on a text: every output and gradient against float64 and against PyTorch.
 
-    Without a GPU the kernel runs in Triton's interpreter, which shows that it is right, not that it is fast.
-    Exit status: 0 all within budget, 1 something over it, 2 a wrong argument.
+    Without a GPU the kernel runs in Triton's interpreter: a check of its results, not of its speed.
+    Exit status: 0 all within budget, 1 a tensor over budget, 2 a wrong argument.
     """
     try:
         import triton
@@ -145,7 +148,7 @@ def demo(
             if plot:
                 plot_errors(report, plot)
         finally:
-            _show(report)  # last: a pipe into head ends the program
+            _show(report)  # last: a closed pipe, as of `| head`, ends the program here
     except OSError as error:
         raise UsageError(f"cannot write {error.filename or 'the report'}: {error.strerror}") from error
     raise typer.Exit(0 if report["passed"] else 1)
@@ -159,12 +162,12 @@ def _parse_dtypes(given: list[str] | None, compiled: bool) -> list[str]:
         if name not in DTYPES:
             raise UsageError(f"--dtype: expected names out of {', '.join(DTYPES)}, got {name!r}")
     if "bf16" in names and not compiled:
-        raise UsageError("--dtype bf16: Triton's interpreter cannot multiply it, only a GPU can; fp32 and fp16 run here")
+        raise UsageError("--dtype bf16: only a GPU can run it, Triton's interpreter multiplies it wrongly; use fp32 or fp16")
     return names
 
 
-def _check_writable(text: Path | None, json_file: Path | None, plot: Path | None):
-    """Refuse, before the long work, a path that could not be written after it."""
+def _check_writable(text: Path | None, json_file: Path | None, plot: Path | None) -> None:
+    """Fails early, before the long computation, if a result could not be written after it."""
     if plot:
         if plot.suffix.lower() not in (".png", ".svg", ".pdf"):
             raise UsageError(f"--plot: expected a name that ends in .png, .svg or .pdf, got {plot}")
@@ -187,14 +190,14 @@ def _check_writable(text: Path | None, json_file: Path | None, plot: Path | None
             raise UsageError(f"{option}: cannot write {path}: {error.strerror}") from error
 
 
-def _read_tokens(path: Path | None, encoding: str, batch: int, length: int):
-    """-> the text's first ids (batch, length), the encoding's vocabulary size, and what was read for the report."""
+def _read_tokens(path: Path | None, encoding: str, batch: int, length: int) -> tuple[torch.Tensor, int, Report]:
+    """-> the text's first ids (batch, length), the encoding's vocabulary size, and the report's entry about the text."""
     if path is None:
         import pydoc_data.topics
 
         name, text = "pydoc_data.topics", "\n".join(pydoc_data.topics.topics.values())
     else:
-        name = str(path).encode(errors="replace").decode()  # a name need not be UTF-8
+        name = str(path).encode(errors="replace").decode()  # a file name may be invalid UTF-8
         try:
             text = path.read_text(encoding="utf-8")
         except OSError as error:
@@ -215,11 +218,12 @@ def _read_tokens(path: Path | None, encoding: str, batch: int, length: int):
     return torch.tensor(ids[: batch * length]).view(batch, length), encoder.n_vocab, source
 
 
-def _draw(shape: dict, seed: int, device: torch.device):
-    """Weights as in a fresh GPT-2, but biases and norm that do something, and incoming gradients N(0, 1); all fp32."""
+def _draw(shape: Report, seed: int, device: torch.device) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
+    """Random weights, N(0, 0.02²) as in GPT-2, with biases and norm other than the identity, and incoming gradients of hidden,
+    query, key and value, N(0, 1); all fp32."""
     generator = torch.Generator().manual_seed(seed)
 
-    def normal(*size, mean=0.0, std=0.02):
+    def normal(*size: int, mean: float = 0.0, std: float = 0.02) -> torch.Tensor:
         return torch.empty(size).normal_(mean, std, generator=generator).to(device)
 
     D, heads, kv_heads = shape["width"], shape["heads"], shape["kv_heads"]
@@ -236,8 +240,17 @@ def _draw(shape: dict, seed: int, device: torch.device):
     return parameters, incoming
 
 
-def _check(name, ids, parameters, incoming, shape, calls, step) -> dict:
-    """One dtype's errors, by every plan, and seconds. step(description=…) drives the progress bar, five times."""
+def _check(
+    name: str,
+    ids: torch.Tensor,
+    parameters: dict[str, torch.Tensor],
+    incoming: list[torch.Tensor],
+    shape: Report,
+    calls: int,
+    step: Callable[..., None],
+) -> Report:
+    """Errors and verdicts of every plan, and seconds, for one dtype. Calls step(description=…), which advances the progress
+    bar, five times."""
     parameters = {key: value.to(DTYPES[name]) for key, value in parameters.items()}
     incoming = [gradient.to(DTYPES[name]) for gradient in incoming]
     norm = None if shape["norm"] == "none" else shape["norm"]
@@ -258,7 +271,7 @@ def _check(name, ids, parameters, incoming, shape, calls, step) -> dict:
     others["table"] = _look_up(ids, parameters, shape, norm)
     step(description=f"{name}: comparing")
 
-    def judge(found):
+    def judge(found: dict[str, torch.Tensor]) -> Report:
         return {key: _judge(found[key], eager[key], exact[key], key == "hidden") for key in found}
 
     plans = {plan: judge(found) for plan, found in others.items()}
@@ -266,8 +279,10 @@ def _check(name, ids, parameters, incoming, shape, calls, step) -> dict:
 
 
 @torch.no_grad()
-def _look_up(ids, parameters, shape, norm):
-    """The outputs by the `table` plan, which has no gradients."""
+def _look_up(
+    ids: torch.Tensor, parameters: dict[str, torch.Tensor], shape: Report, norm: str | None
+) -> dict[str, torch.Tensor]:
+    """Outputs of the `table` plan, which has no gradients."""
     sizes = shape["vocabulary"], shape["width"], shape["heads"]
     options = {"num_kv_heads": shape["kv_heads"], "max_length": shape["positions"], "norm": norm}
     front = EmbeddingQKV(*sizes, **options, device="meta", dtype=parameters["token"].dtype)
@@ -276,7 +291,14 @@ def _look_up(ids, parameters, shape, norm):
         return front(ids)._asdict()
 
 
-def _run(embed_qkv, ids, parameters, incoming, options, calls):
+def _run(
+    embed_qkv: Callable[..., HiddenQKV],
+    ids: torch.Tensor,
+    parameters: dict[str, torch.Tensor],
+    incoming: Sequence[torch.Tensor],
+    options: dict[str, Any],
+    calls: int,
+) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     """-> outputs and gradients by name, and the seconds of forward and backward."""
     parameters = {key: value.detach().requires_grad_() for key, value in parameters.items()}
     outputs, forward = _time(lambda: embed_qkv(ids, **parameters, **options), calls)
@@ -287,12 +309,13 @@ def _run(embed_qkv, ids, parameters, incoming, options, calls):
     return named, {"forward": forward, "backward": backward}
 
 
-def _time(call, calls: int):
-    """The last result and the median seconds of a call, the first left out where there are more."""
+def _time(call: Callable[[], T], calls: int) -> tuple[T, float]:
+    """The last result and the median seconds of a call, without the first call if there are several."""
     synchronise = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     seconds = []
+    result: Any = None
     for _ in range(calls):
-        result = None  # one result in memory, not two
+        result = None  # freed before the next one is computed
         synchronise()
         start = time.perf_counter()
         result = call()
@@ -301,27 +324,28 @@ def _time(call, calls: int):
     return result, statistics.median(seconds[1:] or seconds)
 
 
-def _judge(ours, eager, exact, is_hidden: bool) -> dict:
-    """Errors, budget and verdict of one tensor: twice eager's error plus a rounding, on maximum and RMS."""
+def _judge(ours: torch.Tensor, eager: torch.Tensor, exact: torch.Tensor, is_hidden: bool) -> Report:
+    """Errors, budget and verdict of one tensor. Budget: 2 · eager's error + eps · exact, for the maximum and for the RMS.
+    hidden must also equal eager bit for bit."""
     eps = torch.finfo(ours.dtype).eps
     error, other, scale = _size(exact - ours), _size(exact - eager), _size(exact)
     budget = {key: 2 * other[key] + eps * scale[key] for key in scale}
-    row = {"ours": error, "eager": other, "budget": budget}
-    over = [key for key in budget if not error[key] <= budget[key] < math.inf]  # NaN is over
+    row: Report = {"ours": error, "eager": other, "budget": budget}
+    over = [key for key in budget if not error[key] <= budget[key] < math.inf]  # written so that NaN is over budget
     if is_hidden:
         row["bit_equal"] = torch.equal(ours.view(torch.uint8), eager.view(torch.uint8))
         over += [] if row["bit_equal"] else ["bits"]
     return {**row, "verdict": f"OVER ({', '.join(over)})" if over else "ok"}
 
 
-def _size(tensor) -> dict[str, float]:
+def _size(tensor: torch.Tensor) -> dict[str, float]:
     norm = torch.linalg.vector_norm
     return {"max": norm(tensor, math.inf).item(), "rms": norm(tensor).item() / math.sqrt(tensor.numel())}
 
 
-def _show(report: dict):
+def _show(report: Report) -> None:
     console = Console()
-    console.width = max(console.width, 60)  # narrower terminals wrap a line rather than lose a column
+    console.width = max(console.width, 60)  # in a narrower terminal lines wrap, instead of columns being dropped
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title="Largest error against float64", title_justify="left")
     table.add_column(no_wrap=True, min_width=4)
     table.add_column("tensor", overflow="fold")
@@ -340,7 +364,7 @@ def _show(report: dict):
     facts = Table.grid(padding=(0, 2))
     facts.add_column(style="bold", no_wrap=True)
     facts.add_column()
-    facts.add_row("budget", "2 x eager + eps x the largest value; the same for the RMS")
+    facts.add_row("budget", "2 x eager's error + eps x the largest value; likewise for the RMS")
     for key, value in describe(report).items():
         facts.add_row(key, Text(value.encode(console.encoding, "backslashreplace").decode(console.encoding)))
     facts.add_row("versions", ", ".join(f"{name} {version}" for name, version in report["versions"].items()))
@@ -348,7 +372,7 @@ def _show(report: dict):
         for plan, tensors in result["plans"].items():
             over = [f"{tensor} {row['verdict']}" for tensor, row in tensors.items() if row["verdict"] != "ok"]
             share, worst = max((row["ours"]["max"] / (row["budget"]["max"] or 1.0), tensor) for tensor, row in tensors.items())
-            line = ", ".join(over) or f"{len(tensors)} tensors within budget, the worst at {share:.0%} of it: {worst}"
+            line = ", ".join(over) or f"{len(tensors)} tensors within budget, closest to it at {share:.0%}: {worst}"
             facts.add_row(f"{name} {plan}", Text(line, "bold red" if over else ""))
         for direction in ("forward", "backward"):
             ours, eager = (result["seconds"][who][direction] for who in ("ours", "eager"))

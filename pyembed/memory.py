@@ -1,8 +1,8 @@
-"""Large results of the CPU, in memory that is used again once nothing refers to it.
+"""A caching allocator for large CPU results.
 
-Every call of a stock operator maps fresh pages for a large result, and touching those first costs several times what writing
-them does. Here a result lives in a buffer of its own; when the last tensor over it is gone (Python's reference count of the
-buffer says so), a later call takes the buffer. What is kept unused is bounded by KEEP_BYTES, and empty_cache() gives it back.
+PyTorch maps fresh pages for each large result, and the page faults of the first write cost several times the write itself.
+Here each large result has a buffer, which a later call reuses once no tensor refers to it (by Python's reference count of the
+buffer). Unused buffers hold at most KEEP_BYTES together; empty_cache() frees them.
 """
 
 import math
@@ -13,27 +13,26 @@ import threading
 
 import torch
 
-SMALL_BYTES = 4 << 20  # below it the C library keeps memory by itself
+SMALL_BYTES = 4 << 20  # the C library's malloc reuses smaller blocks by itself
 KEEP_BYTES = 1 << 30
-_buffers: list[mmap.mmap] = []
+_buffers: list[mmap.mmap] = []  # those in use and those kept, oldest first
 _lock = threading.Lock()
 _counts_references = getattr(sys, "_is_gil_enabled", lambda: True)()
 
 
-def _idle():
-    """The buffers that no tensor refers to: those with no more references than one that never had a tensor."""
+def _idle() -> list[mmap.mmap]:
+    """Buffers that no tensor refers to: those with no more references than an object that only a list holds."""
     (unused,) = [sys.getrefcount(buffer) for buffer in [bytearray()]]
     return [buffer for buffer in _buffers if sys.getrefcount(buffer) <= unused]
 
 
 def pages(size: int) -> mmap.mmap:
-    """Memory that the system has just given, which the C library's may not be: it keeps what was freed. A forked process has
-    its own."""
+    """Zeroed pages straight from the operating system, never memory that malloc has kept. Private: copied on fork."""
     return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
 def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-    """torch.empty on the CPU; a large tensor may take over a buffer that no tensor refers to any more."""
+    """torch.empty on the CPU; a tensor of at least SMALL_BYTES may reuse a buffer that no other tensor refers to."""
     count = math.prod(shape)
     size = count * dtype.itemsize
     if size < SMALL_BYTES or not _counts_references:
@@ -45,10 +44,11 @@ def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
             buffer = pages(size)
             _buffers.append(buffer)
         flat = torch.frombuffer(buffer, dtype=dtype, count=count)
-        # No view of it, which its user could not change in place.
-        tensor = torch.empty(0, dtype=dtype, device="cpu").set_(flat.untyped_storage(), 0, shape)
+        # Not a view of flat: autograd refuses in-place changes of views made under no_grad or in a custom Function.
+        strides = [math.prod(shape[axis:]) for axis in range(1, len(shape) + 1)]
+        tensor = torch.empty(0, dtype=dtype, device="cpu").set_(flat.untyped_storage(), 0, shape, strides)
         del buffer, fitting, flat
-        _keep(KEEP_BYTES)
+        _trim(KEEP_BYTES)
         return tensor
 
 
@@ -57,8 +57,8 @@ def empty_each(shapes: list[tuple[int, ...]], dtype: torch.dtype) -> list[torch.
     return [empty(*shape, dtype=dtype) for shape in shapes]
 
 
-def _after_fork():
-    """The child leaves its parent's buffers alone: another thread may have held the lock, or been about to take one."""
+def _after_fork() -> None:
+    """The child starts anew: at the fork another thread of the parent may have held the lock, or been taking a buffer."""
     global _lock
     _lock = threading.Lock()
     _buffers.clear()
@@ -68,14 +68,14 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-def empty_cache():
-    """Gives back to the system what no tensor uses."""
+def empty_cache() -> None:
+    """Frees the CPU buffers that are kept for reuse and that no tensor uses. (For GPU memory: torch.cuda.empty_cache.)"""
     with _lock:
-        _keep(0)
+        _trim(0)
 
 
-def _keep(limit: int):
-    """Drops idle buffers, the longest kept first, until they hold no more than limit bytes."""
+def _trim(limit: int) -> None:
+    """Drops idle buffers, oldest first, until they hold at most `limit` bytes."""
     idle = _idle()
     excess = sum(map(len, idle)) - limit
     while idle and excess > 0:

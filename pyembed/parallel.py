@@ -1,7 +1,7 @@
-"""Tensor parallelism of the front end: heads over the ranks of a mesh, and the vocabulary if asked for.
+"""Tensor parallelism of the front end: attention heads, and optionally the vocabulary, are sharded over the ranks of a mesh.
 
-Each rank runs the library's own operators on what it holds. What ranks exchange in a step of M tokens: the gradients of
-min(M, V) token rows, of positions and of the norm; M rows before the norm too, where the vocabulary V is sharded.
+Each rank runs the library's operators on its shards. Communication in a step of M tokens: all-reduce of the gradients of
+min(M, V) token rows, of positions and of the norm's parameters; with a sharded vocabulary also of M rows before the norm.
 """
 
 import functools
@@ -25,17 +25,21 @@ from .run import run
 
 
 class ColwiseQKV(ParallelStyle):
-    """Tensor parallelism of an EmbeddingQKV: parallelize_module(front, mesh, ColwiseQKV()), mesh of one dimension, n ranks.
+    """Tensor parallelism of an EmbeddingQKV: parallelize_module(front, mesh, ColwiseQKV()), with a 1-D mesh of n ranks.
 
-    Every rank returns its own heads, query (..., T, num_heads / n, head_dim), key and value (..., T, num_kv_heads / n,
-    head_dim), in one pass over all tokens, and all of hidden (..., T, D), whose gradient must be the same on every rank.
-    input_layouts: Shard(dim) where each rank passes its part of ids (and of position_ids like ids), all of one size; these are
-    gathered. hidden_layouts: Shard(dim) for its part of hidden. use_local_output: False for DTensors.
-    shard_vocabulary: each rank holds its rows of the token table alone; rows of the tokens are summed before the norm.
-    Parameters become DTensors; tie weights after this. One packed projection is held as query's, key's and value's rows, and is
-    one again in state_dict, which every rank must call; load_state_dict takes DTensors and one process's whole tensors.
-    At each call these rows are copied together. Dropout draws one mask if the ranks' generators agree. No table can be built.
-    TypeError: no EmbeddingQKV. ValueError: heads or rows that the ranks cannot share, modules that are more than their weights.
+    Each rank returns its heads of all tokens, query (..., T, num_heads / n, head_dim), key and value (..., T, num_kv_heads / n,
+    head_dim), and the whole hidden (..., T, D), whose gradient must be the same on every rank.
+
+    input_layouts: Shard(dim) if each rank passes its shard of ids (and of position_ids of ids' shape), all of the same size;
+    they are gathered. hidden_layouts: Shard(dim) to return this rank's shard of hidden. use_local_output=False: DTensors.
+    shard_vocabulary: each rank holds only its rows of the token table; the embedded tokens are all-reduced before the norm.
+
+    Parameters become DTensors: tie weights afterwards. A packed projection is stored as three DTensors (query, key, value),
+    which each call concatenates. state_dict packs them again and must be called on every rank; load_state_dict takes DTensors
+    or the whole tensors of a single process. Dropout masks agree if the ranks' generators do. The `table` plan cannot run.
+
+    TypeError: the module is not an EmbeddingQKV. ValueError: a mesh of several dimensions, heads or rows that cannot be split
+    over the ranks, submodules that do more than their stock forward (hooks, own classes).
     """
 
     def __init__(self, *, shard_vocabulary=False, input_layouts=None, hidden_layouts=None, use_local_output=True):
@@ -93,8 +97,8 @@ class ColwiseQKV(ParallelStyle):
 
 
 class _Rows(nn.Module):
-    """A parametrization: a packed weight or bias is held as query's, key's and value's, each in shards; it reads as this
-    rank's share of all three."""
+    """A parametrization: a packed weight or bias is stored as three sharded DTensors (query, key, value); reading it gives
+    this rank's shards of the three, concatenated."""
 
     def __init__(self, widths, dim, mesh, src):
         super().__init__()
@@ -109,7 +113,7 @@ class _Rows(nn.Module):
 
 
 def _pack_saved(module, state, prefix, _):
-    """state_dict holds the packed projection, as it does without a mesh."""
+    """state_dict hook: packs the three DTensors again, so that the keys are those without a mesh."""
     for name, held in module.parametrizations.items():
         shares = [state.pop(f"{prefix}parametrizations.{name}.original{i}") for i in range(3)]
         mesh = shares[0].device_mesh
@@ -118,7 +122,7 @@ def _pack_saved(module, state, prefix, _):
 
 
 def _distribute_loaded(module, state, prefix, *_):
-    """What load_state_dict is given, whole or in other shards, as this module's parameters hold it."""
+    """load_state_dict hook: shards the given tensors, whole or sharded otherwise, as this module's parameters are."""
     for name, held in module.parametrizations.items() if parametrize.is_parametrized(module) else ():
         packed = state.pop(prefix + name, None)
         if packed is not None:
@@ -132,7 +136,7 @@ def _distribute_loaded(module, state, prefix, *_):
 
 
 class _Colwise:
-    """What ColwiseQKV puts before an EmbeddingQKV's class."""
+    """Mixin that ColwiseQKV puts before the class of the EmbeddingQKV."""
 
     def forward(self, ids, position_ids=None, distinct=None, rotary=None, segment_ids=None, query_biases=None):
         check_integers("ids", ids)
@@ -166,7 +170,7 @@ class _Colwise:
             check_ranges(call)
 
     def _laid_out(self, found):
-        """hidden and heads as the style's layouts have them."""
+        """The outputs in the style's layouts."""
         style, mesh, n, rank = self._style, self._mesh, self._mesh.size(), self._mesh.get_local_rank()
         layout, hidden = style.hidden_layouts, found.hidden
         if layout.is_shard():
@@ -184,7 +188,7 @@ class _Colwise:
         return HiddenQKV(*(DTensor.from_local(x, mesh, [layout], run_check=False) for x, layout in pairs))
 
     def _gathered(self, name, x, ids):
-        """All of ids, or of position_ids, of which this rank may have a part."""
+        """The whole of x (ids, or a tensor like them), all-gathered if this rank has a shard of it."""
         layout, mesh = self._style.input_layouts, self._mesh
         if isinstance(x, DTensor):
             if x.device_mesh != mesh:
@@ -198,7 +202,7 @@ class _Colwise:
         return DTensor.from_local(x, mesh, [Shard(x.dim() + dim)], run_check=False).full_tensor()
 
     def _rows(self, ids, table, group):
-        """(..., D): each id's row, from the rank that holds it."""
+        """(..., D): the row of each id, from the rank that holds it."""
         V, n = self._modules["token"].num_embeddings, self._mesh.size()
         start = self._mesh.get_local_rank() * -(-V // n)
         padding = padding_row(self._modules["token"].padding_idx, V)
@@ -207,7 +211,7 @@ class _Colwise:
         index = (ids.clamp(0, V - 1) if policy == "clamp" else ids) - start
         others = (index < 0) | (index >= len(table))
         if policy in ("raise", "trust"):
-            others &= (ids >= 0) & (ids < V)  # an id of nobody is wrong on every rank
+            others &= (ids >= 0) & (ids < V)  # an id outside the vocabulary fails the check on every rank
         rows = embedding(index.masked_fill(others, 0), table, padding, id_policy="trust" if policy == "trust" else "raise")
         rows = rows.masked_fill(others[..., None], 0)
         return _Sum.apply(rows, None, group, True)
@@ -215,7 +219,7 @@ class _Colwise:
     def explain(self, ids, position_ids=None, distinct=None):
         if self._style.shard_vocabulary and settings.current.plan not in ("distinct", "table"):
             self._check_whole(self._read_weights(ids, position_ids, None))
-            return Plan("one_pass", "the vocabulary is sharded: its rows are summed, then each token is projected", {})
+            return Plan("one_pass", "the vocabulary is sharded: rows are all-reduced, then each token is projected", {})
         return super().explain(ids, position_ids, distinct)
 
     def _packs_for_nothing(self, ids):
@@ -242,7 +246,7 @@ class _Colwise:
         return epilogue._replace(query_norm=norms[0], key_norm=norms[1])
 
     def _projection(self):
-        """This rank's rows of query, key and value."""
+        """This rank's rows of weight and bias: its heads of query, key and value."""
         qkv = self._modules["qkv"]
         linears = qkv if isinstance(qkv, nn.ModuleList) else [qkv]
         weights, biases = ([local(getattr(x, name)) for x in linears] for name in ("weight", "bias"))
@@ -264,15 +268,15 @@ class _Colwise:
 
 
 def _as_table(rows):
-    """Rows (..., D) as a table, the ids (...) that name each once, and these as distinct ids."""
+    """Rows (..., D) -> a table of them, ids (...) that name each row once, and the same as DistinctIds."""
     flat = torch.arange(rows.shape[:-1].numel(), device=rows.device)
     index = flat.view(rows.shape[:-1])
     return rows.reshape(-1, rows.shape[-1]), index, DistinctIds(flat, index)
 
 
 class _Sum(torch.autograd.Function):
-    """A tensor whose gradient is the sum of those of all ranks; summed: itself is a sum as well. rows: ids of all rows whose
-    gradient may be other than zero, None: any."""
+    """The identity, or with `summed` an all-reduce; the gradient is all-reduced. rows: ids of the only rows whose gradient may
+    be non-zero, so that only these are communicated; None: all rows."""
 
     @staticmethod
     def forward(ctx, x, rows, group, summed):
@@ -285,7 +289,7 @@ class _Sum(torch.autograd.Function):
         if ctx.rows is None:
             return _sum(grad, ctx.group), None, None, None
         rows = ctx.rows.reshape(-1).clamp(0, grad.shape[0] - 1)
-        grad[rows] = _sum(grad[rows], ctx.group)  # a row that comes twice is written twice, with the same
+        grad[rows] = _sum(grad[rows], ctx.group)  # a repeated row is written repeatedly, with equal values
         return grad, None, None, None
 
 
@@ -294,7 +298,7 @@ def _sum(x, group):
 
 
 class _Once(torch.autograd.Function):
-    """A tensor that every rank has, whose gradient counts on the first alone."""
+    """The identity of a tensor that every rank has; its gradient is kept on rank 0 and zero on the others, to count once."""
 
     @staticmethod
     def forward(ctx, x, rank):

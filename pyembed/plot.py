@@ -1,12 +1,15 @@
-"""The demo's figure: every tensor's error beside its budget."""
+"""The demo's figure: the error of every tensor beside its budget."""
 
 import math
 import warnings
 from pathlib import Path
+from typing import Any
+
+Report = dict[str, Any]  # the demo's report, or a part of it, as --json writes it
 
 
-def describe(report: dict) -> dict[str, str]:
-    """What ran, on what, where: for a person."""
+def describe(report: Report) -> dict[str, str]:
+    """The report's text, tokens, model and device, as readable lines by name."""
     text, shape = report["text"], report["shape"]
     heads = f"{shape['heads']} head{'s' * (shape['heads'] > 1)}"
     if shape["kv_heads"] < shape["heads"]:
@@ -22,16 +25,17 @@ def describe(report: dict) -> dict[str, str]:
     }
 
 
-def plot_errors(report: dict, path: Path):
-    """A panel per dtype, a row per tensor: the errors as dots on a bar that ends at their budget."""
+def plot_errors(report: Report, path: Path) -> None:
+    """A panel per dtype, a row per tensor: errors as dots on a bar that ends at the budget. path: .png, .svg or .pdf."""
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     blue, orange, red, ink, grey, pale = "#0969da", "#e36f00", "#cf222e", "#1f2328", "#59636e", "#e6eaef"
     panels = report["dtypes"]
     tensors = list(next(iter(panels.values()))["tensors"])
     width, height = 2.2 + 4 * len(panels), 2.6 + 0.36 * len(tensors)  # inches
-    figure = Figure((width, height), dpi=160, layout="constrained")
-    figure.get_layout_engine().set(rect=(0.12 / width, 0.4 / height, 1 - 0.4 / width, 1 - 1.8 / height), wspace=0.06)
+    rect = (0.12 / width, 0.4 / height, 1 - 0.4 / width, 1 - 1.8 / height)
+    figure = Figure((width, height), dpi=160, layout=ConstrainedLayoutEngine(rect=rect, wspace=0.06))
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axis, (name, result) in zip(axes, panels.items(), strict=True):
         rows = [result["tensors"][tensor] for tensor in tensors]
@@ -39,8 +43,10 @@ def plot_errors(report: dict, path: Path):
         sizes = [size for size in sizes if 0 < size < math.inf] or [1.0]
         low, high = min(sizes) / 2, max(sizes) * 2
         for y, row in enumerate(rows):
-            sizes = (row[who]["max"] for who in ("ours", "eager", "budget"))
-            ours, eager, budget = (max(low, size) if size < high else high for size in sizes)  # 0, infinity, NaN: at the ends
+            # 0 is drawn at the left end, infinity and NaN at the right end.
+            ours, eager, budget = (
+                max(low, row[who]["max"]) if row[who]["max"] < high else high for who in ("ours", "eager", "budget")
+            )
             ok = row["verdict"] == "ok"
             axis.plot([low, budget], [y, y], color=pale, linewidth=9, solid_capstyle="butt")
             budgets = axis.plot(budget, y, "|", color=grey, markersize=13, markeredgewidth=2)
@@ -58,12 +64,13 @@ def plot_errors(report: dict, path: Path):
         axis.grid(axis="x", color=pale, linewidth=0.8)
         axis.spines[:].set_visible(False)
 
-    left, plain = 0.2 / width, {"va": "top", "parse_math": False}  # a file's name may hold a $
+    left = 0.2 / width
+    plain: dict[str, Any] = {"va": "top", "parse_math": False}  # a file name may contain a $
     figure.text(left, 1 - 0.2 / height, f"pyembed: {report['summary']}", color=ink, fontsize=14, fontweight="bold", **plain)
     facts = "\n".join(describe(report).values())
     figure.text(left, 1 - 0.55 / height, facts, color=grey, fontsize=9, linespacing=1.5, **plain)
     handles, labels = (ourses[0], eagers[0], budgets[0]), ("ours, Triton", "eager, PyTorch", "budget")
     figure.legend(handles, labels, loc="lower left", bbox_to_anchor=(left / 2, 0.05 / height), ncols=3, frameon=False)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a name in a script that the font lacks
+        warnings.simplefilter("ignore")  # a file name in a script that the font lacks
         figure.savefig(path, format=path.suffix[1:].lower())

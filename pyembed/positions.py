@@ -1,8 +1,10 @@
-"""The kinds of position that a front end adds to its tokens, and the position ids of batches as they come."""
+"""Position tables that a front end adds to its tokens, and position ids for padded, packed and cached sequences."""
 
 import itertools
 import math
+from collections.abc import Callable
 from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +17,7 @@ KINDS = ("learned", "sinusoidal")
 CONVENTIONS = ("interleaved", "fairseq", "marian")
 
 
-def _check_size(name, size, least):
+def _check_size(name: str, size: Any, least: int) -> None:
     if not isinstance(size, Integral | torch.SymInt):
         raise TypeError(f"{name}: expected an int, got {type(size).__name__}")
     if size < least:
@@ -29,14 +31,16 @@ def sinusoidal_table(
     convention: str = "interleaved",
     padding_idx: int | None = None,
 ) -> Tensor:
-    """(max_length, embedding_dim) float32: sin and cos of t·f(i), computed in float64, for position t and frequency f(i).
+    """(max_length, embedding_dim) float32: sin and cos of t·f(i) for position t and frequency f(i), computed in float64.
 
-    "interleaved", as Vaswani et al. 2017 (section 3.5), XLM, DistilBERT: f(i) = base^(−2i/D), sin in column 2i, cos in 2i+1.
-    "marian": the same frequencies, [sin | cos]. In both an odd width has one sine more than cosines.
-    "fairseq", as tensor2tensor, fairseq, M2M100: f(i) = base^(−i/(⌊D/2⌋−1)), [sin | cos], an odd width ends with a zero. Of
-    D = 2 and 3 the one frequency is 1, as in tensor2tensor; fairseq and M2M100 divide by zero.
-    Row padding_idx (negative: from the end) is zero. ValueError: a size below 1, a base not above 0, another convention, a
-    padding_idx outside of the table. TypeError: a size that is no int.
+    Conventions, for D = embedding_dim:
+    "interleaved" (Vaswani et al. 2017, section 3.5; XLM, DistilBERT): f(i) = base^(−2i/D), sin in column 2i, cos in 2i+1.
+    "marian": the same frequencies, first all sines, then all cosines. In both, an odd D has one sine more than cosines.
+    "fairseq" (tensor2tensor, fairseq, M2M100): f(i) = base^(−i/(⌊D/2⌋−1)), first all sines, then all cosines, and a column of
+    zeros if D is odd. For D = 2 and 3 the only frequency is 1, as in tensor2tensor; fairseq and M2M100 divide by zero there.
+
+    Row padding_idx (negative: counted from the end) is zero. TypeError: a size that is not an int. ValueError: a size below 1,
+    a base that is not positive, an unknown convention, a padding_idx outside the table.
     """
     _check_size("max_length", max_length, 1)
     padding_idx = padding_row(padding_idx, max_length)
@@ -50,19 +54,22 @@ def sinusoidal_table(
 
 
 def sinusoidal_steps(embedding_dim: int, base: float = 10_000.0, convention: str = "interleaved") -> Tensor:
-    """(2, embedding_dim) int64, from which the same rows are computed at any position, without a table, as `position` of
-    functional.embed and embed_qkv: by how much each column's phase grows from one position to the next, and where it begins, in
-    units of 2⁻⁶⁴ turns, so that t·step + start drops whole turns without an error. Errors as in sinusoidal_table."""
+    """(2, embedding_dim) int64: passed as `position` to functional.embed or embed_qkv, it makes them compute the rows of
+    sinusoidal_table, of any position, without a table.
+
+    Row 0: by how much the phase of each column grows per position; row 1: its phase at position 0. The unit is 2⁻⁶⁴ of a full
+    turn, so t·step + start wraps around in int64 exactly as the phase does. Errors as in sinusoidal_table.
+    """
     turns = _frequencies(embedding_dim, base, convention) / (2 * math.pi)
-    # A float64 is an integer over a power of two; what int64 does not hold are whole turns.
+    # Exact: a float64 is an integer times a power of two, and reducing it to int64 removes full turns only.
     whole = [(int(turn * 2.0**64) + 2**63) % 2**64 - 2**63 for turn in turns.tolist()]
     step = torch.tensor(whole, dtype=torch.int64, device="cpu")
-    start = torch.full_like(step, 2**62)  # a cosine is a sine a quarter of a turn later
+    start = torch.full_like(step, 2**62)  # cos(x) = sin(x + a quarter of a turn)
     return torch.stack([_columns(*pair, embedding_dim, convention) for pair in ((step, step), (start * 0, start))])
 
 
-def _frequencies(embedding_dim, base, convention):
-    """float64, of the pairs of a sine and a cosine."""
+def _frequencies(embedding_dim: int, base: float, convention: str) -> Tensor:
+    """float64: the frequency of each (sine, cosine) pair; (⌈D/2⌉,), for "fairseq" (⌊D/2⌋,)."""
     _check_size("embedding_dim", embedding_dim, 1)
     if not base > 0:
         raise ValueError(f"base: expected a number above 0, got {base}")
@@ -76,23 +83,31 @@ def _frequencies(embedding_dim, base, convention):
     return base**-exponent
 
 
-def _columns(sines, cosines, embedding_dim, convention):
-    """In a convention's order. An odd width: fairseq lacks a column, the others have a cosine too many."""
+def _columns(sines: Tensor, cosines: Tensor, embedding_dim: int, convention: str) -> Tensor:
+    """Sines and cosines in the convention's order, padded or cut to embedding_dim: for an odd one fairseq has a column too few,
+    the others a cosine too many."""
     waves = sines, cosines
     table = torch.stack(waves, -1).flatten(-2) if convention == "interleaved" else torch.cat(waves, -1)
     return nn.functional.pad(table, (0, embedding_dim - table.shape[-1]))
 
 
 class Sinusoidal(nn.Module):
-    """A fixed table of positions; `weight` (max_length, embedding_dim) is a buffer that state_dict leaves out.
-
-    max_length None: no table but sinusoidal_steps as `weight`, from which rows are computed, of any position. Other arguments
+    """Fixed sinusoidal positions. The buffer `weight`, not in state_dict, holds sinusoidal_table (max_length, embedding_dim) in
+    dtype, or, if max_length is None, sinusoidal_steps (2, embedding_dim), which give the row of any position. Other arguments
     and errors as in sinusoidal_table.
     """
 
+    weight: Tensor
+
     def __init__(
-        self, max_length: int | None, embedding_dim: int, convention="interleaved", base=10_000.0, device=None, dtype=None
-    ):
+        self,
+        max_length: int | None,
+        embedding_dim: int,
+        convention: str = "interleaved",
+        base: float = 10_000.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         self.convention, self.base = convention, base
         self.dtype = dtype or torch.get_default_dtype()
@@ -103,39 +118,49 @@ class Sinusoidal(nn.Module):
             weight = sinusoidal_table(max_length, embedding_dim, base, convention).to(device, self.dtype)
         self.register_buffer("weight", weight, persistent=False)
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Sinusoidal":
         super()._apply(fn, recurse)
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         if self.weight.is_meta:
             return self
-        # to_empty() leaves a buffer without values, and a cast would round twice
-        fresh = sinusoidal_table(*self.weight.shape, self.base, self.convention) if self.is_table else self._steps()
+        # Computed anew: to_empty() leaves the buffer uninitialised, and casting a cast table would round twice.
+        max_length, embedding_dim = self.weight.shape
+        fresh = sinusoidal_table(max_length, embedding_dim, self.base, self.convention) if self.is_table else self._steps()
         self.weight.copy_(fresh)
         return self
 
     @property
-    def is_table(self):
+    def is_table(self) -> bool:
+        """Whether weight is a table, not steps."""
         return self.weight.is_floating_point()
 
-    def _steps(self):
+    def _steps(self) -> Tensor:
         return sinusoidal_steps(self.weight.shape[1], self.base, self.convention)
 
-    def forward(self, position_ids):
-        """position_ids (...) -> (..., embedding_dim)."""
+    def forward(self, position_ids: Tensor) -> Tensor:
+        """position_ids (...) int32 or int64 -> (..., embedding_dim) in dtype."""
         if self.is_table:
             return nn.functional.embedding(position_ids, self.weight)
         return sinusoids(self.weight, position_ids, self.dtype)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         size = ", ".join(map(str, self.weight.shape)) if self.is_table else f"None, {self.weight.shape[1]}"
         return f"{size}, convention={self.convention!r}"
 
 
-def make(kind: str | None, max_length: int | None, embedding_dim: int, device=None, dtype=None) -> nn.Module | None:
-    """The module behind position="learned" | "sinusoidal" | "sinusoidal:" and a convention | None. ValueError: another kind."""
+def make(
+    kind: str | None,
+    max_length: int | None,
+    embedding_dim: int,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> nn.Module | None:
+    """The module for position=kind, which is "learned", "sinusoidal", "sinusoidal:<convention>" or None. ValueError: others."""
     if kind is None:
         return None
     if kind == "learned":
+        if max_length is None:
+            raise TypeError("max_length: expected an int, got NoneType")
         return nn.Embedding(max_length, embedding_dim, device=device, dtype=dtype)
     name, _, convention = str(kind).partition(":")
     if name == "sinusoidal":
@@ -147,10 +172,11 @@ def make(kind: str | None, max_length: int | None, embedding_dim: int, device=No
 
 
 def from_attention_mask(mask: Tensor) -> Tensor:
-    """Positions that count tokens only, 0 at padding, as Hugging Face's generate has them for left padding.
+    """Position ids that count the tokens of each sequence, without padding, and are 0 at padding; as Hugging Face's generate
+    has them for left padding.
 
-    mask (B, T) bool or integer, 0 = padding -> (B, T) int64. A decode step takes the last columns. Never synchronises.
-    TypeError: another dtype; ValueError: another shape.
+    mask (B, T) bool or integer, 0 = padding -> (B, T) int64. A decode step takes the last columns. No host synchronisation.
+    TypeError: another dtype. ValueError: another shape.
     """
     if not isinstance(mask, Tensor):
         raise TypeError(f"mask: expected a Tensor, got {type(mask).__name__}")
@@ -163,11 +189,11 @@ def from_attention_mask(mask: Tensor) -> Tensor:
 
 
 def from_cu_seqlens(cu_seqlens: Tensor, tokens: int) -> Tensor:
-    """Positions that restart at each of the sequences packed one after the other, as FlashAttention's varlen calls pack them.
+    """Position ids that restart at 0 in each sequence of a packed batch, as FlashAttention's varlen functions pack it.
 
-    cu_seqlens (S+1,) int32 or int64: where each sequence begins, and their end, which is tokens -> (tokens,) int64. Sequences
-    may be empty. ValueError: on CPU tensors, values that do not begin at 0, end at tokens and never decrease; on others
-    nothing looks, and such values give wrong positions. TypeError, ValueError: another type or shape.
+    cu_seqlens (S+1,) int32 or int64: the first token of each sequence, and last the number of all tokens -> (tokens,) int64.
+    Sequences may be empty. TypeError, ValueError: another type or shape. ValueError, for CPU tensors: values that do not start
+    at 0, decrease, or do not end at `tokens`. On other devices values are not checked, and wrong ones give wrong positions.
     """
     check_integers("cu_seqlens", cu_seqlens)
     _check_size("tokens", tokens, 0)
@@ -175,13 +201,13 @@ def from_cu_seqlens(cu_seqlens: Tensor, tokens: int) -> Tensor:
         raise ValueError(f"cu_seqlens: expected shape (sequences + 1,), got {tuple(cu_seqlens.shape)}")
     if can_read(cu_seqlens):
         _check_cu_seqlens(cu_seqlens.tolist(), tokens)
-    cu_seqlens = cu_seqlens.contiguous()  # else searchsorted warns
+    cu_seqlens = cu_seqlens.contiguous()  # searchsorted warns otherwise
     place = torch.arange(tokens, device=cu_seqlens.device)
-    # right: of the sequences that begin here, the last is the one that is not empty.
+    # right=True: of the sequences that start at one token, the last is the one that is not empty.
     return place - cu_seqlens[torch.searchsorted(cu_seqlens, place, right=True) - 1]
 
 
-def _check_cu_seqlens(values, tokens):
+def _check_cu_seqlens(values: list[int], tokens: int) -> None:
     if values[0] != 0:
         raise ValueError(f"cu_seqlens: expected 0 at its beginning, got {values[0]}")
     for i, (before, value) in enumerate(itertools.pairwise(values), 1):
@@ -191,12 +217,12 @@ def _check_cu_seqlens(values, tokens):
         raise ValueError(f"cu_seqlens: expected tokens ({tokens}) at its end, got {values[-1]}")
 
 
-def from_offset(offset: int | Tensor, length: int, device=None) -> Tensor:
-    """offset … offset+length−1, the positions of tokens that follow on a key-value cache.
+def from_offset(offset: int | Tensor, length: int, device: torch.device | str | None = None) -> Tensor:
+    """offset … offset+length−1: position ids of `length` tokens that follow `offset` tokens in a key-value cache.
 
-    offset: an int or a 0-d int32 or int64 tensor -> (length,) int64; a (B,) tensor, one offset a sequence -> (B, length).
-    A tensor is never looked at, and the result is on its device, the only one to ask for. TypeError, ValueError: another
-    type, shape or device, a negative int or length.
+    offset: an int or a 0-d int32 or int64 tensor -> (length,) int64; a (B,) tensor, one offset per sequence -> (B, length).
+    A tensor's values are not read by the host, and the result is on its device: device may only name that one. TypeError,
+    ValueError: another type, shape or device, a negative int or length.
     """
     _check_size("length", length, 0)
     if not isinstance(offset, Tensor):

@@ -1,46 +1,48 @@
-"""Relative positions, which act on attention scores: T5, ALiBi, Shaw, Transformer-XL and DeBERTa, for PyTorch's attention.
-
-Each is an nn.Module with one interface. `offset` is the position of the first query and keys start at 0, so that a decode step
-over a KV cache of n tokens has offset n::
+"""Relative position biases of attention scores: T5, ALiBi, Shaw, Transformer-XL and DeBERTa, nn.Modules with one interface::
 
     bias = relative(query, key, offset)                       # (H, Tq, Tk) or (B, H, Tq, Tk), in query's dtype
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=relative.scale)
 
-    mod = relative.score_mod(query, key, offset)              # the same by FlexAttention; no (Tq, Tk) tensor where avoidable
+    mod = relative.score_mod(query, key, offset)              # for FlexAttention; avoids a (Tq, Tk) tensor where possible
     out = flex_attention(query, key, value, score_mod=mod, scale=relative.scale)
 
-query: (B, H, Tq, d), as attention gets it (Transformer-XL differs: see there). key: (B, H, Tk, d), or only Tk, an int, where
-its content does not count; None: offset + Tq. Where query's does not count either (T5, ALiBi), it may be an int, Tq. offset: an
-int, a 0-d integer tensor (compiled FlexAttention then compiles once for all steps) or (B,), one for each row; no tensor is read
-by the host. causal=True: −inf where the key comes after the query. scale: what attention multiplies query · key by, None its
-default 1/√d; it never multiplies the bias. A bias comes in query's dtype from tables of any, a score_mod adds to scores of
-whatever dtype FlexAttention has (fp32), so in half precision it is the more exact.
+query: (B, H, Tq, d), as attention gets it (for Transformer-XL see its class), or Tq, an int, if the bias depends on lengths
+alone (T5, ALiBi). key: (B, H, Tk, d), or Tk if the bias does not depend on it; None: offset + Tq. offset: the first query's
+position (keys start at 0), so n in a decode step with n tokens in the KV cache; an int, a 0-d integer tensor (compiled
+FlexAttention then compiles once for all steps) or (B,), one per sequence. The host reads no tensor. causal=True: −inf where the
+key comes after the query. scale: attention's factor for query · key, None for the default 1/√d; it does not multiply the bias.
+A bias has query's dtype; a score_mod adds in FlexAttention's (fp32), so it is more exact in half precision.
 
-Tables start from N(0, 0.02²) and gradients reach them both ways. Compiled FlexAttention has open bugs with captured tensors
-that want gradients (pytorch#145208, #145869, #157677). On a CPU its query, key and value may not want them, and torch 2.13 errs
-(no C++, or NaN) where a captured tensor's size is dynamic: compile it with dynamic=False. A wrong argument raises TypeError or
-ValueError that names it, what was expected and what came.
+Tables, of any dtype, start from N(0, 0.02²), and gradients reach them both ways. Compiled FlexAttention has open bugs with
+captured tensors that require gradients (pytorch#145208, #145869, #157677). On a CPU its query, key and value may not require
+them, and torch 2.13 fails (invalid C++, or NaN) if a captured tensor has a dynamic size: compile with dynamic=False.
+TypeError, ValueError: a wrong argument.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 
 class RelativeBias(nn.Module):
-    """The interface, and what the kinds share. A kind defines _dense and _term."""
+    """Interface, checks and causal mask. Subclasses define _dense and _term of (query, key, offset, Tq, Tk, device)."""
 
     scale: float | None = None
-    head_dim: int | None = None  # None: only lengths count, not what query and key hold
+    head_dim: int | None = None  # None: the bias depends on lengths alone, not on the values of query and key
     reads_key = False
+    _dense: Callable[..., Tensor]  # -> the bias without the causal mask
+    _term: Callable[..., Callable[..., Tensor]]  # -> f(b, h, q, k, distance), the bias of one score
 
-    def __init__(self, num_heads: int):
+    def __init__(self, num_heads: int) -> None:
         super().__init__()
         self.num_heads = _positive("num_heads", num_heads)
 
-    def forward(self, query: Tensor | int, key: Tensor | int | None = None, offset: int | Tensor = 0, *, causal: bool = False):
-        """The additive bias: (H, Tq, Tk), or (B, H, Tq, Tk) where query's content counts or offset is (B,)."""
+    def forward(
+        self, query: Tensor | int, key: Tensor | int | None = None, offset: int | Tensor = 0, *, causal: bool = False
+    ) -> Tensor:
+        """The additive bias: (H, Tq, Tk), or (B, H, Tq, Tk) if it depends on query's values or offset is (B,)."""
         Tq, Tk, device = self._lengths(query, key, offset)
         bias = self._dense(query, key, offset, Tq, Tk, device)
         if causal:
@@ -48,21 +50,22 @@ class RelativeBias(nn.Module):
             bias = bias.masked_fill(future.unsqueeze(-3), float("-inf"))
         return bias
 
-    def score_mod(self, query: Tensor | int, key: Tensor | int | None = None, offset: int | Tensor = 0, *, causal=False):
-        """score_mod(score, b, h, q, k) for flex_attention over this query and this key: a new one for each call of it."""
+    def score_mod(
+        self, query: Tensor | int, key: Tensor | int | None = None, offset: int | Tensor = 0, *, causal: bool = False
+    ) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]:
+        """score_mod(score, b, h, q, k) for one call of flex_attention, with this query and key."""
         Tq, Tk, device = self._lengths(query, key, offset)
         term = self._term(query, key, offset, Tq, Tk, device)
-        per_row = isinstance(offset, Tensor) and offset.dim() == 1
 
-        def add_bias(score, b, h, q, k):
-            distance = q - k + (offset[b] if per_row else offset)
+        def add_bias(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            distance = q - k + (offset[b] if isinstance(offset, Tensor) and offset.dim() == 1 else offset)
             score = score + term(b, h, q, k, distance)
             return torch.where(distance < 0, float("-inf"), score) if causal else score
 
         return add_bias
 
-    def _lengths(self, query, key, offset):
-        """Tq, Tk and the device, all arguments checked."""
+    def _lengths(self, query, key, offset) -> tuple[int, int, torch.device]:
+        """Checks the arguments -> Tq, Tk and the device."""
         shape = (None, self.num_heads, None, self.head_dim)
         if isinstance(query, Tensor) or self.head_dim is not None:
             _check_heads("query", query, shape)
@@ -82,21 +85,24 @@ class RelativeBias(nn.Module):
             Tk = offset + Tq
         return Tq, Tk, device
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return ", ".join(f"{k}={v}" for k, v in vars(self).items() if k[0] != "_" and k not in ("training", "reads_key"))
 
 
 class T5Bias(RelativeBias):
-    """A learned bias for each head and bucket of the distance: Raffel et al. 2020, "T5", section 2.1.
+    """A learned bias per head and bucket of distances: Raffel et al. 2020, "T5", section 2.1.
 
-    weight: (num_buckets, num_heads), as Hugging Face's `relative_attention_bias.weight`. Half of a direction's buckets are
-    exact, the others grow as the logarithm up to max_distance tokens. bidirectional: an encoder, whose keys may come after the
-    query; False: a decoder. scale is T5's, which does not divide by √d: 1.0. One module serves all layers.
+    weight: (num_buckets, num_heads), as Hugging Face's `relative_attention_bias.weight`. In each direction half of the buckets
+    hold one distance each, the others logarithmically growing ranges up to max_distance tokens. bidirectional: for an encoder,
+    where keys may come after the query; False: a decoder. scale is 1.0: T5 does not divide by √d. All layers share one module.
     """
 
     scale = 1.0
 
-    def __init__(self, num_heads, num_buckets=32, max_distance=128, bidirectional=True, device=None, dtype=None):
+    def __init__(
+        self, num_heads: int, num_buckets: int = 32, max_distance: int = 128, bidirectional: bool = True,
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(num_heads)
         least = 4 if bidirectional else 2
         if _positive("num_buckets", num_buckets) < least:
@@ -107,8 +113,8 @@ class T5Bias(RelativeBias):
         self.num_buckets, self.max_distance, self.bidirectional = num_buckets, max_distance, bidirectional
         self.weight = _table(num_buckets, num_heads, device=device, dtype=dtype)
 
-    def _values(self, distance):
-        """distance (..., R) -> (..., H, R)."""
+    def _values(self, distance: Tensor) -> Tensor:
+        """distance (..., R) -> biases (..., H, R)."""
         bucket = t5_bucket(distance, self.num_buckets, self.max_distance, self.bidirectional)
         return nn.functional.embedding(bucket, self.weight).transpose(-1, -2)
 
@@ -116,16 +122,16 @@ class T5Bias(RelativeBias):
         return _toeplitz(self._values(_distances(offset, Tq, Tk, device)), Tk, query)
 
     def _term(self, query, key, offset, Tq, Tk, device):
-        far = self.max_distance  # and beyond: one bucket
+        far = self.max_distance  # all greater distances are in the same bucket
         values = self._values(torch.arange(-far, far + 1, device=device))  # (H, 2·far + 1)
         return lambda b, h, q, k, distance: values[h, distance.clamp(-far, far) + far]
 
 
 class ALiBi(RelativeBias):
-    """−slope · |query position − key position|, a fixed slope for each head: Press et al. 2022. No parameters.
+    """−slope · |query position − key position|, with a fixed slope per head: Press et al. 2022. No parameters.
 
-    Bloom adds slope · key position instead: the same after softmax, under a causal mask. A 16-bit bias rounds distances
-    beyond 2^8 (bf16) or 2^11 (fp16); the score_mod does not.
+    Bloom adds slope · key position instead, which under a causal mask gives the same softmax. In a 16-bit bias distances above
+    2^8 (bf16) or 2^11 (fp16) are rounded; in the score_mod they are not.
     """
 
     def _dense(self, query, key, offset, Tq, Tk, device):
@@ -138,21 +144,24 @@ class ALiBi(RelativeBias):
 
 
 class ShawBias(RelativeBias):
-    """query · a^K(clipped distance) / √head_dim, and the like for values: Shaw et al. 2018, equations 3 and 4.
+    """query · a^K(clipped distance) / √head_dim, and a^V added to the values: Shaw et al. 2018, equations 3 and 4.
 
     weight: (2·max_distance + 1, head_dim), a^K for key position − query position = −max_distance … max_distance, shared by
-    the heads (Wav2Vec2-BERT's `distance_embedding.weight`). value_weight: a^V, alike, or None where values=False.
+    the heads (Wav2Vec2-BERT's `distance_embedding.weight`). value_weight: a^V, of the same shape; None if values=False.
     """
 
-    def __init__(self, num_heads, head_dim, max_distance=16, values=True, device=None, dtype=None):
+    def __init__(
+        self, num_heads: int, head_dim: int, max_distance: int = 16, values: bool = True,
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(num_heads)
         self.head_dim, self.max_distance = _positive("head_dim", head_dim), _positive("max_distance", max_distance)
         self.scale = head_dim**-0.5
         self.weight, value_weight = (_table(2 * max_distance + 1, head_dim, device=device, dtype=dtype) for _ in range(2))
         self.register_parameter("value_weight", value_weight if values else None)
 
-    def _rows(self, offset, Tq, Tk, device):
-        """(Tq, Tk) or (B, Tq, Tk): each pair's row of the tables."""
+    def _rows(self, offset: int | Tensor, Tq: int, Tk: int, device: torch.device) -> Tensor:
+        """(Tq, Tk) or (B, Tq, Tk): the row of weight and value_weight for each query and key."""
         far = self.max_distance
         return _toeplitz(far - _distances(offset, Tq, Tk, device).clamp(-far, far), Tk)
 
@@ -164,37 +173,40 @@ class ShawBias(RelativeBias):
         return lambda b, h, q, k, distance: projected[b, h, q, far - distance.clamp(-far, far)]
 
     def value_term(self, probabilities: Tensor, offset: int | Tensor = 0) -> Tensor:
-        """probabilities (B, H, Tq, Tk), softmax of the scores -> (B, H, Tq, head_dim): what a^V adds to attention's result.
+        """probabilities (B, H, Tq, Tk), the softmax of the scores -> (B, H, Tq, head_dim), to be added to attention's result.
 
-        PyTorch's attention does not return its probabilities, so this part needs them computed in the open. Summed in fp32.
+        PyTorch's attention functions do not return the probabilities: the caller computes them. Summed in fp32.
         """
-        if self.value_weight is None:
+        if not isinstance(self.value_weight, Tensor):
             raise ValueError("values: expected a module made with values=True, got False")
         _check_heads("probabilities", probabilities, (None, self.num_heads, None, None))
         _check_offset(offset, probabilities, probabilities.device)
-        rows = self._rows(offset, *probabilities.shape[-2:], probabilities.device)
+        rows = self._rows(offset, probabilities.shape[-2], probabilities.shape[-1], probabilities.device)
         exact = torch.promote_types(probabilities.dtype, torch.float32)
         summed = probabilities.new_zeros(*probabilities.shape[:-1], 2 * self.max_distance + 1, dtype=exact)
-        summed = summed.scatter_add(-1, _to_heads(rows).expand_as(probabilities), probabilities.to(exact))
+        summed = summed.scatter_add(-1, rows.unsqueeze(-3).expand_as(probabilities), probabilities.to(exact))
         return (summed @ self.value_weight.to(exact)).to(probabilities.dtype)
 
 
 class TransformerXLBias(RelativeBias):
-    """(q + v) · W r(distance), beside attention's own (q + u) · k: Dai et al. 2019, section 3.3, terms b and d.
+    """(q + v) · W r(distance) / √head_dim: Dai et al. 2019, section 3.3, terms b and d.
 
-    The score is ((q + u) · k + (q + v) · W r)/√head_dim: attention gets q + u as its query, this module q + v as its::
+    Terms a and c are attention's (q + u) · k / √head_dim, so attention's query is q + u, and this module's q + v::
 
         query, position_query = relative.queries(q)           # q + u, q + v
         bias = relative(position_query, key, offset)
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=relative.scale)
 
-    biases=False: no u and v here, for a projection that hands out q + u and q + v. r is sines then cosines of distance ·
+    biases=False: without u and v, for a projection that returns q + u and q + v. r: sines, then cosines, of distance ·
     10000^(−2i/embedding_dim), angles in float64. weight: W (num_heads · head_dim, embedding_dim), Hugging Face's
-    `r_net.weight`; u, v: (num_heads, head_dim), its `r_w_bias` and `r_r_bias`. embedding_dim: num_heads · head_dim where None.
-    Both ways hold (B, H, Tq, Tq + Tk) of position scores.
+    `r_net.weight`; u, v: (num_heads, head_dim), its `r_w_bias` and `r_r_bias`. embedding_dim None: num_heads · head_dim.
+    Bias and score_mod both allocate (B, H, Tq, Tq + Tk) scores of positions.
     """
 
-    def __init__(self, num_heads, head_dim, embedding_dim=None, biases=True, device=None, dtype=None):
+    def __init__(
+        self, num_heads: int, head_dim: int, embedding_dim: int | None = None, biases: bool = True,
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(num_heads)
         self.head_dim = _positive("head_dim", head_dim)
         self.embedding_dim = num_heads * head_dim if embedding_dim is None else embedding_dim
@@ -206,15 +218,17 @@ class TransformerXLBias(RelativeBias):
             self.register_parameter(name, _table(num_heads, head_dim, device=device, dtype=dtype) if biases else None)
 
     def queries(self, q: Tensor) -> tuple[Tensor, Tensor]:
-        """q (B, H, Tq, head_dim) -> (q + u, q + v): attention's query, and this module's."""
-        if self.u is None:
+        """q (B, H, Tq, head_dim) -> (q + u, q + v): attention's query and this module's."""
+        if not isinstance(self.u, Tensor) or not isinstance(self.v, Tensor):
             raise ValueError("biases: expected a module made with biases=True, got False: the projection adds u and v")
         _check_heads("q", q, (None, self.num_heads, None, self.head_dim))
         return q + self.u.to(q.dtype).unsqueeze(-2), q + self.v.to(q.dtype).unsqueeze(-2)
 
     def _scores(self, query, offset, Tq, Tk, device):
-        """(B, H, Tq, Tq + Tk): in row i, the score of key j is in column Tq − 1 − i + j."""
-        r = _sinusoid(_distances(offset, Tq, Tk + 1, device), self.embedding_dim).to(query.dtype)  # one column more to shift
+        """(B, H, Tq, Tq + Tk): row i has the score of key j in column Tq − 1 − i + j; the last column is for _dense's shift."""
+        exponent = -torch.arange(0, self.embedding_dim, 2, dtype=torch.float64, device=device) / self.embedding_dim
+        angle = _distances(offset, Tq, Tk + 1, device).unsqueeze(-1) * 10_000.0**exponent
+        r = torch.cat([angle.sin(), angle.cos()], -1).to(query.dtype)
         r = nn.functional.linear(r, self.weight.to(query.dtype)).unflatten(-1, (self.num_heads, self.head_dim))
         return _project(query, self.scale, r.transpose(-2, -3))
 
@@ -228,21 +242,22 @@ class TransformerXLBias(RelativeBias):
 
 
 class DeBERTaBias(RelativeBias):
-    """Content to position and position to content, q · Kr + k · Qr: He et al. 2021, "DeBERTa", equation 4.
+    """Content-to-position and position-to-content terms, q · Kr + k · Qr: He et al. 2021, "DeBERTa", equation 4.
 
     weight: (2·span, embedding_dim), Hugging Face's `rel_embeddings.weight`; Kr = pos_key_proj(weight), Qr =
-    pos_query_proj(weight), both at row clamp(span + b(query position − key position), 0, 2·span − 1). (The paper has Qr at
-    the opposite distance; Hugging Face's code, and so the weights that it runs, are as here.) position_buckets=None: b(x) = x,
-    span = max_distance (v1); else b is logarithmic from position_buckets/2 tokens to max_distance, span = position_buckets
-    (v2, v3: 256 and 512). terms: "c2p", "p2c" or both. norm: LayerNorm over weight's rows (v2, v3; `encoder.LayerNorm`).
-    scale and the bias divide by √(d·(1 + the number of terms)): pass scale on. To share a model's modules, set them:
-    pos_key_proj, pos_query_proj (v1: pos_proj, pos_q_proj; share_att_key: key_proj, query_proj), norm, weight.
+    pos_query_proj(weight), both at row clamp(span + b(query position − key position), 0, 2·span − 1). (In the paper Qr is at
+    the opposite distance; this follows Hugging Face's code, which runs the published weights.) position_buckets=None (v1):
+    b(x) = x, span = max_distance; else (v2, v3: 256, max_distance 512) b is logarithmic from position_buckets/2 tokens to
+    max_distance, span = position_buckets. terms: "c2p", "p2c" or both. norm: LayerNorm of weight's rows (v2, v3;
+    `encoder.LayerNorm`). scale and bias include 1/√(d·(1 + number of terms)): pass scale to attention. To share a model's
+    modules, assign pos_key_proj, pos_query_proj (v1: pos_proj, pos_q_proj; share_att_key: key_proj, query_proj), norm, weight.
     """
 
     def __init__(
-        self, num_heads, head_dim, embedding_dim=None, max_distance=512, position_buckets=None, terms=("c2p", "p2c"),
-        norm=False, device=None, dtype=None,
-    ):  # fmt: skip
+        self, num_heads: int, head_dim: int, embedding_dim: int | None = None, max_distance: int = 512,
+        position_buckets: int | None = None, terms: tuple[str, ...] = ("c2p", "p2c"), norm: bool = False,
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(num_heads)
         self.head_dim, self.max_distance = _positive("head_dim", head_dim), _positive("max_distance", max_distance)
         if isinstance(terms, str) or not terms or not set(terms) <= {"c2p", "p2c"} or len(set(terms)) < len(terms):
@@ -255,12 +270,13 @@ class DeBERTaBias(RelativeBias):
         self.position_buckets, self.terms, self.reads_key = position_buckets, tuple(terms), "p2c" in terms
         self.span = max_distance if position_buckets is None else position_buckets
         self.scale = (head_dim * (1 + len(terms))) ** -0.5
-        factory = {"device": device, "dtype": dtype}
+
         embedding_dim = num_heads * head_dim if embedding_dim is None else _positive("embedding_dim", embedding_dim)
-        self.weight = _table(2 * self.span, embedding_dim, **factory)
-        self.norm = nn.LayerNorm(embedding_dim, 1e-7, **factory) if norm else None
+        self.weight = _table(2 * self.span, embedding_dim, device=device, dtype=dtype)
+        self.norm = nn.LayerNorm(embedding_dim, 1e-7, device=device, dtype=dtype) if norm else None
         for term, name in (("c2p", "pos_key_proj"), ("p2c", "pos_query_proj")):
-            self.register_module(name, nn.Linear(embedding_dim, num_heads * head_dim, **factory) if term in terms else None)
+            linear = nn.Linear(embedding_dim, num_heads * head_dim, device=device, dtype=dtype) if term in terms else None
+            self.register_module(name, linear)
 
     def _row(self, distance):
         if self.position_buckets is not None:
@@ -268,7 +284,7 @@ class DeBERTaBias(RelativeBias):
         return (distance + self.span).clamp(0, 2 * self.span - 1)
 
     def _scores(self, content, linear):
-        """content (B, H, T, d) · linear(weight) -> (B, H, T, 2·span); None without this term."""
+        """content (B, H, T, d) · linear(weight) -> (B, H, T, 2·span); None if linear is None: not one of the terms."""
         if linear is None:
             return None
         rows = linear(self.weight if self.norm is None else self.norm(self.weight))
@@ -282,7 +298,7 @@ class DeBERTaBias(RelativeBias):
 
     def _term(self, query, key, offset, Tq, Tk, device):
         c2p, p2c = self._scores(query, self.pos_key_proj), self._scores(key, self.pos_query_proj)
-        far = 2 * self.max_distance  # and beyond: the first or the last row
+        far = 2 * self.max_distance  # all greater distances take the first or the last row
         rows = self._row(torch.arange(-far, far + 1, device=device))
 
         def term(b, h, q, k, distance):
@@ -294,13 +310,11 @@ class DeBERTaBias(RelativeBias):
 
 
 def t5_bucket(distance: Tensor, num_buckets: int = 32, max_distance: int = 128, bidirectional: bool = True) -> Tensor:
-    """distance = query position − key position, integer (...) -> T5's bucket (...) int64; logarithm in fp32, as usual."""
+    """distance = query position − key position, integer (...) -> T5's bucket (...) int64; logarithm in fp32, as T5's code."""
     distance = distance.long()
-    if bidirectional:
-        num_buckets //= 2
-        first, distance = (distance < 0).long() * num_buckets, distance.abs()
-    else:
-        first, distance = 0, distance.clamp(min=0)
+    num_buckets //= 2 if bidirectional else 1
+    first = (distance < 0).long() * num_buckets if bidirectional else 0
+    distance = distance.abs() if bidirectional else distance.clamp(min=0)
     exact = num_buckets // 2
     logarithm = torch.log(distance.clamp(min=exact).float() / exact) / math.log(max_distance / exact)
     far = (exact + (logarithm * (num_buckets - exact)).long()).clamp(max=num_buckets - 1)
@@ -316,9 +330,9 @@ def deberta_bucket(distance: Tensor, position_buckets: int, max_distance: int) -
     return torch.where(distance.abs() <= exact, distance, far * distance.sign())
 
 
-def alibi_slopes(num_heads: int, device=None) -> Tensor:
-    """(num_heads,) float32: 2^(−8·(h+1)/n) for the first n heads, n the greatest power of two that is not above num_heads;
-    for the others the slopes of 2n heads that are missing between them, as in Press et al.'s code and Bloom."""
+def alibi_slopes(num_heads: int, device: torch.device | str | None = None) -> Tensor:
+    """(num_heads,) float32: 2^(−8·(h+1)/n) for the first n heads, where n is the largest power of two up to num_heads; the
+    others take every second slope of 2n heads, 2^(−8·(2j+1)/2n) for j = 0, 1, …, as in Press et al.'s code and Bloom."""
     return _slope(torch.arange(_positive("num_heads", num_heads), device=device), num_heads)
 
 
@@ -328,23 +342,15 @@ def _slope(head, num_heads):
 
 
 def _distances(offset, Tq, Tk, device):
-    """(Tq + Tk − 1,), or (B, Tq + Tk − 1) for offset (B,): query position − key position, from the greatest downwards."""
+    """(Tq + Tk − 1,), or (B, Tq + Tk − 1) for offset (B,): all values of query position − key position, descending."""
     if isinstance(offset, Tensor):
         return offset.unsqueeze(-1) + torch.arange(Tq - 1, -Tk, -1, device=device)
     return torch.arange(offset + Tq - 1, offset - Tk, -1, device=device)
 
 
 def _toeplitz(values, Tk, query=None):
-    """values (..., Tq + Tk − 1), one for each of _distances -> (..., Tq, Tk), in query's dtype where it is a Tensor."""
-    values = values.to(query.dtype) if isinstance(query, Tensor) else values
-    return values.unfold(-1, Tk, 1).flip(-2)
-
-
-def _sinusoid(distance, width):
-    """(...,) -> (..., width) float64: sines, then cosines."""
-    frequency = 10_000.0 ** (-torch.arange(0, width, 2, dtype=torch.float64, device=distance.device) / width)
-    angle = distance.unsqueeze(-1) * frequency
-    return torch.cat([angle.sin(), angle.cos()], -1)
+    """values (..., Tq + Tk − 1), one per element of _distances -> (..., Tq, Tk), in query's dtype if that is a Tensor."""
+    return (values.to(query.dtype) if isinstance(query, Tensor) else values).unfold(-1, Tk, 1).flip(-2)
 
 
 def _project(content, scale, table):
@@ -352,21 +358,16 @@ def _project(content, scale, table):
     return (content * scale) @ table.to(content.dtype).transpose(-1, -2)
 
 
-def _to_heads(rows):
-    """(T, S) or (B, T, S) -> (1 or B, 1, T, S)."""
-    return rows.reshape(-1, 1, *rows.shape[-2:])
-
-
 def _gather(scores, rows):
-    """scores (B, H, T, R), rows (T, S) or (B, T, S) -> (B, H, T, S)."""
-    return scores.gather(-1, _to_heads(rows).expand(*scores.shape[:-1], -1))
+    """scores (B, H, T, R), rows (T, S) or (B, T, S) -> scores[b, h, t, rows[b, t, s]] (B, H, T, S)."""
+    return scores.gather(-1, rows.unsqueeze(-3).expand(*scores.shape[:-1], -1))
 
 
-def _table(*size, device=None, dtype=None):
+def _table(*size: int, device: torch.device | str | None, dtype: torch.dtype | None) -> nn.Parameter:
     return nn.Parameter(nn.init.normal_(torch.empty(size, device=device, dtype=dtype), std=0.02))
 
 
-def _positive(name, value):
+def _positive(name: str, value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
     if value < 1:
@@ -375,7 +376,7 @@ def _positive(name, value):
 
 
 def _check_heads(name, tensor, shape):
-    """shape holds None where any size from 1 on will do."""
+    """shape: the expected sizes, None for any. Only the first axis may be empty."""
     if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
         raise TypeError(f"{name}: expected a Tensor of a floating dtype, got {getattr(tensor, 'dtype', type(tensor).__name__)}")
     if tensor.dim() != 4 or 0 in tensor.shape[1:] or any(w not in (None, g) for w, g in zip(shape, tensor.shape, strict=True)):

@@ -1,23 +1,39 @@
-"""Rotary positions (Su et al. 2021): queries and keys are turned, pair by pair, by an angle that grows with the position."""
+"""Rotary position embedding (RoPE, Su et al. 2021): pairs of columns of query and key are rotated by angles that grow with the
+position."""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 
 class Rotary(nn.Module):
-    """Turns of heads by position, for EmbeddingQKV and functional.embed_qkv.
+    """Cosines and sines that rotate the heads of query and key by position, for EmbeddingQKV and functional.embed_qkv.
 
-    head_dim: width of a head, of which the first rotary_dim (default: all) turn, as in GPT-NeoX. interleaved: pairs are
-    (2i, 2i+1), as in the paper, Llama's original weights and GPT-J; else (i, i + rotary_dim/2), as Hugging Face and GPT-NeoX
-    have it. Pair i turns by position·base^(−2i/rotary_dim), or by position·inv_freq[i] where inv_freq (rotary_dim/2,) is given:
-    linear, NTK, YaRN and Llama-3 scaling are that. scale multiplies cosines and sines (YaRN's attention_scaling).
-    Tables cos and sin (max_length, rotary_dim/2) are float32 whatever dtype the model has (angles in float64), and no part of
-    state_dict. ValueError: an odd or too large rotary_dim, an inv_freq of another length.
+    head_dim: width of a head; its first rotary_dim columns (default: all) are rotated, as in GPT-NeoX. interleaved: the pairs
+    are columns (2i, 2i+1), as in the paper, Llama's original weights and GPT-J; else (i, i + rotary_dim/2), as in Hugging Face
+    and GPT-NeoX. Pair i is rotated by position·base^(−2i/rotary_dim) radians, or by position·inv_freq[i] if inv_freq
+    (rotary_dim/2,) is given, which serves linear, NTK, YaRN and Llama-3 scaling. scale multiplies cosines and sines (YaRN's
+    attention_scaling). Buffers cos and sin (max_length, rotary_dim/2) are float32 whatever the model's dtype, computed from
+    angles in float64, and not in state_dict. ValueError: an odd rotary_dim, or one below 2 or above head_dim, a
+    max_length below 1, an inv_freq of another shape.
     """
 
+    cos: Tensor
+    sin: Tensor
+
     def __init__(
-        self, head_dim, max_length, base=10_000.0, *, rotary_dim=None, interleaved=False, inv_freq=None, scale=1.0, device=None
-    ):
+        self,
+        head_dim: int,
+        max_length: int,
+        base: float = 10_000.0,
+        *,
+        rotary_dim: int | None = None,
+        interleaved: bool = False,
+        inv_freq: Tensor | None = None,
+        scale: float = 1.0,
+        device: torch.device | str | None = None,
+    ) -> None:
         super().__init__()
         rotary_dim = head_dim if rotary_dim is None else rotary_dim
         if rotary_dim % 2 or not 0 < rotary_dim <= head_dim:
@@ -29,25 +45,25 @@ class Rotary(nn.Module):
         elif tuple(inv_freq.shape) != (rotary_dim // 2,):
             raise ValueError(f"inv_freq: expected shape {(rotary_dim // 2,)}, half of rotary_dim; got {tuple(inv_freq.shape)}")
         self.rotary_dim, self.interleaved, self.scale = rotary_dim, interleaved, scale
-        self.inv_freq = inv_freq.detach().to("cpu", torch.float64)  # no buffer: .half() would take its digits
+        self.inv_freq = inv_freq.detach().to("cpu", torch.float64)  # not a buffer, which .half() would round
         for name in ("cos", "sin"):
             empty = torch.empty(max_length, rotary_dim // 2, dtype=torch.float32, device=device)
             self.register_buffer(name, empty, persistent=False)
         self._fill()
 
-    def _fill(self):
+    def _fill(self) -> None:
         angle = torch.outer(torch.arange(self.cos.shape[0], dtype=torch.float64, device="cpu"), self.inv_freq)
         if self.cos.is_meta:
             return
         for name, table in (("cos", angle.cos()), ("sin", angle.sin())):
             setattr(self, name, (table * self.scale).to(self.cos.device, torch.float32))
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Rotary":
         super()._apply(fn, recurse)
-        self._fill()  # .half() rounded the tables, to_empty() left them without values
+        self._fill()  # .half() has rounded the tables, to_empty() has left them uninitialised
         return self
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"{self.cos.shape[0]}, rotary_dim={self.rotary_dim}, interleaved={self.interleaved}"
 
 

@@ -200,11 +200,11 @@ class _Launch:
 def _dense(call):
     """Ids and turns with their elements in order: kernels would copy them, and a launch that is repeated cannot."""
     terms, epilogue = call.terms, call.epilogue
-    ids, position_ids, segment_ids, turn_ids = (
-        x if x is None else x.contiguous() for x in (terms.ids, terms.position_ids, terms.segment_ids, epilogue.turn_ids)
+    ids, position_ids, segment_ids, cos, sin, turn_ids = (
+        x if x is None else x.contiguous()
+        for x in (terms.ids, terms.position_ids, terms.segment_ids, epilogue.cos, epilogue.sin, epilogue.turn_ids)
     )
-    terms = terms._replace(ids=ids, position_ids=position_ids, segment_ids=segment_ids)
-    if epilogue.cos is not None:
-        cos, sin = (x if x.dim() == 2 else x.reshape(-1, x.shape[-1]) for x in (epilogue.cos, epilogue.sin))
-        epilogue = epilogue._replace(cos=cos.contiguous(), sin=sin.contiguous(), turn_ids=turn_ids)
-    return call._replace(terms=terms, epilogue=epilogue)
+    return call._replace(
+        terms=terms._replace(ids=ids, position_ids=position_ids, segment_ids=segment_ids),
+        epilogue=epilogue._replace(cos=cos, sin=sin, turn_ids=turn_ids),
+    )

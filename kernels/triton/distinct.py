@@ -31,7 +31,7 @@ from .tiles import dot, load_places, load_rows
 def mark_kernel(
     ids,  # (M,)
     position_ids,  # (T,) or (M,), or None
-    seen,  # (V,) int8, zero before
+    seen,  # (V,) int8 out, zero before: 1 for ids that occur
     shape,  # M, T, V, L
     BLOCK_M: tl.constexpr,
 ):
@@ -47,15 +47,15 @@ def mark_kernel(
 @triton.jit
 def number_kernel(
     seen,  # (V,) int8
-    slots,  # (V,) out: each seen row's number
-    rows,  # (min(M, V),) out: the seen rows
-    count,  # (1,) out: how many they are
+    slots,  # (V,) out: the number of each seen row
+    rows,  # (min(M, V),) out: the seen rows, ascending
+    count,  # (1,) out: U, the number of seen rows
     V,
     BLOCK_V: tl.constexpr,
 ):
     start = tl.program_id(0) * BLOCK_V
     lane = tl.arange(0, BLOCK_V)
-    # Every program counts what lies before it: V bytes from L2 cost less than a second launch or waiting for a neighbour.
+    # Every program counts all seen rows before its own: V bytes from L2 cost less than a second launch or a look-back.
     earlier = tl.zeros((BLOCK_V,), tl.int32)
     for v0 in range(0, start, BLOCK_V):
         earlier += tl.load(seen + v0 + lane).to(tl.int32)
@@ -78,7 +78,7 @@ def prepare_kernel(
     position,  # (L, D) or None
     norm_weight,  # (D,) or None
     used,  # (P + U, D) out, rows stride_um apart
-    units,  # (P + U,) out, or None: what each row was divided by, to fit fp16
+    units,  # (P + U,) out, or None: the divisor of each row, its largest magnitude, so that it fits fp16
     shape,  # P, V, L
     stride_um,
     D,
@@ -105,7 +105,7 @@ def prepare_kernel(
 
 @triton.jit
 def load_used(rows, place_rows, token, position, r, total, d, P, V, L, D, CENTRE: tl.constexpr):
-    """Rows r of (positions, distinct tokens), whole, centred where the norm centres; 0 past row total and column D."""
+    """Rows r of (positions, then distinct tokens), all D columns, minus the mean if CENTRE; 0 past row `total` and column D."""
     ACC: tl.constexpr = tl.float64 if token.dtype.element_ty == tl.float64 else tl.float32
     columns = (d < D)[None, :]
     is_token = (r >= P) & (r < total)

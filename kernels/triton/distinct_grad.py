@@ -1,13 +1,13 @@
-"""Gradients of the `distinct` plan: both products run over distinct rows, and every sum has one fixed order.
+"""Gradients of the `distinct` plan: both matrix products run over distinct rows only, and every sum has a fixed order.
 
-    total     = Σ grad_qkv[m]                                  grad of W·β + b                                   (N,)
+    total     = Σ grad_qkv[m]                                   gradient of W·β + b                              (N,)
     G[P + u]  = Σ rstd[m]·grad_qkv[m] over the tokens of id u   G[p] likewise over those at position p           (P + U, N)
     dot[m]    = grad_qkv[m] · (projected[P + slot] + projected[position_ids])  the gradient of rstd              (M,)
     grad_sum  = grad_hidden − rstd³/D · dot · (hidden − mean)                                                      (M, D)
     grad_weight = Gᵀ·used + total ⊗ β       grad_used = G·weight              used as in distinct.py
-    a table's row = Σ grad_sum over its tokens + centred (γ ⊙ its row of grad_used)
+    gradient of a table's row = Σ grad_sum over its tokens + centre(γ ⊙ its row of grad_used)
 
-One pass over grad_qkv gives total, the positions' rows of G and dot; a second, by sorted ids, the tokens' rows of G.
+One pass over grad_qkv computes total, the positions' rows of G and dot; a second one, by sorted ids, the tokens' rows of G.
 """
 
 import torch
@@ -30,11 +30,11 @@ from .tiles import dot, find_rows, find_tile, load_hidden, load_places, load_row
 def qkv_kernel(
     grads,  # of query, key and value, (M, n) each
     projected,  # (P + U, N)
-    index,  # (M,) each token's place among the projected ones
+    index,  # (M,) slot of each token: its row of projected is P + slot
     position_ids,  # (T,) or (M,), or None
     rstd,  # (M,), or None: no norm
     dots,  # (column blocks, M) out, or None: each block's share of dot
-    sums,  # (STEP, N) out, rows stride_sn apart, or None: of the tokens m, m + step, m + 2·step, …
+    sums,  # (step, N) out, rows stride_sn apart, or None: row t is Σ rstd·grad over the tokens t, t + step, t + 2·step, …
     totals,  # (row blocks, N) out: each row block's share of total
     shape,  # M, step, T, L, P, U, widths of query and of key
     stride_sn,
@@ -56,7 +56,7 @@ def qkv_kernel(
     for m0 in range(0, M, step):
         m = m0 + t
         here = (t < step) & (m < M)
-        slot, known = load_rows(index, m, here, U)  # −1: the token had no row, and its gradient goes nowhere
+        slot, known = load_rows(index, m, here, U)  # −1: the id is outside its table, its gradient is dropped
         g = tl.load(grad + m[:, None] * width + n[None, :], mask=(here & known)[:, None] & columns, other=0.0).to(ACC)
         total += tl.sum(g, 0)
         if dots is not None:
@@ -81,8 +81,8 @@ def qkv_kernel(
 def weight_grad_kernel(
     grad_rows,  # descriptor of G (P + U, N)
     used,  # descriptor of used (P + U, D)
-    grad_tail,  # G again, as a pointer: the last rows want a mask
-    used_tail,
+    grad_tail,  # pointer to G: the last, partial block of rows needs a mask
+    used_tail,  # pointer to used
     total,  # (N,) or None
     norm_bias,  # (D,) or None
     count,  # (1,) U
@@ -107,7 +107,7 @@ def weight_grad_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
     for r0 in range(0, whole, BLOCK_K):
         acc = dot(grad_rows.load([r0, n0]).T, used.load([r0, d0]), acc, PRECISION)
-    # What lies past the last row was never written.
+    # Memory past the last row is uninitialised, so it is masked.
     r = whole + tl.arange(0, BLOCK_K).to(tl.int64)
     g = tl.load(grad_tail + r[None, :] * stride_gr + n[:, None], mask=(r < rows)[None, :] & (n < N)[:, None], other=0.0)
     u = tl.load(used_tail + r[:, None] * stride_ur + d[None, :], mask=(r < rows)[:, None] & (d < D)[None, :], other=0.0)
@@ -122,7 +122,7 @@ def weight_grad_kernel(
 @triton.jit
 def sum_kernel(
     ids,  # (M,)
-    terms,  # of hidden, as tiles.find_rows has them
+    terms,  # of hidden, as in tiles.find_rows
     token,  # (V, D)
     mean,  # (M,), or None: RMSNorm
     rstd,  # (M,)
@@ -163,10 +163,10 @@ def table_kernel(
     position,  # (L, D) or None
     norm_weight,  # (D,) or None
     grad_used,  # (P + U, D)
-    by_token,  # (U, D) Σ grad_sum, or None
+    by_token,  # (U, D) Σ grad_sum over the tokens of each distinct id, or None
     grad_token,  # (V, D) out, or None
     grad_place,  # (P, D) out, or None
-    partials,  # (programs, D) out, or None: this program's share of the gradient of norm_weight
+    partials,  # (programs, D) out, or None: each program's share of the gradient of norm_weight
     shape,  # P, V, L, padding_idx
     D,
     CENTRE: tl.constexpr,

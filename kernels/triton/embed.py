@@ -1,4 +1,5 @@
-"""One pass, limited by memory bandwidth: hidden = dropout(scale·token[ids] + segment[segment_ids] + position[position_ids])."""
+"""hidden = dropout(scale·token[ids] + segment[segment_ids] + position[places]) in one memory-bound pass, and dropout again in
+the backward."""
 
 import torch
 import triton
@@ -16,10 +17,10 @@ from .tiles import drop, find_rows, load_hidden
 @triton.jit
 def embed_kernel(
     ids,  # (M,)
-    terms,  # of hidden, as tiles.find_rows has them
+    terms,  # of hidden, as in tiles.find_rows
     token,  # (V, D)
     hidden,  # (M, D) out
-    absent,  # what hidden is where a row is absent
+    absent,  # value of hidden for tokens whose rows do not all exist
     shape,  # M, T, V, L
     D,
     BLOCK_M: tl.constexpr,
@@ -53,7 +54,7 @@ def embed(terms: Terms, report: tuple | None = None, absent: float = float("nan"
 @triton.jit
 def drop_kernel(
     x,  # (M, D)
-    out,  # (M, D)
+    out,  # (M, D) out
     dropout,  # as in tiles.find_rows
     M,
     D,

@@ -1,12 +1,12 @@
-"""Gradients of the front end. No atomics and no host synchronisation: every sum has one fixed order.
+"""Gradients of the front end, without atomics or host synchronisation: every sum has a fixed order, so results are repeatable.
 
-    grad_normed = grad_qkv · weight                  grad_weight = grad_qkvᵀ · normed          by matrix product
-    grad_sum    = norm's backward (grad_normed) + grad_hidden                     (M, D), rows gathered again, not saved
-    grad_token[v] = Σ grad_sum[m] over the tokens m with ids[m] = v               likewise for the other tables
+    grad_normed = grad_qkv · weight                  grad_weight = grad_qkvᵀ · normed          torch's matrix products
+    grad_sum    = norm's backward (grad_normed) + grad_hidden                     (M, D), hidden is gathered again, not saved
+    grad_token[v] = Σ grad_sum[m] over the tokens m with ids[m] = v               likewise for the position table
 
-Table gradients are segment sums over ids that are sorted once per batch (stable, so the order of each sum is fixed). A run of
-equal ids is cut at multiples of CHUNK: a run within one chunk is summed and written at once; the pieces of a longer run go to a
-small buffer, which a second launch sums in order. So one frequent token costs no more than many rare ones.
+Table gradients sort the ids (stable: the order of each sum is fixed) and sum runs of equal ids. Runs are split at multiples of
+CHUNK: a run inside one chunk is summed and written at once; the partial sums of a longer run go to a buffer, which a second
+launch adds up in order. So the time does not depend on how often an id repeats.
 """
 
 import torch
@@ -29,17 +29,17 @@ CHUNK = 64
 @triton.jit
 def norm_backward_kernel(
     ids,  # (M,)
-    terms,  # of hidden, as tiles.find_rows has them
+    terms,  # of hidden, as in tiles.find_rows
     token,  # (V, D)
     norm_weight,  # (D,) or None
     norm_bias,  # (D,) or None
     mean,  # (M,), or None: RMSNorm
     rstd,  # (M,)
-    grad_normed,  # (M, D), or None: only normed is wanted
+    grad_normed,  # (M, D), or None: only normed is computed
     grad_hidden,  # (M, D) or None
     grad_sum,  # (M, D) out, or None
     normed,  # (M, D) out, or None
-    partials,  # (2, programs, D) out, or None: this program's share of the gradients of norm_weight and norm_bias
+    partials,  # (2, programs, D) out, or None: each program's share of the gradients of norm_weight and norm_bias
     shape,  # M, T, V, L
     D,
     BLOCK_M: tl.constexpr,
@@ -94,10 +94,10 @@ def norm_backward_kernel(
 def segment_kernel(
     rows,  # (M, D)
     ids,  # (M,) sorted
-    order,  # (M,) where each sorted id came from
-    weights,  # (M,) or None: what each row is multiplied by
+    order,  # (M,) index of each sorted id before sorting
+    weights,  # (M,) factors of the rows, or None
     grad,  # (V, D) out, rows stride_gv apart
-    pieces,  # (2, chunks, D) out: of each chunk, the run that came into it and the run that leaves it
+    pieces,  # (2, chunks, D) out: each chunk's sum of the run that began before it, and of the run that goes on after it
     M,
     V,
     padding_idx,

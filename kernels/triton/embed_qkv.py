@@ -4,11 +4,11 @@
     normed = LayerNorm(hidden) | RMSNorm(hidden) | hidden           statistics in fp32, rounded to the table's dtype
     qkv    = normed · weightᵀ + bias                                (M, N)  accumulated in fp32
 
-A program has BLOCK_M tokens and a run of column tiles of N. It reads its rows once for their statistics (the first run also
-writes hidden), then once per column tile to project them; in between they stay in L2, so the table is read from memory once.
+A program owns BLOCK_M tokens and a range ("run") of column tiles. It reads its rows once for their statistics (run 0 also
+writes hidden), then once per column tile to project them; meanwhile they stay in L2, so the table is read from memory once.
 
-Normalising rows while they are loaded takes four times the instructions of the product alone. So for many tokens a small
-launch first folds the norm into the weight, and the epilogue applies the rest of it:
+Normalising rows on their way into the tensor cores costs four times the instructions of the plain product. So for many tokens a
+small launch first folds the norm into the weight, and the epilogue of the product applies the rest:
 
     folded = γ⊙W − mean over D of (γ⊙W)     shift = W·β + b     residual = sum over D of the rounded folded
     qkv    = rstd · (hidden · foldedᵀ − mean ⊗ residual) + shift    exact for any mean, whatever folded was rounded to
@@ -47,7 +47,7 @@ from .tiles import (
 @triton.jit
 def embed_qkv_kernel(
     ids,  # (M,)
-    terms,  # of hidden, and where absent rows are reported, as tiles.find_rows has them
+    terms,  # of hidden, and the report of absent rows, as in tiles.find_rows
     token,  # (V, D)
     affine,  # the norm's weight and bias, (D,) or None
     weight,  # (N, D), and its strides
@@ -55,13 +55,13 @@ def embed_qkv_kernel(
     hidden,  # (M, D) out
     qkv,  # query, key, value out, (M, n) each
     statistics,  # mean out, (M,), None: RMSNorm or no norm; rstd out, (M,), None: no norm
-    epilogue,  # of store_projected
-    shape,  # M, T, V, L, widths of query and of key, and how many programs share a row's N tiles
+    epilogue,  # as in store_projected
+    shape,  # M, T, V, L, widths of query and of key, and runs: the number of programs that share a row's column tiles
     eps,
     D,
     HEAD_DIM: tl.constexpr,
     HALF: tl.constexpr,
-    READ_BACK: tl.constexpr,
+    READ_BACK: tl.constexpr,  # read hidden back for the projection, instead of gathering and adding the terms again
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -72,13 +72,13 @@ def embed_qkv_kernel(
     norm_weight, norm_bias = affine
     weight, stride_wn, stride_wd = weight
     ACC: tl.constexpr = tl.float64 if token.dtype.element_ty == tl.float64 else tl.float32
-    run = tl.program_id(0) % runs  # N fastest: programs that share rows run side by side
+    run = tl.program_id(0) % runs  # runs vary fastest, so that programs that share rows are scheduled together
     m = (tl.program_id(0) // runs).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     rows, known = find_rows(ids, terms, m, M, T, V, L)
     report_turns(epilogue, terms, m, M)
     writes = (run == 0) | READ_BACK
     mu, scale = gather_statistics(token, terms, rows, known, hidden, mean, rstd, M, writes, eps, D, BLOCK_M, BLOCK_K)
-    if READ_BACK:  # as the folded kernel does: many terms cost more than a row
+    if READ_BACK:  # this program's own writes: a barrier suffices, as in embed_qkv_folded_kernel
         tl.debug_barrier()
         token, terms, rows = hidden, (None, None, (None, None, None, None), None, None, None), (m, tl.minimum(m, M - 1), m, m)
 
@@ -94,7 +94,7 @@ def embed_qkv_kernel(
             if rstd is not None:
                 centre = mu if mean is not None else None
                 a = normalise(a.to(ACC), centre, scale, norm_weight, norm_bias, d, D)
-            a = a.to(weight.dtype.element_ty)  # under autocast another one than the table's
+            a = a.to(weight.dtype.element_ty)  # under autocast the weight's dtype differs from the table's
             inside = (d < D)[:, None] & (n < width)[None, :]
             w = tl.load(weight + column[None, :] * stride_wn + d[:, None] * stride_wd, mask=inside, other=0.0)
             acc = dot(a, w, acc, PRECISION)
@@ -105,7 +105,7 @@ def embed_qkv_kernel(
 
 @triton.jit
 def report_turns(epilogue, terms, m, M):
-    """Where the epilogue turns heads: by rows that may be absent from another table than that of positions."""
+    """Reports tokens whose rotary row is outside its table, if the epilogue rotates heads."""
     _, _, rotary, _ = epilogue
     if rotary[0] is not None:
         load_turns(rotary, m, m < M, terms[5])
@@ -129,12 +129,15 @@ def store_projected(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """The epilogue's end: a tile of the projection, its heads normalised and turned where they are query's or key's, NaN where
-    a row is not known (None: such a row is NaN already).
+    """Applies the epilogue to a tile of the projection and stores it. Rows that are not `known` are stored as NaN; known None:
+    they are NaN already.
 
-    epilogue: head_norm, the weights (d_h,) of query and key, and eps, or None; second, what is added (query,) to the query for
-    a second one that is stored M rows behind it, or None; rotary: cos, sin (rows, R/2), each token's row or None, period, rows,
-    R/2, or all None; length: of sequences whose heads come before their tokens, or None."""
+    epilogue is the tuple of
+    head_norm  weights (d_h,) of query and of key, and eps: RMSNorm of each head of query and key; or None
+    second     bias (query,) of a second query, which is stored M rows after the first; or None
+    rotary     (cos, sin (rows, R/2), row of each token or None, period, rows, R/2), or six times None
+    length     sequence length, for outputs (B, H, length, d_h); None: (M, width)
+    """
     head_norm, second, rotary, length = epilogue
     if head_norm is not None:
         acc = normalise_heads(acc, head_norm, first, query, key, HEAD_DIM, HALF)
@@ -171,7 +174,7 @@ def store_turned(
         rows, columns = head_offsets(m, n, width, length, HEAD_DIM)
         inside = (m < M)[:, None] & (n < width)[None, :]
         tl.store(out + rows[:, None] + columns[None, :], acc.to(out.dtype.element_ty), mask=inside)
-    elif BLOCK_N > 16:  # part by part: cosines and sines of a whole tile would not fit the registers
+    elif BLOCK_N > 16:  # in halves: cosines and sines of a whole tile would not fit into registers
         left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
         mid = n0 + BLOCK_N // 2
         store_turned(left, out, m, M, n0, width, turns, known, rotary, length, HEAD_DIM, HALF, BLOCK_M, BLOCK_N // 2)
@@ -208,7 +211,7 @@ def fold_kernel(
 ):
     ACC: tl.constexpr = tl.float64 if weight.dtype.element_ty == tl.float64 else tl.float32
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    source = paired_source(n, HEAD_DIM, HALF)  # rotary pairs come to stand side by side
+    source = paired_source(n, HEAD_DIM, HALF)  # makes rotary pairs adjacent
     rows = weight + source[:, None].to(tl.int64) * stride_wn
     total = tl.zeros((BLOCK_N,), ACC)
     affine = tl.zeros((BLOCK_N,), ACC)
@@ -242,7 +245,7 @@ def fold_kernel(
 @triton.jit
 def embed_qkv_folded_kernel(
     ids,  # (M,)
-    terms,  # of hidden, and where absent rows are reported, as tiles.find_rows has them
+    terms,  # of hidden, and the report of absent rows, as in tiles.find_rows
     token,  # (V, D)
     folded,  # descriptor of (N, D)
     shift,  # (N,)
@@ -250,8 +253,8 @@ def embed_qkv_folded_kernel(
     hidden,  # (M, D) out
     qkv,  # query, key, value out, (M, n) each
     statistics,  # mean out, (M,), None: RMSNorm; rstd out, (M,)
-    epilogue,  # of store_projected
-    shape,  # M, T, V, L, widths of query and of key, and how many programs share a row's N tiles
+    epilogue,  # as in store_projected
+    shape,  # M, T, V, L, widths of query and of key, and runs: the number of programs that share a row's column tiles
     eps,
     D,
     HEAD_DIM: tl.constexpr,
@@ -269,8 +272,8 @@ def embed_qkv_folded_kernel(
     rows, known = find_rows(ids, terms, m, M, T, V, L)
     report_turns(epilogue, terms, m, M)
     _, scale = gather_statistics(token, terms, rows, known, hidden, mean, rstd, M, True, eps, D, BLOCK_M, BLOCK_K)
-    # Every program wrote the rows that it reads back (programs that share rows wrote the same bits): a barrier of its
-    # own threads is all that it needs, and the product below is a plain one, with no gather and no sum in its way.
+    # Each program wrote all rows that it reads back (programs that share rows wrote the same bits), so a barrier among its
+    # own threads suffices, and the loop below is a plain matrix product without gathers and sums.
     tl.debug_barrier()
     rows = hidden + tl.minimum(m, M - 1)[:, None] * D
 
@@ -284,7 +287,7 @@ def embed_qkv_folded_kernel(
             acc = dot(a, folded.load([first + n0, d0]).T, acc, PRECISION)
         n = n0 + tl.arange(0, BLOCK_N)
         if mean is not None:
-            mu = tl.load(mean + m, mask=m < M, other=0.0)  # read back too: kept, it would not fit the registers
+            mu = tl.load(mean + m, mask=m < M, other=0.0)  # read back: kept, it would not fit into registers
             acc -= mu[:, None] * tl.load(residual + first + n, mask=n < width, other=0.0)[None, :]
         acc = acc * scale[:, None] + tl.load(shift + first + n, mask=n < width, other=0.0)[None, :]
         store_projected(acc, out, m, M, n0, width, first, query, key, None, epilogue, HEAD_DIM, HALF, BLOCK_M, BLOCK_N)

@@ -30,7 +30,7 @@ from .tiles import (
 
 @triton.jit
 def gather_projected(projected, row, place, first, n, width, N, factor, scale, shift, ACC: tl.constexpr):
-    """Columns n of a matrix that begins at column `first`: two projected rows summed, times rstd, plus W·β + b."""
+    """Columns n of the matrix that begins at column `first`: factor · rstd · (sum of the two projected rows) + W·β + b."""
     inside = (n < width)[None, :]
     x = tl.load(projected + first + row[:, None] * N + n[None, :], mask=inside, other=0.0).to(ACC)
     if place is not None:
@@ -46,20 +46,20 @@ def gather_projected(projected, row, place, first, n, width, N, factor, scale, s
 @triton.jit
 def expand_kernel(
     ids,  # (M,)
-    terms,  # of hidden, as tiles.find_rows has them
+    terms,  # of hidden, as in tiles.find_rows
     token,  # (V, D)
     projected,  # (P + U, N) of positions, then of tokens
-    slots,  # (V,) a token row's place among the projected ones, or None
-    index,  # (M,) each token's place: out with slots (−1: an unknown id), in without; None: its id
-    shift,  # (N,) or None
+    slots,  # (V,) slot of each token row, whose projection is row P + slot; or None
+    index,  # (M,) slot of each token: an output if slots are given (−1: id outside the table), else an input; None: slot = id
+    shift,  # (N,) W·β + b, or None
     hidden,  # (M, D) out
     qkv,  # query, key, value out, (M, n) each
     statistics,  # mean out, (M,), None: RMSNorm or no norm; rstd out, (M,), None: no norm
-    rotary,  # as in store_projected
-    shape,  # M, T, V, L, widths of query and of key, P, U and how many programs share a token's columns
-    scalars,  # eps, and what a projected row is multiplied by
+    rotary,  # as in embed_qkv.store_projected
+    shape,  # M, T, V, L, widths of query and of key, P, U and the number of programs that share a token's columns
+    scalars,  # eps, and the factor of projected rows
     D,
-    GATHERED: tl.constexpr,  # projected positions are those of position_ids, in their order
+    GATHERED: tl.constexpr,  # row p of projected belongs to position_ids[p], else to position p
     HEAD_DIM: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK_M: tl.constexpr,

@@ -1,4 +1,4 @@
-"""The backward of rotary positions: the gradient of each pair is turned by the opposite angle."""
+"""Backward of the rotary embedding: gradients of query and key are rotated by the opposite angles."""
 
 import triton
 import triton.language as tl
@@ -15,8 +15,8 @@ from .tiles import find_pairs, load_turns, store_pairs, turn
 @triton.jit
 def turn_back_kernel(
     grad,  # (M, n)
-    out,  # (M, n)
-    rotary,  # as in store_projected
+    out,  # (M, n) out
+    rotary,  # as in embed_qkv.store_projected
     M,
     width,
     HEAD_DIM: tl.constexpr,

@@ -1,6 +1,7 @@
-"""Pieces that the kernels share: jitted functions only.
+"""Device functions that the kernels share: @triton.jit functions only.
 
-Tiles are (rows, columns) blocks in registers; `mask` always says which of their elements exist.
+M tokens in sequences of T; tables of tokens (V, D), positions (L, D) and segments (S, D); N columns of the projection. A tile
+is a block (rows, columns) in registers, and `mask` says which of its elements exist.
 """
 
 import triton
@@ -9,9 +10,10 @@ import triton.language as tl
 
 @triton.jit
 def report_absent(report, TABLE: tl.constexpr, row, m, absent, size):
-    """Tells the host of a token m whose id `row` is absent from a table of `size` rows: the first to come since it last looked.
+    """Reports to the host the first token m, since it last looked, whose id `row` is outside a table of `size` rows (`absent`).
 
-    report: words (6,) in memory of the host, where the first word counts those that came; length of sequences."""
+    report: words and the sequence length. words (6,) int64 in host memory: number of absent rows, TABLE (0 token, 1 position,
+    2 segment, 3 rotary), row, m, size, sequence length."""
     words, length = report
     words += m * 0
     came = tl.atomic_add(words, tl.full(m.shape, 1, tl.int64), mask=absent, sem="relaxed")
@@ -25,7 +27,8 @@ def report_absent(report, TABLE: tl.constexpr, row, m, absent, size):
 
 @triton.jit
 def load_rows(ids, index, mask, size, report=None, m=None, TABLE: tl.constexpr = 0):
-    """Table rows that ids[index] name, and which of them exist; a row that does not exist is read as row 0, and reported."""
+    """ids[index] as row numbers of a table of `size` rows, int64, and which of them exist. Those that do not are replaced by 0,
+    and reported if there is a report."""
     row = tl.load(ids + index, mask=mask, other=0).to(tl.int64)
     known = (row >= 0) & (row < size)
     if report is not None:
@@ -35,7 +38,7 @@ def load_rows(ids, index, mask, size, report=None, m=None, TABLE: tl.constexpr =
 
 @triton.jit
 def load_places(position_ids, m, mask, T, size, report=None, TABLE: tl.constexpr = 1):
-    """Rows of the position table: each token's place in its sequence, or what position_ids say."""
+    """Rows of the position table, and which of them exist: m mod T, or position_ids[m mod T]."""
     place = m % T
     known = place < size
     if position_ids is not None:
@@ -45,11 +48,16 @@ def load_places(position_ids, m, mask, T, size, report=None, TABLE: tl.constexpr
 
 @triton.jit
 def find_rows(ids, terms, m, M, T, V, L):
-    """Rows of the token, position and segment tables that tokens m take, and whether they all exist.
+    """(m, rows of the token, position and segment tables) for tokens m, and whether all of a token's rows exist.
 
-    terms, here and below: position_ids (T,) or (M,) or None: the place in the sequence; position (L, D), or int64 (2, D) of
-    wave(), or None; segment: its ids, their number, table and rows, or all None; scale of the token row or None; dropout: seed,
-    probability and what is kept is multiplied by, or None; report, of report_absent, or None."""
+    terms, here and below, is the tuple of what hidden is the sum of:
+    position_ids  (T,) or (M,), or None: 0 … T−1
+    position      (L, D), or int64 (2, D): the steps of wave(), or None
+    segment       (segment_ids, their number, table (S, D), S); segment_ids None: all 0; without segments all four are None
+    scale         factor of the token row, or None
+    dropout       (seed (1,) int64, probability, 1 / (1 − probability)), or None
+    report        as in report_absent, or None
+    """
     position_ids, position, segment, _, _, report = terms
     row, known = load_rows(ids, m, m < M, V, report, m)
     place, kind = m, tl.zeros_like(m)
@@ -66,15 +74,15 @@ def find_rows(ids, terms, m, M, T, V, L):
 
 @triton.jit
 def wave(steps, place, d, D, ACC: tl.constexpr):
-    """Sines of place·steps[0, d] + steps[1, d], in units of 2⁻⁶⁴ turns: integers drop whole turns without an error."""
+    """sin(place·steps[0, d] + steps[1, d]), angles in units of 2⁻⁶⁴ turns: int64 overflow removes whole turns exactly."""
     step = tl.load(steps + d, mask=d < D, other=0)
     start = tl.load(steps + D + d, mask=d < D, other=0)
     turn = (place.to(tl.int64)[:, None] * step[None, :] + start[None, :]) >> 32
     half = tl.full((1, 1), 1 << 31, tl.int64)
-    mirrored = tl.where(turn > 0, half, -half) - turn  # sin(π − x) = sin(x): a quarter of a turn is left
-    x = tl.where(tl.abs(turn) > 1073741824, mirrored, turn).to(ACC) * 9.313225746154785e-10  # in quarters
+    mirrored = tl.where(turn > 0, half, -half) - turn  # sin(π − x) = sin(x): reduces the angle to a quarter turn
+    x = tl.where(tl.abs(turn) > 1073741824, mirrored, turn).to(ACC) * 9.313225746154785e-10  # in quarter turns
     y = x * x
-    # Minimax polynomial of sin(x·π/2) on [−1, 1], error 1.4e-11; tl.sin, ready for any argument, would spill.
+    # Minimax polynomial of sin(x·π/2) on [−1, 1], error 1.4e-11. tl.sin reduces any argument, and spills registers.
     p = 1.602172462954465e-4 - 3.4182130339566186e-6 * y
     p = 1.5707963266218756 + y * (-0.6459640926526955 + y * (0.0796925873350185 + y * (-0.0046816203507595855 + y * p)))
     return tl.minimum(tl.maximum(x * p, -1.0), 1.0)
@@ -82,9 +90,10 @@ def wave(steps, place, d, D, ACC: tl.constexpr):
 
 @triton.jit
 def drop(x, dropout, m, d, ACC: tl.constexpr):
-    """x, of which each element is zero with the given probability: element (m, d) by Philox of the seed and its place alone."""
+    """Dropout of a tile: element (m, d) is zeroed with the given probability, else multiplied by factor. Its random number is
+    Philox of (seed, m, d), so that forward and backward agree for any tiling."""
     seed, probability, factor = dropout
-    quads = tl.min(d, 0) // 4 + tl.arange(0, x.shape[1] // 4)  # four numbers come at once
+    quads = tl.min(d, 0) // 4 + tl.arange(0, x.shape[1] // 4)  # Philox gives four numbers per counter
     zero = tl.zeros((x.shape[0], x.shape[1] // 4), tl.uint32)
     low, high = m.to(tl.uint32)[:, None], (m >> 32).to(tl.uint32)[:, None]
     a, b, c, d = tl.philox(tl.load(seed), quads.to(tl.uint32)[None, :] + zero, low + zero, high + zero, zero)
@@ -94,7 +103,8 @@ def drop(x, dropout, m, d, ACC: tl.constexpr):
 
 @triton.jit
 def load_hidden(token, terms, rows, d, D):
-    """hidden[:, d], each term rounded to the table's dtype as eager rounds it; 0 past column D."""
+    """hidden[:, d] of tokens with these rows (of find_rows), 0 for d >= D. Each sum is rounded to the table's dtype, as in
+    eager PyTorch."""
     _, position, segment, scale, dropout, _ = terms
     m, row, place, kind = rows
     ACC: tl.constexpr = tl.float64 if token.dtype.element_ty == tl.float64 else tl.float32
@@ -116,7 +126,8 @@ def load_hidden(token, terms, rows, d, D):
 
 @triton.jit
 def welford(x, mean, m2, seen, count, mask):
-    """Merge a tile of `count` columns into the running mean and sum of squared deviations of each row (Chan 1979)."""
+    """Merges a tile of `count` columns into each row's mean and sum of squared deviations of the `seen` columns before it (Chan
+    et al. 1979)."""
     share = count.to(x.dtype) / (seen + count).to(x.dtype)
     tile_mean = tl.sum(x, 1) / count.to(x.dtype)
     deviation = tl.where(mask, x - tile_mean[:, None], 0.0)
@@ -141,7 +152,9 @@ def gather_statistics(
     ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Mean and rstd of each row, where mean and rstd are not None. The program that `writes` stores them, and hidden."""
+    """Mean and rstd of each row of hidden, stored together with hidden by the programs for which `writes` is true.
+
+    mean None: RMSNorm, rstd of the uncentred squares. rstd None: no norm. `known` false: hidden is NaN."""
     m = rows[0]
     ACC: tl.constexpr = tl.float64 if token.dtype.element_ty == tl.float64 else tl.float32
     mu = tl.zeros((ROWS,), ACC)
@@ -170,7 +183,7 @@ def gather_statistics(
 
 @triton.jit
 def normalise(x, mean, rstd, norm_weight, norm_bias, d, D):
-    """(x − mean)·rstd·weight + bias; a mean of None is RMSNorm. Past column D it is finite, and 0 with a weight."""
+    """(x − mean)·rstd·weight + bias; mean None: RMSNorm. Columns past D are finite, and 0 if there is a weight."""
     if mean is not None:
         x -= mean[:, None]
     x *= rstd[:, None]
@@ -183,19 +196,20 @@ def normalise(x, mean, rstd, norm_weight, norm_bias, d, D):
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a·b on the tensor cores; PRECISION ("ieee" or "tf32") matters to fp32 alone."""
+    """acc + a·b on the tensor cores. PRECISION, "ieee" or "tf32", applies to fp32 only."""
     return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
 
 
 @triton.jit
 def count_tiles(query, key, BLOCK_N: tl.constexpr):
-    """Column tiles of query, key and value: none lies across two of them, so that each has one place to load or store."""
+    """The number of column tiles of query, key and value (widths query, key, key). No tile spans two of these matrices."""
     return tl.cdiv(query, BLOCK_N) + 2 * tl.cdiv(key, BLOCK_N)
 
 
 @triton.jit
 def find_tile(qkv, tile, query, key, BLOCK_N: tl.constexpr):
-    """A column tile's matrix, its first column there, that matrix' width, and its first column among those of all three."""
+    """Of a column tile: its matrix (one of qkv), its first column there, the matrix's width, and the matrix's first column
+    among all N columns."""
     q, k, v = qkv
     of_query, of_key = tl.cdiv(query, BLOCK_N), tl.cdiv(key, BLOCK_N)
     later, last = tile >= of_query, tile >= of_query + of_key
@@ -207,7 +221,7 @@ def find_tile(qkv, tile, query, key, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def paired_source(n, HEAD_DIM: tl.constexpr, HALF: tl.constexpr):
-    """The projection's column that comes to column n of a tile whose pairs of rotary columns stand side by side."""
+    """The column of the projection for column n of a tile in which rotary pairs are adjacent."""
     if HALF > 0:
         c = n % HEAD_DIM
         n = tl.where(c < 2 * HALF, n - c + c // 2 + c % 2 * HALF, n)
@@ -216,9 +230,10 @@ def paired_source(n, HEAD_DIM: tl.constexpr, HALF: tl.constexpr):
 
 @triton.jit
 def find_pairs(n0, HEAD_DIM: tl.constexpr, HALF: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The columns of each pair in a tile that begins at n0, and the pair's number within its head.
+    """Both columns of each rotary pair in a tile that begins at column n0, and the pair's index within its head.
 
-    HALF: pairs (i, i + HALF) come first in a head; 0: all are neighbours.
+    HALF > 0: the pairs of a head are (i, i + HALF) for i < HALF, and any columns after 2·HALF are paired (2i, 2i + 1) but not
+    rotated. HALF = 0: all pairs are (2i, 2i + 1).
     """
     i = n0 // 2 + tl.arange(0, BLOCK_N // 2)
     pair = i % (HEAD_DIM // 2)
@@ -231,14 +246,14 @@ def find_pairs(n0, HEAD_DIM: tl.constexpr, HALF: tl.constexpr, BLOCK_N: tl.const
 
 @triton.jit
 def load_turns(rotary, m, mask, report=None):
-    """The row of cosines and sines that each token takes, and whether it exists."""
+    """Each token's row of cosines and sines, and whether it exists. rotary: as in embed_qkv.store_projected."""
     _, _, turn_ids, period, rows, _ = rotary
     return load_places(turn_ids, m, mask, period, rows, report, 3)
 
 
 @triton.jit
 def turn(x, y, rotary, row, pair, turns):
-    """Pairs (x, y) turned by the angle of their row, where the matrix `turns` and the pair is one that does."""
+    """Pairs (x, y) rotated by the angle of their row, if the matrix is rotated (`turns`: query and key) and the pair is."""
     cos, sin, _, _, _, half = rotary
     turned = ((pair < half) & turns)[None, :]
     angle = row[:, None] * half + pair[None, :]
@@ -249,7 +264,8 @@ def turn(x, y, rotary, row, pair, turns):
 
 @triton.jit
 def head_offsets(m, n, width, length, HEAD_DIM: tl.constexpr):
-    """Where rows m and columns n of query, key or value lie: (M, n), or, of sequences of `length` tokens, (B, H, T, d_h)."""
+    """Offsets of rows m and of columns n in query, key or value: layout (M, width), or (B, H, length, HEAD_DIM) if length is
+    not None."""
     rows, columns = m * width, n.to(tl.int64)
     if length is not None:
         rows = m // length * length * width + m % length * HEAD_DIM
@@ -259,7 +275,7 @@ def head_offsets(m, n, width, length, HEAD_DIM: tl.constexpr):
 
 @triton.jit
 def store_pairs(out, x, y, m, M, n0, width, length, first, second, HEAD_DIM: tl.constexpr, HALF: tl.constexpr):
-    """Columns first and second of rows m: in two pieces of whole lines, or side by side."""
+    """Stores the pairs (x, y) of rows m to columns first and second: two stores of consecutive columns, or one interleaved."""
     inside = (m < M)[:, None]
     if HALF > 0:
         rows, columns = head_offsets(m, first, width, length, HEAD_DIM)
@@ -275,7 +291,9 @@ def store_pairs(out, x, y, m, M, n0, width, length, first, second, HEAD_DIM: tl.
 
 @triton.jit
 def normalise_heads(acc, head_norm, first, query, key, HEAD_DIM: tl.constexpr, HALF: tl.constexpr):
-    """RMSNorm of each head of a tile whose columns begin with a head's, where the tile is of query or key."""
+    """RMSNorm of each head in a tile of whole heads. Tiles of value (first >= query + key) are returned as they are.
+
+    head_norm: weights (d_h,) of query and of key, and eps."""
     query_weight, key_weight, eps = head_norm
     weight = tl.where(first < query, query_weight, key_weight)
     x = tl.reshape(acc, (acc.shape[0], acc.shape[1] // HEAD_DIM, HEAD_DIM))

@@ -1,7 +1,8 @@
-"""How fast a device is: measured once a process, for the planner's cost model and for the choice of a product's dtype."""
+"""Matrix product and memory rates of a device, measured once per process: for the planner's cost model and product_dtype."""
 
 import functools
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -10,14 +11,15 @@ from ..memory import pages
 
 
 class Rates(NamedTuple):
-    """What a device does in a second."""
+    """Rates of a device, per second."""
 
-    flops: float  # of a matrix product
-    gather: float  # bytes read and written by a gather of rows into memory that was used before
-    fresh: float  # bytes written into memory that was just allocated, and then given back
+    flops: float  # floating-point operations of a matrix product
+    gather: float  # bytes, read plus written, of a gather of rows into memory that was written before
+    fresh: float  # bytes written to memory that is allocated before the write and freed after it
 
 
-def _best_of(call, synchronise, repeats):
+def _best_of(call: Callable[[], object], synchronise: Callable[[], None], repeats: int) -> float:
+    """Seconds of the fastest call."""
     seconds = []
     for _ in range(repeats + 1):  # the first warms up
         synchronise()
@@ -33,38 +35,38 @@ NOMINAL = {"cpu": Rates(2e11, 1e10, 2e9), "cuda": Rates(5e14, 2e12, 2e12)}
 
 
 def measure(device: torch.device, dtype: torch.dtype) -> Rates:
-    """The rates of one device for one dtype: 0.3 s on a CPU, some ms on a GPU, once.
+    """Rates of a device for a dtype. The first call measures them: 0.3 s on a CPU, some ms on a GPU.
 
-    Under torch.use_deterministic_algorithms, and where there is no memory to measure with, they are nominal: what is measured
-    differs from run to run, and so may a plan that goes by it."""
+    NOMINAL ones if memory runs out, and under torch.use_deterministic_algorithms: measured ones differ from run to run, and
+    with them the plan that the planner picks."""
     if torch.are_deterministic_algorithms_enabled():
         return NOMINAL[device.type]
     return _measure(device, dtype)
 
 
 @functools.cache
-def _measure(device, dtype):
+def _measure(device: torch.device, dtype: torch.dtype) -> Rates:
     try:
         return _time(device, dtype)
     except torch.OutOfMemoryError:
         return NOMINAL[device.type]
 
 
-def _fresh():
-    """A tensor that nobody has written to since the system gave its memory."""
+def _fresh() -> torch.Tensor:
+    """(FRESH_BYTES,) uint8 in pages fresh from the operating system, not written to yet."""
     return torch.frombuffer(pages(FRESH_BYTES), dtype=torch.uint8)
 
 
-def _time(device, dtype):
-    """The best of a few repeats."""
+def _time(device: torch.device, dtype: torch.dtype) -> Rates:
+    """Measured rates, each from the fastest of a few repeats, since other processes may slow some down."""
     cuda = device.type == "cuda"
     M, K, N, rows = (8192, 4096, 4096, 16_384) if cuda else (256, 768, 1024, 4096)
     synchronise = functools.partial(torch.cuda.synchronize, device) if cuda else lambda: None
-    best = functools.partial(_best_of, synchronise=synchronise, repeats=9)  # another process may stand in the way of some
+    best = functools.partial(_best_of, synchronise=synchronise, repeats=9)
     with torch.no_grad():
         a, b = (torch.full(shape, 0.5, dtype=dtype, device=device) for shape in ((M, K), (K, N)))
         table, out = (torch.zeros(rows, 2048, dtype=dtype, device=device) for _ in range(2))
-        index = torch.arange(rows, device=device).mul_(1021).remainder_(rows)  # no draw from the user's generator
+        index = torch.arange(rows, device=device).mul_(1021).remainder_(rows)  # a permutation, without torch's random generator
         nbytes = out.numel() * out.element_size()
         new = functools.partial(torch.empty_like, out) if cuda else _fresh
         product = best(lambda: a @ b)
@@ -74,7 +76,7 @@ def _time(device, dtype):
 
 
 def product_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which to multiply: fp32 for 16-bit numbers where that is faster, as on a CPU without units for them."""
+    """The dtype for matrix products: fp32 instead of a 16-bit dtype on a CPU where that is faster (no 16-bit matrix units)."""
     if device.type != "cpu" or dtype.itemsize != 2:
         return dtype
     return dtype if measure(device, dtype).flops > measure(device, torch.float32).flops else torch.float32
