@@ -8,7 +8,6 @@ To add a term: a field here, its formula in reference.py, its lines in the kerne
 functional.py. Operators, gradients, checks of ids, id policies and sharding go over the fields by name.
 """
 
-import operator
 import typing
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -116,13 +115,16 @@ class Epilogue(NamedTuple):
         return self._replace(heads_first=False), Epilogue(heads_first=self.heads_first)
 
 
+NO_NORM, NO_EPILOGUE = Norm(), Epilogue()
+
+
 class Call(NamedTuple):
     """A whole call. Without a projection it is hidden alone."""
 
     terms: Terms
-    norm: Norm = Norm()
+    norm: Norm = NO_NORM
     projection: Projection | None = None
-    epilogue: Epilogue = Epilogue()
+    epilogue: Epilogue = NO_EPILOGUE
     id_policy: str = "raise"
     batch_invariant: bool = False  # one order of sums for any number of tokens
     distinct: DistinctIds | None = None  # of ids, where a data loader found them
@@ -238,12 +240,13 @@ class Layout:
         self.names = tuple(sorted(fields, key=lambda name: "Tensor" not in SCHEMA[name]))  # stable
         self.schema = ", ".join(f"{SCHEMA[name]} {name}" for name in self.names)
         self._tensors = sum("Tensor" in SCHEMA[name] for name in self.names)
-        self._select = operator.itemgetter(*map(NAMES.index, self.names))
-        self._restore = operator.itemgetter(*map(self.names.index, fields))
+        self._order = tuple(map(NAMES.index, self.names))
+        self._places = tuple(map(self.names.index, fields))
 
     def flatten(self, call: Call) -> tuple:
         """The call's fields, in the order of names."""
-        return self._select(call.values())
+        values = call.values()
+        return tuple([values[place] for place in self._order])
 
     def tensors(self, call: Call) -> tuple[Tensor | None, ...]:
         """Its tensors in that order, None where there is none."""
@@ -251,8 +254,12 @@ class Layout:
 
     def rebuild(self, flat: tuple, **options) -> Call:
         """The Call whose fields flat are; options: its other fields."""
-        values = iter(self._restore(flat))
-        return Call(*(part(*(next(values) for _ in part._fields)) for part in self._parts), **options)
+        values, parts, start = [flat[place] for place in self._places], [], 0
+        for part in self._parts:
+            end = start + len(part._fields)
+            parts.append(part(*values[start:end]))
+            start = end
+        return Call(*parts, **options)
 
 
 HIDDEN = Layout(Terms)

@@ -66,9 +66,11 @@ def check_heads(num_heads: int, num_kv_heads: int | None) -> int:
 
 
 def _check_terms(call, fields):
-    """What hidden is the sum of."""
+    """What hidden is the sum of, and all ids."""
     ids, token, position, position_ids, segment, segment_ids, _, scale, dropout, _ = call.terms
-    check_integers("ids", ids)
+    for lookup in LOOKUPS:
+        if fields[lookup.ids] is not None:
+            check_integers(lookup.ids_name, fields[lookup.ids])
     check_shape("token", token, (None, None), "(num_embeddings, embedding_dim)", optional=False)
     width = None if isinstance(token, Called) else token.shape[1]
     if isinstance(position, Tensor) and position.dtype == torch.int64:
@@ -76,9 +78,6 @@ def _check_terms(call, fields):
     if not call.concat:
         check_shape("position", position, (None, width), "(max_length, embedding_dim of token)")
     check_shape("segment", segment, (None, width), "(segments, embedding_dim of token)")
-    for name, tensor in (("position_ids", position_ids), ("segment_ids", segment_ids)):
-        if tensor is not None:
-            check_integers(name, tensor)
     if segment_ids is not None and segment is None:
         raise ValueError("segment_ids: expected None where there is no table of segments, got a Tensor")
     for name, table, of, given in (("token", token, "ids", ids), ("position", position, "position_ids", position_ids)):
@@ -96,7 +95,7 @@ def _check_terms(call, fields):
 
 def _check_front_end(call, fields):
     """Norm, projection and epilogue."""
-    ids, token = call.terms[:2]
+    token = call.terms.token
     weight, bias, num_heads, num_kv_heads = call.projection
     width = None if isinstance(token, Called) else token.shape[1]
     check_heads(num_heads, num_kv_heads)
@@ -168,7 +167,7 @@ def _check_alike(fields, cast):
         raise TypeError(f"norm_bias: expected dtype {weight.dtype}, that of norm_weight; got {bias.dtype}")
     for name, value in fields.items():
         if isinstance(value, Called):
-            _check_devices(name, value, token.device)
+            _check_devices({"weight": "qkv", "norm_weight": "norm"}.get(name, name), value, token.device)
 
 
 def _check_devices(name, called, device):
@@ -187,7 +186,8 @@ def _check_positions(call, fields):
     if terms.position_ids is not None and terms.position is None:
         raise ValueError("position_ids: expected None where there is no table of positions, got a Tensor")
     for _, _, name, tensor in _lookups(fields):
-        _check_like_ids(name, tensor, terms.ids)
+        if tensor is not terms.ids:
+            _check_like_ids(name, tensor, terms.ids)
     for name, table, ids in (("position", terms.position, terms.position_ids), ("rotary", epilogue.cos, epilogue.turn_ids)):
         if table is None or ids is not None or call.id_policy in ("clamp", "zero"):
             continue
@@ -206,9 +206,10 @@ def _lookups(fields):
 
 
 def _check_like_ids(name, tensor, ids):
-    shapes = {tuple(ids.shape), tuple(ids.shape[-1:]), (1,) * (ids.dim() - 1) + tuple(ids.shape[-1:])}
-    if tuple(tensor.shape) not in shapes:
-        wanted = " or ".join(map(str, sorted(shapes, key=len)))
+    """Shapes of other lengths are not compared: a graph for any number of tokens would take on that they differ."""
+    shapes = tuple(ids.shape[-1:]), (1,) * (ids.dim() - 1) + tuple(ids.shape[-1:]), tuple(ids.shape)
+    if not any(len(shape) == tensor.dim() and shape == tuple(tensor.shape) for shape in shapes):
+        wanted = " or ".join(dict.fromkeys(map(str, shapes)))
         raise ValueError(f"{name}: expected shape {wanted} for ids {tuple(ids.shape)}, got {tuple(tensor.shape)}")
 
 

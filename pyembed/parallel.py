@@ -18,7 +18,7 @@ from .call import Call, DistinctIds, HiddenQKV, Projection, Terms
 from .checks import check, check_integers, check_ranges, padding_row
 from .functional import embedding
 from .modes import local
-from .modules import parts
+from .modules import known
 from .modules.front_end import EmbeddingQKV
 from .plans.choice import Plan
 from .run import run
@@ -61,7 +61,7 @@ class ColwiseQKV(ParallelStyle):
         token, qkv, rows = module.token, module.qkv, module.token.num_embeddings
         if self.shard_vocabulary and -(-rows // n) * (n - 1) >= rows:
             raise ValueError(f"num_embeddings: expected rows for each of {n} ranks, got {rows}")
-        foreign = module._foreign() or parts.distributed(module._modules)
+        foreign = module._foreign() or known.distributed(module._modules)
         if foreign:
             raise ValueError(f"module: expected modules that are no more than their weights, but {foreign}")
         self._spread(token, device_mesh, Shard(0) if self.shard_vocabulary else Replicate())
@@ -72,7 +72,7 @@ class ColwiseQKV(ParallelStyle):
             for linear in qkv:
                 self._spread(linear, device_mesh, Shard(0))
         elif module._groups:
-            self._spread(qkv, device_mesh, Shard(0), {"weight": Shard(1 if parts.is_conv1d(qkv) else 0)})
+            self._spread(qkv, device_mesh, Shard(0), {"weight": Shard(1 if known.is_conv1d(qkv) else 0)})
         else:
             heads = module.num_heads, module.num_kv_heads, module.num_kv_heads
             self._split(qkv, device_mesh, [count * module._head_dim for count in heads])
@@ -89,7 +89,7 @@ class ColwiseQKV(ParallelStyle):
         part.register_load_state_dict_pre_hook(_distribute_loaded)
 
     def _split(self, qkv, mesh, widths):
-        dims = {"weight": 1 if parts.is_conv1d(qkv) else 0, "bias": 0}
+        dims = {"weight": 1 if known.is_conv1d(qkv) else 0, "bias": 0}
         for name in [name for name, _ in qkv.named_parameters(recurse=False)]:
             parametrize.register_parametrization(qkv, name, _Rows(widths, dims[name], mesh, self.src_data_rank), unsafe=True)
         qkv.register_state_dict_post_hook(_pack_saved)
@@ -250,7 +250,7 @@ class _Colwise:
         qkv = self._modules["qkv"]
         linears = qkv if isinstance(qkv, nn.ModuleList) else [qkv]
         weights, biases = ([local(getattr(x, name)) for x in linears] for name in ("weight", "bias"))
-        if parts.is_conv1d(qkv):
+        if known.is_conv1d(qkv):
             weights = [weights[0].t()]
         if len(linears) > 1 and any(bias is not None for bias in biases):
             biases = [w.new_zeros(len(w)) if b is None else b for w, b in zip(weights, biases, strict=True)]
@@ -259,7 +259,7 @@ class _Colwise:
         n = self._mesh.size()
         if self._groups:
             weight, bias = (
-                None if x is None else parts.ungroup(x, 0, self._groups // n, self._head_dim) for x in (weight, bias)
+                None if x is None else known.ungroup(x, 0, self._groups // n, self._head_dim) for x in (weight, bias)
             )
         return Projection(weight, bias, self.num_heads // n, self.num_kv_heads // n)
 

@@ -116,11 +116,11 @@ def rotate(x: Tensor, epilogue: Epilogue) -> Tensor:
     if x.numel() == 0 or cos is None or sin is None:
         return x
     half = cos.shape[-1]
-    if ids is None:
-        cos, sin = cos.reshape(-1, half), sin.reshape(-1, half)
-    else:  # looked up, where indexing would count negative ones from the end
+    if ids is not None:  # looked up, where indexing would count negative ones from the end
         ids = ids.reshape(-1)
         cos, sin = torch.embedding(cos, ids), torch.embedding(sin, ids)
+    elif cos.dim() != 2:
+        cos, sin = cos.reshape(-1, half), sin.reshape(-1, half)
     rows = cos.shape[0]
     if x.dim() > 2 and rows != x.shape[-3] and rows * x.shape[-2:].numel() != x.numel():
         raise IndexError(f"rotary: expected rows for {x.shape[-3]} or {x.shape[:-2].numel()} tokens, got {rows}")

@@ -5,81 +5,122 @@ was found then, their runner: PyTorch's composition, a kernel launch, an operato
 where that depends on the ids. While a compiler, tracer, mode or profiler is at work, the operators run and nothing is kept.
 """
 
+import itertools
+import operator
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._dynamo.guards import GlobalStateGuard, TensorGuards
 
 from . import settings
-from .call import FRONT_END, Call, Called, HiddenQKV
+from .call import NO_EPILOGUE, SCHEMA, Call, Called, HiddenQKV
 from .checks import check, check_distinct, check_ranges
 from .ids import apply_policy, look, report_of
 from .modes import autocast_dtype, can_read, has_process_group, is_dtensor
 from .plans import distinct, one_pass
-from .plans.choice import settle, weigh_now, why_composed
+from .plans.choice import NO_BF16, settle, weigh_now, why_composed
 from .plans.operators import is_compiled, is_observed, is_strange, kernels
 from .reference import compose
 
 Runner = Callable[[Call], Any]
 SIGNATURES = 4096  # that are kept: more than a training run has shapes
-_runners: dict[tuple, Runner] = {}
-_TENSORS = (Tensor, nn.Parameter)  # no subclass, which may bring operators of its own
-_KINDS = frozenset((*_TENSORS, type(None), bool, int, float, str, Called))
+TENSORS = (Tensor, nn.Parameter)  # no subclass, which may bring operators of its own
+NUMBERS = (bool, int, float, str)
+
+
+class _Kind:
+    """Calls whose fields have the same classes: which fields are tensors, and what runs calls of the signatures seen so far."""
+
+    def __init__(self, classes: tuple[type, ...]):
+        self.tensors = _getter(classes, TENSORS)
+        self.called = _getter(classes, (Called,)) if Called in classes else None
+        self.numbers = _getter(classes, NUMBERS)
+        # Under a key of what is hashed fast: guards, which compare the rest, and the runner.
+        self.runners: dict[tuple, list[tuple[TensorGuards, GlobalStateGuard, Runner]]] = {}
+
+
+_kinds: dict[tuple[type, ...], _Kind] = {}
+_count = itertools.count()
+
+
+def _getter(classes, wanted):
+    """A function of values -> a tuple of those whose class is wanted."""
+    places = [place for place, of in enumerate(classes) if of in wanted]
+    if len(places) > 1:
+        return operator.itemgetter(*places)
+    return lambda values: tuple([values[place] for place in places])
 
 
 def run(call: Call) -> Any:
     """hidden (..., T, D) of a call without a projection, else HiddenQKV. Errors: those of checks.py, and of a forced plan."""
-    key = None if is_observed() else _signature(call)
-    runner = None if key is None else _runners.get(key)
-    return _run_first(call, key) if runner is None else runner(call)
+    if is_observed():
+        return _run_first(call, None)
+    terms, norm, projection, epilogue, policy, invariant, given, concat = call
+    if projection is None:
+        values = tuple(terms)
+    elif epilogue is NO_EPILOGUE and given is None:
+        values = terms + norm + projection
+    else:
+        values = terms + norm + projection + epilogue + (given or ())
+    classes = tuple(map(type, values))
+    kind = _kinds.get(classes)
+    if kind is None:
+        if not _KNOWN.issuperset(classes):
+            return _run_first(call, None)
+        kind = _kinds[classes] = _Kind(classes)
+    tensors, current = kind.tensors(values), settings.current
+    key = (current, policy, invariant, concat, terms.ids.shape, kind.numbers(values))
+    if kind.called is not None:
+        weights = [called.weight for called in kind.called(values)]
+        tensors += tuple(weight for weight in weights if weight is not None)
+        key += tuple(weight is None for weight in weights)
+    if current.backend == "triton" or not terms.ids.is_cpu:  # what kernels are compiled for, beside the guards
+        key += (torch.backends.cuda.matmul.fp32_precision, *map(_alignment, tensors))
+    for guard, state, runner in kind.runners.get(key, ()):
+        if guard.check(*tensors) and state.check():
+            try:
+                return runner(call)
+            except (IndexError, RuntimeError, TypeError):
+                _explain(call)
+                raise
+    return _run_first(call, (kind, key, tensors))
 
 
-def _signature(call):
-    """All that checks, plans and launches look at, but for the values of ids; None: there is a value of another kind."""
-    terms, norm, projection, epilogue, *options, given, concat = call
-    values = (*terms, *norm, *(projection or ()), *epilogue, *(given or ()))
-    kinds = tuple(map(type, values))
-    if not _KINDS.issuperset(kinds):
-        return None
-    grads, kernels = torch.is_grad_enabled(), settings.current.backend == "triton" or not terms.ids.is_cpu
-    key = [settings.current, grads, kinds, given is None, concat, *options]
-    for value, kind in zip(values, kinds, strict=True):
-        if kind in _TENSORS:
-            key += (value.shape, value.dtype, value.device, grads and value.requires_grad)
-            if kernels:  # what they are compiled for
-                if is_strange(value):
-                    return None
-                key += (value.stride(), value.data_ptr() % 16)
-        elif kind is Called:
-            weight = value.weight
-            key.append(None if weight is None else (weight.shape, weight.dtype, weight.device))
-        else:
-            key.append(value)
-    for device in ("cpu", "cuda"):
-        if torch.is_autocast_enabled(device):
-            key.append((device, torch.get_autocast_dtype(device)))
-    if kernels:
-        key.append(torch.backends.cuda.matmul.fp32_precision)
-    return tuple(key)
+_KNOWN = frozenset((*TENSORS, *NUMBERS, type(None), Called))
 
 
-def _run_first(call, key):
-    """A call of a kind that was not seen before, or that cannot be remembered."""
+def _run_first(call, home):
+    """A call of a new signature. home: its kind, key and tensors, where its runner is kept; None: it is not kept."""
     if _is_distributed(call):
         from .sharding import localise  # which imports torch.distributed.tensor
 
         local, gather = localise(call)
         return gather(run(local))
     check(call, autocast_dtype(_token(call)))
-    runner = _runner_of(call, key is None)
-    result = runner(call)
-    if key is not None:
-        if len(_runners) >= SIGNATURES:
-            _runners.clear()
-        _runners[key] = runner
+    keeps = home is not None and all(type(tensor) in TENSORS and not is_strange(tensor) for tensor in home[2])
+    runner = _runner_of(call, not keeps or not _has_schema_types(call))
+    try:
+        result = runner(call)
+    except (IndexError, RuntimeError, TypeError):
+        _explain(call)
+        raise
+    if keeps:
+        kind, key, tensors = home
+        guard = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+        if guard.check(*tensors):  # never true of one tensor in two places
+            if next(_count) % SIGNATURES == SIGNATURES - 1:
+                for each in _kinds.values():
+                    each.runners.clear()
+            kind.runners.setdefault(key, []).append((guard, GlobalStateGuard(), runner))
     return result
+
+
+def _alignment(tensor):
+    """As kernels are compiled for it; ids that are not contiguous are copied first."""
+    return tensor.data_ptr() % 16 if tensor.is_floating_point() or tensor.is_contiguous() else 0
 
 
 def _token(call):
@@ -114,7 +155,7 @@ def _runner_of_plan(call, observed):
     plan = settle(call)
     if plan is not None and plan.name == "one_pass":
         return one
-    other = _explained(partial(distinct.front_end, kernels=composed is None, observed=observed))
+    other = partial(distinct.front_end, kernels=composed is None, observed=observed)
     if call.distinct is not None or composed is None and _must_check(call):
         other = _checked(other)
     if plan is not None:
@@ -128,16 +169,18 @@ def _composition_runner(call):
     # PyTorch accepts any position for computed sines, and a module may add to positions before it looks them up.
     position = call.terms.position
     is_lenient = isinstance(position, Called) or position is not None and not position.is_floating_point()
-    runner = _explained(compose)
-    return _checked(runner) if is_lenient and call.terms.position_ids is not None and _must_check(call) else runner
+    must_check = is_lenient and call.terms.position_ids is not None and _must_check(call)
+    return _checked(compose) if must_check else compose
 
 
 def _kernel_runner(call, observed):
     """By the fused kernel; calls without gradients that are one launch, and nothing else, repeat that launch."""
-    function = one_pass.hidden if call.projection is None else one_pass.front_end
+    token, function = call.terms.token, one_pass.hidden if call.projection is None else one_pass.front_end
+    if call.projection is not None and autocast_dtype(token) == torch.bfloat16 and not token.is_cuda:
+        raise TypeError(f"autocast: {NO_BF16}")
     runner: Runner = partial(function, observed=observed)
     wants_grad = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in call.values())
-    if not observed and not wants_grad and is_compiled(call.terms.token) and one_pass.is_one_launch(call):
+    if not observed and not wants_grad and is_compiled(token) and one_pass.is_one_launch(call):
         runner = _Launch(1 if call.projection is None else 4)
     return _checked(runner) if _must_check(call) else runner
 
@@ -156,55 +199,62 @@ def _checked(runner):
     return checked
 
 
-def _explained(runner):
-    """PyTorch's operators look at every id on a CPU, but their messages lack what is wrong where."""
+def _explain(call):
+    """After an error: PyTorch's operators look at every id on a CPU, but their messages lack what is wrong where."""
+    token = _token(call)
+    check(call, autocast_dtype(token))
+    if not torch.compiler.is_compiling():
+        check_ranges(call)
+    if has_process_group() and is_dtensor(token) != is_dtensor(call.terms.ids):
+        from .sharding import localise
 
-    def explained(call):
-        try:
-            return runner(call)
-        except (IndexError, RuntimeError, TypeError):
-            token = _token(call)
-            check(call, autocast_dtype(token))
-            check_ranges(call)
-            if has_process_group() and is_dtensor(token) != is_dtensor(call.terms.ids):
-                from .sharding import localise
+        localise(Call(call.terms._replace(token=token)))  # says which of the two is no DTensor
 
-                localise(Call(call.terms._replace(token=token)))  # says which of the two is no DTensor
-            raise
 
-    return explained
+def _has_schema_types(call):
+    """Whether numbers are of the types that operators declare; else the dispatcher converts them, an int to a float."""
+    return not any(
+        kind.startswith("float") and type(value) not in (float, type(None))
+        for kind, value in zip(SCHEMA.values(), call.values(), strict=True)
+    )
 
 
 class _Launch:
     """Calls that are one launch of a compiled kernel: the first records it, the others make outputs and repeat it."""
 
     def __init__(self, outputs: int):
-        self._outputs, self._repeat = outputs, None
+        self._outputs, self._repeat, self._copies = outputs, None, True
+        self._places: list[int] = []
 
     def __call__(self, call):
-        call, launch = _dense(call), kernels("launch")
-        words = report_of(call.terms.token.device, call.id_policy != "trust")
-        inputs = (*FRONT_END.tensors(call), words)
+        launch, token = kernels("launch"), call.terms.token
+        words = report_of(token.device, call.id_policy != "trust")
+        if self._copies:
+            call = _dense(given := call)
+            self._copies = call is not given
+        values = call.values()
         if self._repeat is not None:
-            look(call.terms.token.device)
-            with launch.on_device(call.terms.token):
-                found = self._repeat(*inputs)
+            look(token.device)
+            with launch.on_device(token):
+                found = self._repeat(*[values[place] for place in self._places], words)
         else:
+            self._places = [place for place, value in enumerate(values) if isinstance(value, Tensor)]
             with launch.recorded() as launches:
                 outputs = one_pass.outputs(call)
+            inputs = (*(values[place] for place in self._places), words)
             self._repeat = launch.replay(launches, inputs, outputs, self._outputs)
             found = outputs[: self._outputs]
         return found[0] if self._outputs == 1 else HiddenQKV(*found)
 
 
 def _dense(call):
-    """Ids and turns with their elements in order: kernels would copy them, and a launch that is repeated cannot."""
+    """The call with ids and turns whose elements are in order: kernels would copy them, and a repeated launch cannot."""
     terms, epilogue = call.terms, call.epilogue
-    ids, position_ids, segment_ids, cos, sin, turn_ids = (
-        x if x is None else x.contiguous()
-        for x in (terms.ids, terms.position_ids, terms.segment_ids, epilogue.cos, epilogue.sin, epilogue.turn_ids)
-    )
-    return call._replace(
-        terms=terms._replace(ids=ids, position_ids=position_ids, segment_ids=segment_ids),
-        epilogue=epilogue._replace(cos=cos, sin=sin, turn_ids=turn_ids),
-    )
+    names = ("ids", "position_ids", "segment_ids"), ("cos", "sin", "turn_ids")
+    changed = [
+        {n: x.contiguous() for n in of if (x := getattr(part, n)) is not None and not x.is_contiguous()}
+        for part, of in zip((terms, epilogue), names, strict=True)
+    ]
+    if not any(changed):
+        return call
+    return call._replace(terms=terms._replace(**changed[0]), epilogue=epilogue._replace(**changed[1]))

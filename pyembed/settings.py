@@ -70,7 +70,7 @@ def id_policy(name: str) -> contextlib.AbstractContextManager[None]:
 
 
 def debug() -> contextlib.AbstractContextManager[None]:
-    """Within it, calls on a GPU check the values of ids and of given distinct ids as calls on a CPU do, and wait for the device."""
+    """Within it, calls on a GPU check the values of ids and of given distinct ids, as on a CPU, and so wait for the device."""
     return _changed(debug=True)
 
 

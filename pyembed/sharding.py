@@ -22,8 +22,7 @@ def localise(call: Call) -> tuple[Call, Callable[[Any], Any]]:
     """A call of DTensors -> this rank's part of it, and a function that makes DTensors, sharded as ids are, of its results.
 
     ids (..., T) are whole or in shards of any of their dimensions, all else is whole; weights in shards are gathered.
-    position_ids and the like, cosines and sines may be Tensors, the same on every rank. TypeError: weights of one kind and ids of
-    the other.
+    Other ids, cosines and sines may be Tensors, the same on every rank. TypeError: weights of one kind and ids of the other.
     """
     fields, ids = call.named(), call.terms.ids
     if not isinstance(ids, DTensor):

@@ -2,6 +2,7 @@
 
 front_end.py    EmbeddingQKV: embeddings, norm and QKV projection
 embedding.py    Embedding and TokenPositionEmbedding
-parts.py        what a front end reads from the modules that it holds, as a Call
+parts.py        a front end's modules as a Call
+known.py        modules whose forward is known, and what it computes from which weights
 keeps_table.py  a front end's table for inference: when it is made, kept and thrown away
 """

@@ -10,7 +10,7 @@ from ..plans.choice import Plan, why_torch
 from ..positions import make
 from ..run import run
 from ..settings import policy_of
-from .parts import COMBINES, stock_forward
+from .known import COMBINES, stock_forward
 
 
 class Embedding(nn.Embedding, HasIdPolicy):

@@ -15,7 +15,7 @@ from ..plans.table import nbytes
 from ..positions import Sinusoidal, make
 from ..rotary import Rotary
 from ..run import run
-from . import parts
+from . import known
 from .keeps_table import KeepsTable
 
 
@@ -91,26 +91,26 @@ class EmbeddingQKV(KeepsTable):
             position, rotary = None, Rotary(head_dim, max_length, device=device) if rotary is None else rotary
         rows = max_length if max_length is None else max_length + position_offset
         self.register_module("position", make(position, rows, embedding_dim, **factory))
-        self.register_module("rotary", parts.fitting(rotary, head_dim))
+        self.register_module("rotary", known.fitting(rotary, head_dim))
         self.register_module("segment", nn.Embedding(num_segments, embedding_dim, **factory) if num_segments else None)
         self._set(scale, combine, position_offset, heads_first, batch_invariant)
         width = 2 * embedding_dim if combine == "concat" else embedding_dim
-        self.register_module("norm", parts.make_norm("norm", norm, width, eps, bias, **factory))
+        self.register_module("norm", known.make_norm("norm", norm, width, eps, bias, **factory))
         self.qkv = nn.Linear(width, (num_heads + 2 * num_kv_heads) * head_dim, bias=bias, **factory)
         for name in ("query_norm", "key_norm"):
-            self.register_module(name, parts.make_norm("qk_norm", qk_norm, head_dim, eps, bias, **factory))
+            self.register_module(name, known.make_norm("qk_norm", qk_norm, head_dim, eps, bias, **factory))
         self.dropout = nn.Dropout(dropout)
 
     def _set(self, scale, combine, position_offset, heads_first, batch_invariant):
         if not isinstance(position_offset, int) or position_offset < 0:
             raise ValueError(f"position_offset: expected an int of at least 0, got {position_offset}")
-        if combine not in parts.COMBINES:
-            raise ValueError(f"combine: expected one of {parts.COMBINES}, got {combine!r}")
+        if combine not in known.COMBINES:
+            raise ValueError(f"combine: expected one of {known.COMBINES}, got {combine!r}")
         if combine == "concat" and (self.position is None or self.segment is not None):
             raise ValueError("combine: expected 'sum' where there are no positions, or segments; got 'concat'")
         if scale is not None and not isinstance(scale, int | float):
             raise TypeError(f"scale: expected a number or None, got {type(scale).__name__}")
-        self._own_scale = parts.OwnScale(self.token) if parts.scales_itself(self.token) else None
+        self._own_scale = known.OwnScale(self.token) if known.scales_itself(self.token) else None
         if scale is not None and self._own_scale is not None:
             raise ValueError(f"scale: expected None where token multiplies its rows itself, got {scale}")
         self.scale, self.combine, self.position_offset = scale, combine, position_offset
@@ -174,13 +174,13 @@ class EmbeddingQKV(KeepsTable):
         for name, module in {"token": token, "position": position, "segment": segment, **norms, "qkv": qkv}.items():
             self.register_module(name, module)
         self.dropout = nn.Dropout(dropout)
-        self._set(scale, combine, parts.position_offset(position), heads_first, batch_invariant)
-        self._head_dim = parts.check_widths(self._modules, self.num_heads, self.num_kv_heads, combine)
+        self._set(scale, combine, known.position_offset(position), heads_first, batch_invariant)
+        self._head_dim = known.check_widths(self._modules, self.num_heads, self.num_kv_heads, combine)
         if per_head:
             if isinstance(qkv, nn.ModuleList):
                 raise ValueError("per_head: expected False where query, key and value are three modules, got True")
             self._groups = self.num_kv_heads
-        self.register_module("rotary", parts.fitting(rotary, self._head_dim))
+        self.register_module("rotary", known.fitting(rotary, self._head_dim))
         return self.train(token.training)
 
     def forward(
@@ -196,6 +196,8 @@ class EmbeddingQKV(KeepsTable):
         (..., T, num_heads, head_dim), key and value (..., T, num_kv_heads, head_dim)). distinct: as a data loader gives it.
         rotary: (cos, sin) of this call's tokens, as transformers passes them, in place of the module's own. segment_ids: as
         position_ids, None: all 0. query_biases: as in functional.embed_qkv."""
+        if not isinstance(ids, Tensor):
+            raise TypeError(f"ids: expected a Tensor, got {type(ids).__name__}")
         if self._keeps_table or settings.current.plan == "table":
             found = self._look_up(ids, position_ids, distinct, rotary, segment_ids, query_biases)
             if found is not None:

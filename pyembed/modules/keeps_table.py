@@ -17,13 +17,14 @@ from ..modes import is_plain_eager
 from ..plans.choice import refuses, why_torch
 from ..plans.table import DoesNotFit, Table, nbytes
 from ..reference import finish
-from . import parts
+from . import known
+from .parts import HoldsParts
 
 logger = logging.getLogger(__name__)
 _building = threading.RLock()  # one table at a time: two would take twice the memory
 
 
-class KeepsTable(parts.HoldsParts):
+class KeepsTable(HoldsParts):
     """A front end that may keep a table."""
 
     _table: Table | None = None
@@ -33,7 +34,8 @@ class KeepsTable(parts.HoldsParts):
     def table_nbytes(self, dtype: torch.dtype | None = None) -> int:
         """Bytes that build_table(dtype) takes: (V + L)·N elements. TypeError as there."""
         self._check_table_dtype(dtype)
-        return nbytes(self._call_of_no_ids(), dtype)
+        call = self._call_of_no_ids()
+        return nbytes(call._replace(terms=call.terms._replace(token=self._modules["token"].weight)), dtype)
 
     def _call_of_no_ids(self):
         """A Call for the weights alone."""
@@ -59,7 +61,7 @@ class KeepsTable(parts.HoldsParts):
 
     @torch.no_grad()
     def _make_table(self):
-        foreign = self._foreign() or parts.distributed(self._modules)
+        foreign = self._foreign() or known.distributed(self._modules)
         if foreign:
             raise RuntimeError(f"table: expected modules that are no more than their weights, but {foreign}")
         call, dtype = self._call_of_no_ids(), self._table_dtype
@@ -68,7 +70,7 @@ class KeepsTable(parts.HoldsParts):
             raise RuntimeError(f"table: expected token and position rows as they are, but {refused}")
         self._table = None  # its memory comes first
         logger.info("building a table of %s bytes on %s", f"{nbytes(call, dtype):,}", call.terms.token.device)
-        self._table = made = Table(parts.links(self._modules), call, dtype)
+        self._table = made = Table(known.links(self._modules), call, dtype)
         return made
 
     def drop_table(self):
@@ -168,7 +170,7 @@ class KeepsTable(parts.HoldsParts):
             return "gradients are wanted and a table has none; call it within torch.no_grad()"
         if self._drops():
             return "dropout comes between sum and norm; call eval()"
-        refused = self._foreign() or self._refuses_plans() or parts.distributed(self._modules)
+        refused = self._foreign() or self._refuses_plans() or known.distributed(self._modules)
         if refused:
             return refused
         if not is_plain_eager():

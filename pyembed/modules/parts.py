@@ -1,4 +1,4 @@
-"""What a front end reads from the modules that it holds: a Call with their weights, or with the modules where they do more."""
+"""A front end's modules as a Call: their weights where these are all that they do, else the modules themselves."""
 
 from functools import partial
 from typing import Any
@@ -8,270 +8,26 @@ from torch import Tensor, nn
 
 import pyembed.settings as settings
 
-from ..call import Call, Called, DistinctIds, Epilogue, Norm, Projection, Terms, wide_dtype
+from ..call import NO_EPILOGUE, Call, Called, DistinctIds, Epilogue, Norm, Projection, Terms
 from ..checks import check, check_query_biases
 from ..ids import HasIdPolicy
-from ..modes import has_process_group, is_dtensor
 from ..plans.choice import why_torch
-from ..positions import Sinusoidal
 from ..reference import with_query_biases
 from ..rotary import Rotary, turns
 from ..settings import policy_of
-
-NAMES = ("token", "position", "segment", "norm", "qkv", "query_norm", "key_norm")
-COMBINES = ("sum", "concat")
-_STOCK = (nn.Embedding, nn.LayerNorm, nn.RMSNorm, nn.Linear, Sinusoidal)
-
-
-def is_conv1d(qkv):
-    """Hugging Face's Conv1D, a linear map of weight (D, N)."""
-    return type(qkv).__name__.removeprefix("Parametrized") == "Conv1D" and getattr(qkv.weight, "ndim", 0) == 2
-
-
-def is_llama_norm(norm):
-    """Hugging Face's RMSNorm of Llama and of the models that copied it: weight, and variance_epsilon."""
-    return "variance_epsilon" in norm.__dict__ and "RMSNorm" in type(norm).__name__
-
-
-def is_gemma_norm(norm):
-    """Hugging Face's RMSNorm of Gemma 1 to 3: rows are multiplied by 1 + weight, in fp32."""
-    return type(norm).__name__ in ("GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm")
-
-
-def position_offset(position):
-    """Rows of a table of positions before that of position 0, as OPT's and BART's have."""
-    learned = isinstance(position, nn.Embedding) and "LearnedPositionalEmbedding" in type(position).__name__
-    return getattr(position, "offset", 0) if learned else 0
-
-
-def scales_itself(token):
-    """Gemma's and BART's token embeddings multiply their rows by embed_scale. Those with more weights do more."""
-    named = "ScaledWordEmbedding" in type(token).__name__ and hasattr(token, "embed_scale")
-    return named and len(list(token.parameters())) == 1
-
-
-class OwnScale:
-    """embed_scale of such a token embedding as a number. BART's is one; Gemma's is a tensor, rounded to its rows' dtype, and
-    read when it has changed only: on a GPU to read it is to wait."""
-
-    def __init__(self, token):
-        self.seen = None
-        self.of(token)
-
-    def of(self, token):
-        scale = token.embed_scale
-        if not isinstance(scale, torch.Tensor):
-            return float(scale)
-        if torch.compiler.is_compiling() or scale.is_meta:
-            return getattr(self, "value", 1.0)
-        state = (scale._version, token.weight.dtype)
-        if self.seen is not scale or self.state != state:  # held, so that no other tensor can come to its address
-            self.seen, self.state, self.value = scale, state, scale.to(token.weight.dtype).item()
-        return self.value
-
-
-def is_stock(module):
-    """Whether it is called with what its class in PyTorch is called with."""
-    return _has_stock_forward(type(module))
-
-
-def stock_forward(forward: Any) -> Any:
-    """Marks a forward of ours that computes what its namesake in PyTorch does."""
-    forward.is_stock = True
-    return forward
-
-
-def _has_stock_forward(kind):
-    return (
-        kind in _STOCK
-        or getattr(kind.forward, "is_stock", False)
-        or any(kind.forward is stock.forward for stock in _STOCK if issubclass(kind, stock))
-    )
-
-
-def _is_known(name, part):
-    """Whether it is one of transformers' whose forward is known."""
-    if "norm" in name:
-        return is_llama_norm(part) or is_gemma_norm(part)
-    known = {"qkv": is_conv1d, "position": position_offset, "token": scales_itself}
-    return name in known and known[name](part)
-
-
-def foreign(modules):
-    """Why the parts must be called, since their weights are not all that they do; None: they are."""
-    for name in NAMES:
-        module = modules[name]
-        if module is None:
-            continue
-        if isinstance(module, nn.Embedding):
-            if module.max_norm is not None or module.scale_grad_by_freq or module.sparse:
-                return f"{name} has max_norm, scale_grad_by_freq or sparse"
-            if name != "token" and module.padding_idx is not None:
-                return f"{name} has a padding_idx"
-        for part in module if isinstance(module, nn.ModuleList) else (module,):
-            if part._forward_pre_hooks or part._forward_hooks or part._backward_pre_hooks or part._backward_hooks:
-                return f"{name} has hooks"
-            if not (_has_stock_forward(type(part)) or _is_known(name, part)) or "forward" in part.__dict__:
-                return f"{name}, a {type(part).__name__}, has a forward of its own"
-    query, key = modules["query_norm"], modules["key_norm"]
-    if query is not None and not (_is_rms(query) and _is_rms(key) and _eps(query) == _eps(key)):
-        return "query_norm and key_norm are not RMSNorms with weights and the same eps"
-    return None
-
-
-def _is_rms(norm):
-    return not isinstance(norm, nn.LayerNorm) and norm.weight is not None
-
-
-def _eps(norm):
-    return norm.variance_epsilon if is_llama_norm(norm) else norm.eps
-
-
-def make_norm(name, kind, width, eps, bias, **factory):
-    """The module behind "layer" | "rms" | None. ValueError: another kind."""
-    if kind == "layer":
-        return nn.LayerNorm(width, eps, bias=bias, **factory)
-    if kind == "rms":
-        return nn.RMSNorm(width, eps, **factory)
-    if kind is not None:
-        raise ValueError(f"{name}: expected one of ('layer', 'rms', None), got {kind!r}")
-    return None
-
-
-def distributed(modules):
-    """Why no table can be kept of weights that are spread over devices; None: they are not."""
-    for name in NAMES if has_process_group() else ():
-        for part in () if modules[name] is None else modules[name].modules():
-            if getattr(part, "_is_fsdp_managed_module", False) or any(map(is_dtensor, part.parameters(recurse=False))):
-                return f"{name}'s weights are spread over devices (FSDP, DTensor)"
-    return None
-
-
-def norm_of(norm: nn.Module | None, dtype: torch.dtype) -> Norm:
-    """The Norm that a module which is not foreign computes over rows of dtype."""
-    if norm is None:
-        return Norm()
-    kind, weight = "layer" if isinstance(norm, nn.LayerNorm) else "rms", norm.weight
-    if is_gemma_norm(norm):
-        weight = 1.0 + weight.to(wide_dtype(dtype))
-    eps = _eps(norm)
-    eps = torch.finfo(dtype).eps if eps is None else eps  # as torch.nn.functional.rms_norm has it
-    return Norm(kind, weight, getattr(norm, "bias", None), eps)
-
+from .known import (
+    NAMES,
+    OwnScale,
+    called_projection,
+    foreign,
+    is_plain,
+    norm_of,
+    only_looks_up,
+    place_rows,
+    projection,
+)
 
 PACK_TOKENS = 256  # below so many, packing a projection's rows costs more than one kernel saves
-
-
-def projection(qkv: nn.Module, groups: int = 0, head_dim: int = 0) -> tuple[Tensor, Tensor | None]:
-    """Weight (N, D), rows of query, key, value, and bias (N,) or None of qkv, whatever holds them.
-
-    groups: in so many groups of heads, each its queries, its key and its value, lie the rows of qkv; 0: they lie as returned.
-    TypeError: another kind of module."""
-    if isinstance(qkv, nn.Linear):
-        weight, bias = qkv.weight, qkv.bias
-    elif is_conv1d(qkv):
-        weight, bias = qkv.weight.t(), qkv.bias
-    elif isinstance(qkv, nn.ModuleList):
-        weights, biases = zip(*((linear.weight, linear.bias) for linear in qkv), strict=True)
-        if len({w.device for w in weights}) > 1:
-            raise ValueError(f"qkv: expected weights on one device, got {', '.join(str(w.device) for w in weights)}")
-        zeros = (w.new_zeros(w.shape[0]) if b is None else b for w, b in zip(weights, biases, strict=True))
-        return torch.cat(weights), None if all(bias is None for bias in biases) else torch.cat(tuple(zeros))
-    else:
-        raise TypeError(f"qkv: expected an nn.Linear, a Hugging Face Conv1D or three nn.Linear, got {type(qkv).__name__}")
-    if not groups:
-        return weight, bias
-    return ungroup(weight, 0, groups, head_dim), None if bias is None else ungroup(bias, 0, groups, head_dim)
-
-
-def ungroup(x, dim, groups, head_dim):
-    """Columns or rows of (queries, key, value) of each group in turn -> those of all queries, all keys, all values."""
-    x = x.unflatten(dim, (groups, -1, head_dim))
-    axis = dim + 1 if dim >= 0 else dim - 1
-    return torch.cat([part.flatten(axis - 1, axis + 1) for part in x.split([x.shape[axis] - 2, 1, 1], axis)], dim)
-
-
-def check_widths(modules, num_heads, num_kv_heads, combine):
-    """The width of a head. ValueError: parts that do not fit each other."""
-    token, position, segment, norm, qkv, *head_norms = (modules[name] for name in NAMES)
-    D, (weight, _) = token.embedding_dim, projection(qkv)
-    width = D if combine == "sum" else D + position.weight.shape[1]
-    if weight.shape[1] != width:
-        raise ValueError(f"qkv: expected {width} inputs, the width of token; got {weight.shape[1]}")
-    for name, table in (("position", position), ("segment", segment)):
-        if table is not None and table.weight.shape[1] != D and combine == "sum":
-            raise ValueError(f"{name}: expected {D} columns, the width of token; got {table.weight.shape[1]}")
-    _check_norm("norm", norm, width, "the width of token")
-    heads = (num_heads, num_kv_heads, num_kv_heads)
-    head_dim, rest = divmod(weight.shape[0], sum(heads))
-    if rest:
-        raise ValueError(
-            f"qkv: expected a multiple of num_heads + 2·num_kv_heads ({num_heads} + 2·{num_kv_heads}) outputs, got "
-            f"{weight.shape[0]}"
-        )
-    rows = [linear.weight.shape[0] for linear in qkv] if isinstance(qkv, nn.ModuleList) else None
-    if rows and rows != [h * head_dim for h in heads]:
-        raise ValueError(f"qkv: expected outputs of query, key and value in the ratio {heads}, got {rows}")
-    for name, head_norm in zip(("query_norm", "key_norm"), head_norms, strict=True):
-        _check_norm(name, head_norm, head_dim, "head_dim")
-    return head_dim
-
-
-def check_devices(modules):
-    """ValueError: a part whose weights are not where token's are."""
-    device = modules["token"].weight.device
-    for name in NAMES:
-        module = nn.Module() if modules[name] is None else modules[name]
-        for key, tensor in (*module.named_parameters(), *module.named_buffers()):
-            if tensor.device != device:
-                raise ValueError(f"{name}.{key}: expected device {device}, that of token; got {tensor.device}")
-
-
-def _check_norm(name, norm, width, meaning):
-    shape = getattr(norm, "normalized_shape", getattr(getattr(norm, "weight", None), "shape", (width,)))
-    if tuple(shape) != (width,):
-        raise ValueError(f"{name}: expected normalized_shape {(width,)}, {meaning}; got {tuple(shape)}")
-
-
-def fitting(rotary, head_dim):
-    """rotary, if it may turn heads of this width."""
-    if rotary is not None and not isinstance(rotary, Rotary):
-        raise TypeError(
-            f"rotary: expected a pyembed.Rotary or None, got {type(rotary).__name__}: take pyembed.Rotary("
-            "head_dim, max_length, inv_freq=its inv_freq), or pass its (cos, sin) at each call"
-        )
-    if rotary is not None and (rotary.rotary_dim > head_dim or head_dim % 2):
-        raise ValueError(f"rotary: expected a rotary_dim up to an even head_dim ({head_dim}), got {rotary.rotary_dim}")
-    return rotary
-
-
-def place_rows(position, position_ids, offset):
-    """Rows of a module of positions, of which that of position 0 is row `offset`."""
-    if is_stock(position):
-        return position(position_ids + offset if offset else position_ids)
-    if not position_offset(position):
-        return position(position_ids)
-    # OPT's and BART's, whose forward takes something else than positions.
-    if position._forward_hooks or position._forward_pre_hooks:
-        raise RuntimeError(f"position: expected no hooks on a {type(position).__name__}, which is not called; got some")
-    return nn.functional.embedding(position_ids + offset, position.weight, position.padding_idx)
-
-
-def links(modules):
-    """(dict, key, value) of all that a table depends on. RuntimeError: a weight that is computed at every access."""
-    qkv = modules["qkv"]
-    found = [(modules, name, modules[name]) for name in NAMES]
-    if isinstance(qkv, nn.ModuleList):
-        found += [(qkv._modules, name, module) for name, module in qkv._modules.items()]
-    for module in [module for _, _, module in found if module is not None]:
-        for name in ("weight", "bias", "eps", "variance_epsilon"):
-            homes = (module._parameters, module._buffers, module.__dict__)
-            home = next((home for home in homes if name in home), None)
-            if home is module.__dict__ and "eps" not in name or home is None and hasattr(type(module), name):
-                raise RuntimeError(f"table: expected plain parameters, got a computed {name} of {type(module).__name__}")
-            if home is not None:
-                found.append((home, name, home[name]))
-    return found
 
 
 class HoldsParts(HasIdPolicy):
@@ -295,8 +51,6 @@ class HoldsParts(HasIdPolicy):
         query_biases: Any = None,
     ) -> Call:
         """What forward(...) is to compute."""
-        if not isinstance(ids, Tensor):
-            raise TypeError(f"ids: expected a Tensor, got {type(ids).__name__}")
         if segment_ids is None and self._is_plain():
             call = self._read_plain(ids, position_ids)
         elif self._foreign() or self._packs_for_nothing(ids):
@@ -334,14 +88,14 @@ class HoldsParts(HasIdPolicy):
             and not (self.position_offset or self._groups)
             and modules["segment"] is None
             and modules["query_norm"] is None
-            and _is_plain(qkv, nn.Linear)
-            and _is_plain(norm, nn.LayerNorm, nn.RMSNorm)
-            and _is_plain(token, nn.Embedding)
-            and _only_looks_up(token)
+            and is_plain(qkv, nn.Linear)
+            and is_plain(norm, nn.LayerNorm, nn.RMSNorm)
+            and is_plain(token, nn.Embedding)
+            and only_looks_up(token)
             and (
                 position is None
-                or _is_plain(position, nn.Embedding)
-                and _only_looks_up(position)
+                or is_plain(position, nn.Embedding)
+                and only_looks_up(position)
                 and position.padding_idx is None
             )
         )
@@ -352,23 +106,15 @@ class HoldsParts(HasIdPolicy):
         table, padding_idx, linear, affine, eps = (
             token._parameters["weight"], token.padding_idx, qkv._parameters, norm._parameters, norm.eps,
         )  # fmt: skip
+        position = None if position is None else position._parameters["weight"]
+        dropout = modules["dropout"].p if token.training else 0.0
+        row = -1 if padding_idx is None else padding_idx
+        eps = torch.finfo(table.dtype).eps if eps is None else float(eps)
         return Call(
-            Terms(
-                ids,
-                table,
-                None if position is None else position._parameters["weight"],
-                position_ids,
-                dropout=modules["dropout"].p if token.training else 0.0,
-                padding_idx=-1 if padding_idx is None else padding_idx,
-            ),
-            Norm(
-                "layer" if type(norm) is nn.LayerNorm else "rms",
-                affine["weight"],
-                affine.get("bias"),
-                torch.finfo(table.dtype).eps if eps is None else eps,
-            ),
+            Terms(ids, table, position, position_ids, None, None, None, None, dropout, row),
+            Norm("layer" if type(norm) is nn.LayerNorm else "rms", affine["weight"], affine.get("bias"), eps),
             Projection(linear["weight"], linear["bias"], self.num_heads, self.num_kv_heads),
-            Epilogue(heads_first=True) if self.heads_first else _NO_EPILOGUE,
+            Epilogue(heads_first=True) if self.heads_first else NO_EPILOGUE,
             settings.current.id_policy if self._id_policy is None else self._id_policy,
             self.batch_invariant,
         )
@@ -474,32 +220,3 @@ class HoldsParts(HasIdPolicy):
     def _projection(self) -> Projection:
         weight, bias = projection(self._modules["qkv"], self._groups, self._head_dim)
         return Projection(weight, bias, self.num_heads, self.num_kv_heads)
-
-
-_NO_EPILOGUE = Epilogue()
-
-
-def _is_plain(module, *kinds):
-    """Whether it is of just that class, calls nothing else, and holds its weight as a parameter: attributes are slow."""
-    state = module.__dict__ if module is not None else None
-    return (
-        type(module) in kinds
-        and "weight" in state["_parameters"]
-        and not (
-            state["_forward_hooks"]
-            or state["_forward_pre_hooks"]
-            or state["_backward_hooks"]
-            or state["_backward_pre_hooks"]
-            or "forward" in state
-        )
-    )
-
-
-def _only_looks_up(module):
-    return module.max_norm is None and not module.scale_grad_by_freq and not module.sparse
-
-
-def called_projection(qkv, normed, groups, head_dim):
-    """Query, key and value of all heads, behind one another, by calling the module or modules that project."""
-    projected = torch.cat([linear(normed) for linear in qkv], -1) if isinstance(qkv, nn.ModuleList) else qkv(normed)
-    return ungroup(projected, -1, groups, head_dim) if groups else projected

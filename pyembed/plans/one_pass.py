@@ -34,7 +34,7 @@ def front_end(call: Call, observed: bool) -> HiddenQKV:
 
 
 def is_one_launch(call: Call) -> bool:
-    """Whether nothing but a kernel runs where no gradient is wanted: no seed is drawn, no weight is cast, no operator follows."""
+    """Whether one kernel is all that runs without gradients: no seed is drawn, no weight is cast, no operator follows."""
     if call.terms.dropout or call.projection is not None and autocast_dtype(call.terms.token) is not None:
         return False
     return call.epilogue.query_norm is None or normalises_heads(call)

@@ -12,12 +12,16 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.autograd import forward_ad
+from torch import Tensor, nn
+from torch.autograd import forward_ad, profiler
 
 from ..call import FRONT_END, LEARNED, TABLES, Call, HiddenQKV
 from ..ids import forget, look, report_of
 
+# Asked at every call: bound here, since each attribute on the way takes as long as the call.
+_dispatch_modes, _pre_dispatch_modes = torch._C._len_torch_dispatch_stack, torch._ops._len_torch_dispatch_stack_pre_dispatch
+_has_transforms, _tracing_state = torch._C._are_functorch_transforms_active, torch._C._get_tracing_state
+_is_profiled = torch.autograd._profiler_enabled
 _is_batched = torch._C._functorch.is_legacy_batchedtensor  # as torch.autograd.grad(is_grads_batched=True) has gradients
 
 
@@ -27,19 +31,24 @@ def is_observed() -> bool:
     A TorchFunctionMode, which torch.set_default_device is too, and a bare ExecutionTraceObserver are not asked."""
     return bool(
         torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._ops._len_torch_dispatch_stack_pre_dispatch()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state() is not None
+        or _dispatch_modes()
+        or _pre_dispatch_modes()
+        or _has_transforms()
+        or _tracing_state() is not None
         or forward_ad._current_level >= 0
-        or torch.autograd._profiler_enabled()
-        or torch.autograd.profiler._is_profiler_enabled  # of all threads
+        or _is_profiled()
+        or profiler._is_profiler_enabled  # of all threads
     )
 
 
 def is_strange(tensor: Tensor) -> bool:
     """Whether its memory does not hold its elements as they are, so that no kernel may read it."""
     return tensor.is_meta or tensor.is_neg() or tensor._is_zerotensor() or _is_batched(tensor)
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a kernel may read it without the dispatcher: no subclass, which may bring operators of its own."""
+    return type(tensor) in (Tensor, nn.Parameter) and not is_strange(tensor)
 
 
 def is_compiled(tensor: Tensor) -> bool:
@@ -96,7 +105,7 @@ class Operator:
         self.names = tuple(argument.name for argument in self.op._schema.arguments)
 
     def register_autograd(self, save: Callable, backward: Callable) -> None:
-        """The same rules for the operator and for the plain call. save(ctx, inputs, outputs); backward(ctx, *gradients)."""
+        """The same rules for the operator and for the plain call. save(ctx, inputs, output); backward(ctx, *gradients)."""
         self._definition.register_autograd(backward, setup_context=save)
 
         def forward(ctx, *inputs):
@@ -110,7 +119,7 @@ class Operator:
     def __call__(self, *arguments, observed: bool | None = None):
         """observed: whether the operator itself must run; None: as is_observed says, in a backward for example."""
         tensors = [value for value in arguments if isinstance(value, Tensor)]
-        if (is_observed() if observed is None else observed) or any(map(is_strange, tensors)):
+        if (is_observed() if observed is None else observed) or not all(map(is_plain, tensors)):
             return self.op(*arguments)
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
             return self._function.apply(*arguments)
@@ -187,7 +196,7 @@ class FrontEnd:
             self._fake_backward,
         )
         self.forward.register_autograd(self._save, self._differentiate)
-        self.backward.register_autograd(lambda ctx, inputs, outputs: None, refuse_double_backward)
+        self.backward.register_autograd(lambda ctx, inputs, output: None, refuse_double_backward)
 
     def __call__(self, call: Call, *options, observed: bool) -> tuple[Tensor, ...]:
         """The forward of a call."""
@@ -223,8 +232,8 @@ class FrontEnd:
         _, _, call, _, needs = self._parts(arguments)
         return tuple(empty_grad(call, name, needed) for name, needed in needs.items())
 
-    def _save(self, ctx, inputs, outputs):
-        results = outputs[len(HiddenQKV._fields) :]
+    def _save(self, ctx, inputs, output):
+        results = output[len(HiddenQKV._fields) :]
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*results)
         named = dict(zip(self.forward.names, inputs, strict=True))
