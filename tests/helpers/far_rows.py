@@ -12,7 +12,8 @@ import torch
 
 import pyembed
 from pyembed import functional as F
-from pyembed import ops, reference
+from pyembed import reference
+from pyembed.plans import operators
 
 D = 64
 V = 2**31 // D + 100
@@ -66,7 +67,7 @@ def main(folder, dtype):
                 for name, tensor in ours.items():
                     torch.testing.assert_close(tensor, theirs[name], msg=f"{name} by {backend}, {plan}, of {ids_dtype}")
     sums = torch.zeros(len(USED), D, dtype=dtype).index_add_(0, NEAR.reshape(-1), torch.ones(6, D, dtype=dtype))
-    module, running = ops.kernels_for("embed_grad", far)
+    module, running = operators.launcher("embed_grad", far)
     grad = far_table(f"{folder}/grad", dtype, torch.zeros_like(rows))
     with running:
         module.table_grad(torch.ones(6, D, dtype=dtype), ROWS.reshape(-1).int(), V, out=grad)

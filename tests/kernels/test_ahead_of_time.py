@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from aot import record, report
+from numerics import tf32
 
 pytest.importorskip("triton")
 from pyembed.call import Call, Epilogue, Norm, Projection, Terms
@@ -232,8 +233,8 @@ def cases():
 def launches(monkeypatch, arch, call):
     """What the launchers would launch on this device."""
     switch, function, *arguments = call
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", switch)
-    return record(monkeypatch, tuning, tuning.DEVICES[arch], lambda: function(*arguments))
+    with tf32(switch):
+        return record(monkeypatch, tuning, tuning.DEVICES[arch], lambda: function(*arguments))
 
 
 COMPILED = set()  # (device, launch), which many calls share

@@ -7,7 +7,9 @@ from numerics import Case
 
 import pyembed
 from pyembed import functional as F
-from pyembed import ops, ops_distinct
+from pyembed.call import FRONT_END
+from pyembed.plans import operators
+from pyembed.plans.distinct import distinct_qkv
 
 VARIANTS = [
     {},
@@ -40,7 +42,7 @@ def forced():
 
 
 def kernels(name="distinct"):
-    return ops.kernels_for(name, torch.empty(0, device=DEVICE))
+    return operators.launcher(name, torch.empty(0, device=DEVICE))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -120,13 +122,10 @@ def test_repeatable():
 
 def test_opcheck():
     case = Case(torch.float32, DEVICE, heads=1)
-    p = {k: v.requires_grad_() for k, v in case.parameters.items()}
-    arguments = (case.ids, p["token"], p["weight"], p["bias"], p["position"], None, p["norm_weight"], p["norm_bias"])
+    case.parameters = {k: v.requires_grad_() for k, v in case.parameters.items()}
     utilities = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(
-        ops_distinct.distinct_qkv.op, (*arguments, 1, 1, "layer", 1e-5, -1, None, None, True, *F.NO_ROTATION, True),
-        test_utils=utilities,
-    )  # fmt: skip
+    arguments = (*FRONT_END.flatten(case.call()), None, None, True, True)
+    torch.library.opcheck(distinct_qkv.forward.op, arguments, test_utils=utilities)
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (3, 0), (0,)])

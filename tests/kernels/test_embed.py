@@ -9,7 +9,9 @@ from numerics import assert_no_worse, guarded
 
 import pyembed
 from pyembed import functional as F
-from pyembed import ops_embed, reference
+from pyembed import reference
+from pyembed.call import HIDDEN, Call, Terms
+from pyembed.plans import one_pass
 
 pytestmark = pytest.mark.usefixtures("triton")
 
@@ -99,10 +101,10 @@ def test_an_id_without_a_row_is_nan_by_the_kernel(bad):
     ids, fine = torch.tensor([[0, bad, 2]], device=DEVICE), torch.tensor([[0, 1, 2]], device=DEVICE)
     token, others = torch.randn(3, 6, device=DEVICE), torch.randn(3, 6, device=DEVICE)
     calls = [
-        (ids, token, None, None, None, None),
-        (fine, token, others, ids, None, None),
-        (fine, token, None, None, others, ids),
+        Terms(ids, token),
+        Terms(fine, token, position=others, position_ids=ids),
+        Terms(fine, token, segment=others, segment_ids=ids),
     ]
-    for call in calls:
-        hidden = ops_embed.embed(*call, None, None, 0.0, -1, False)
+    for terms in calls:
+        hidden = one_pass.embed(*HIDDEN.flatten(Call(terms)), False)
         assert hidden[0, 1].isnan().all() and hidden[0, ::2].isfinite().all()

@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 from numerics import assert_no_worse
 from pyembed.kernels.embed_grad import CHUNK
 
-from pyembed import ops
+from pyembed.plans import operators
 
 
 def table_grad(rows, ids, size, padding_idx=-1):
-    module, running = ops.kernels_for("embed_grad", rows)
+    module, running = operators.launcher("embed_grad", rows)
     with running:
         return module.table_grad(rows, ids, size, padding_idx)
 

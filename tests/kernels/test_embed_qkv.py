@@ -7,11 +7,12 @@ import torch
 from conftest import CUDA, DEVICE, DTYPES
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numerics import Case, assert_no_worse
+from numerics import Case, assert_no_worse, tf32
 
 import pyembed
 from pyembed import functional as F
-from pyembed import ops, reference
+from pyembed import reference
+from pyembed.plans import operators
 
 pytestmark = pytest.mark.usefixtures("triton")
 
@@ -100,7 +101,7 @@ def test_rows_without_variance():
 @pytest.mark.parametrize("programs", [2, 3, 5])
 def test_programs_that_share_rows(programs, norm, monkeypatch):
     """The N tiles of a block of rows split among programs, evenly and not."""
-    module, _ = ops.kernels_for("embed_qkv", torch.empty(0, device=DEVICE))
+    module, _ = operators.launcher("embed_qkv", torch.empty(0, device=DEVICE))
     monkeypatch.setattr(module.tuning, "runs", lambda M, N, tiles, device: programs)
     Case(torch.float32, DEVICE, heads=5, head_dim=11, norm=norm).check(F.embed_qkv)
 
@@ -108,7 +109,7 @@ def test_programs_that_share_rows(programs, norm, monkeypatch):
 @pytest.mark.parametrize("folds", [False, True])
 def test_an_id_without_a_row_is_nan_by_the_kernel(folds, monkeypatch):
     """On a GPU nothing looks at ids: its heads become NaN there, and no other row's."""
-    kernels, _ = ops.kernels_for("tuning", torch.empty(0, device=DEVICE))
+    kernels, _ = operators.launcher("tuning", torch.empty(0, device=DEVICE))
     monkeypatch.setattr(kernels, "folds", lambda M, dtype: folds)
     case = Case(torch.float32, DEVICE)
     case.ids[0, 3], case.ids[1, 5] = -1, 31
@@ -131,10 +132,10 @@ def test_eps(eps):
 @pytest.mark.parametrize("dtype", [d for d in DTYPES if d.itemsize == 2])
 def test_folded(dtype, norm, position, centre, monkeypatch):
     """The kernel for many tokens, here with few: its weight carries the norm."""
-    kernels, _ = ops.kernels_for("tuning", torch.empty(0, device=DEVICE))
+    kernels, _ = operators.launcher("tuning", torch.empty(0, device=DEVICE))
     monkeypatch.setattr(kernels, "folds", lambda M, dtype: True)
     called = []
-    fold_kernel = ops.kernels_for("embed_qkv", torch.empty(0, device=DEVICE))[0].fold_kernel
+    fold_kernel = operators.launcher("embed_qkv", torch.empty(0, device=DEVICE))[0].fold_kernel
     monkeypatch.setattr(fold_kernel, "run", lambda *a, _run=fold_kernel.run, **k: (called.append(1), _run(*a, **k)))
     for D, bias, affine in ((40, True, True), (70, False, True), (136, True, False)):
         case = Case(dtype, DEVICE, T=37, D=D, head_dim=11, norm=norm, position=position, bias=bias, affine=affine)
@@ -167,7 +168,7 @@ def test_frozen_parameters(frozen, device):
 def test_frozen_costs_nothing(device, monkeypatch):
     """With only the projection trained, no table gradient and no product with the weight is computed."""
     case = Case(torch.float32, device)
-    module, _ = ops.kernels_for("embed_grad", case.ids)
+    module, _ = operators.launcher("embed_grad", case.ids)
     monkeypatch.setattr(module, "table_grad", lambda *a, **k: pytest.fail("a table gradient was computed"))
     monkeypatch.setattr(module, "position_grad", lambda *a, **k: pytest.fail("a position gradient was computed"))
     monkeypatch.setattr(torch.Tensor, "addmm", lambda *a, **k: pytest.fail("a product with the weight was computed"))
@@ -282,9 +283,9 @@ def test_bad_ids_on_a_gpu_make_nan():
 
 
 @pytest.mark.gpu
-def test_fp32_follows_torchs_tf32_switch(monkeypatch):
+def test_fp32_follows_torchs_tf32_switch():
     case = Case(torch.float32, "cuda", D=512, head_dim=64)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-    exact = case.run(F.embed_qkv, backward=False)["query"]
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
-    assert not torch.equal(exact, case.run(F.embed_qkv, backward=False)["query"])
+    with tf32(False):
+        exact = case.run(F.embed_qkv, backward=False)["query"]
+    with tf32(True):
+        assert not torch.equal(exact, case.run(F.embed_qkv, backward=False)["query"])

@@ -10,6 +10,8 @@ from torch.utils.checkpoint import checkpoint
 import pyembed
 from pyembed import functional as F
 from pyembed import positions, reference
+from pyembed.call import HiddenQKV, Norm
+from pyembed.plans import operators
 
 BACKENDS = ["torch", "triton"]
 SEGMENTS = {"like ids": (2, 19), "a row": (1, 19), "T": (19,), "none": None}
@@ -42,7 +44,7 @@ def test_scale(dtype, norm):
 @pytest.mark.parametrize("norm", ["layer", "rms", None])
 def test_many_terms_of_many_programs(norm, monkeypatch):
     """Programs that share rows read back what each of them wrote."""
-    module, _ = pyembed.ops.kernels_for("embed_qkv", torch.empty(0, device=DEVICE))
+    module, _ = operators.launcher("embed_qkv", torch.empty(0, device=DEVICE))
     monkeypatch.setattr(module.tuning, "runs", lambda M, N, tiles, device: 3)
     with_segments(Case(torch.float32, DEVICE, norm=norm)).check(F.embed_qkv)
 
@@ -51,7 +53,7 @@ def test_many_terms_of_many_programs(norm, monkeypatch):
 @pytest.mark.parametrize("norm", ["layer", "rms"])
 def test_many_terms_of_many_tokens(norm, monkeypatch):
     """The kernel for many tokens, here with few."""
-    kernels, _ = pyembed.ops.kernels_for("tuning", torch.empty(0, device=DEVICE))
+    kernels, _ = operators.launcher("tuning", torch.empty(0, device=DEVICE))
     monkeypatch.setattr(kernels, "folds", lambda M, dtype: True)
     case = with_segments(Case(torch.float16, DEVICE, norm=norm, position=None))
     case.options["scale"] = 3.0
@@ -123,8 +125,10 @@ def masked(mask, probability):
             k: options.pop(k, None) for k in ("position", "position_ids", "padding_idx", "scale", "segment", "segment_ids")
         }
         hidden = reference.embed(ids, token, **terms) * mask / (1 - probability)
-        qkv = tf.linear(reference.normalise(hidden, norm, norm_weight, norm_bias), weight, bias)
-        return reference.split_heads(hidden, qkv, options["num_heads"], options["num_kv_heads"])
+        normed = reference.normalise(hidden, Norm(norm or "none", norm_weight, norm_bias, 1e-5))
+        heads, kv_heads = options["num_heads"], options["num_kv_heads"]
+        qkv = tf.linear(normed, weight, bias).unflatten(-1, (heads + 2 * kv_heads, -1))
+        return HiddenQKV(hidden, *qkv.split((heads, kv_heads, kv_heads), -2))
 
     return function
 
@@ -135,7 +139,7 @@ def masked(mask, probability):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dropout_forward_and_backward(dtype, norm, folds, monkeypatch):
     """What was dropped shows in hidden, as zeros; everything else follows from that mask, gradients too."""
-    kernels, _ = pyembed.ops.kernels_for("tuning", torch.empty(0, device=DEVICE))
+    kernels, _ = operators.launcher("tuning", torch.empty(0, device=DEVICE))
     monkeypatch.setattr(kernels, "folds", lambda M, dtype: folds)
     case = with_segments(Case(dtype, DEVICE, padding_idx=2, norm=norm))
     case.options |= {"dropout": 0.25, "scale": 2.0}
@@ -249,7 +253,7 @@ def test_modules_called_check_their_arguments_too():
         for shape in ((2, 1), (2, 1, 1, 3)):
             with pytest.raises(ValueError, match="position_ids: expected shape"):
                 front(ids, torch.zeros(shape, dtype=torch.long))
-    with pytest.raises(ValueError, match="heads_first: expected ids with a length"):
+    with pytest.raises(ValueError, match=r"heads_first: expected False for ids of shape \(\)"):
         concat(ids[0, 0])
 
 

@@ -1,4 +1,4 @@
-"""The host's way of compiled kernels: what is remembered of a call gives the next one what Triton itself would."""
+"""Compiled kernels on the host: a call that repeats a recorded launch (run._Launch) gives what a first call by Triton would."""
 
 import inspect
 import threading
@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyembed
 import pyembed.functional as F
-from pyembed import replays
+from pyembed import run
 
 pytestmark = pytest.mark.skipif(DEVICE == "cuda", reason="a device has a driver of its own")
 V, D, L, H, KV = 40, 32, 16, 4, 2
@@ -26,7 +26,7 @@ N = (H + 2 * KV) * 8
 def without_memory():
     """Calls take the way of compiled kernels, and nothing is remembered of those before."""
     compiled.KINDS.clear()
-    compiled.REPLAYS.clear()
+    compiled.RUNNERS.clear()
     with compiled.compiled():
         yield
 
@@ -181,10 +181,11 @@ def test_one_tensor_in_two_places(replayed):
 
 
 def test_gradients_are_not_forgotten(replayed):
+    first, call = arguments(0), arguments(1)
+    for given in (first, call):
+        given["weight"].requires_grad_()
     with torch.no_grad():
-        assert_right(arguments(0))
-    call = arguments(1)
-    call["weight"].requires_grad_()
+        assert_right(first)
     assert F.embed_qkv(**call).query.requires_grad and not replayed()
     with torch.no_grad():
         assert not F.embed_qkv(**call).query.requires_grad and replayed()
@@ -248,10 +249,16 @@ def test_training(plan, monkeypatch):
 
 
 def test_memory_is_bounded(monkeypatch):
+    """Also that of calls which are refused."""
     monkeypatch.setattr(launch, "KINDS", 2)
+    monkeypatch.setattr(run, "SIGNATURES", 2)
     for length in range(1, 7):
         assert_right(arguments(ids=(1, length)))
-        assert len(launch._kinds) <= 2 and len(replays._replays) <= 2
+        assert len(launch._kinds) <= 2 and compiled.count_runners() <= 2
+    for length in range(L + 1, L + 7):
+        with pytest.raises(IndexError, match=f"sequence length {length}"):
+            F.embed_qkv(**arguments(ids=(1, length)))
+        assert compiled.count_runners() <= 2
 
 
 def test_the_last_column_of_a_batch(replayed):

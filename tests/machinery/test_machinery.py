@@ -25,7 +25,10 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 import pyembed
 from pyembed import functional as F
-from pyembed import parts, planner
+from pyembed import reference, rotary
+from pyembed.call import Call, Epilogue, Norm, Projection, Terms
+from pyembed.modules import parts
+from pyembed.plans import choice, one_pass
 
 BACKENDS = ["torch", "triton"]
 RUNS = [(backend, plan) for backend in BACKENDS for plan in ("one_pass", "distinct")]
@@ -142,11 +145,11 @@ def test_a_compiler_is_not_told_how_many_tokens(monkeypatch):
             raise AssertionError("a graph would be for one length")
 
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    call = (Tokens(), Tokens(), Tokens(), None, None, True, None)
+    call = Call(Terms(Tokens(), Tokens()), Norm("layer"), Projection(Tokens(), None, 1, 1))
     with pyembed.backend("torch"):
-        assert planner.choose(*call).name == "one_pass"
-    monkeypatch.setattr(planner, "HAS_TRITON", True)
-    assert planner.choose(*call).name == "one_pass"
+        assert choice.choose(call).name == "one_pass"
+    monkeypatch.setattr(choice, "HAS_TRITON", True)
+    assert choice.choose(call).name == "one_pass"
 
 
 def test_fake_tensors_of_a_gpu():
@@ -253,8 +256,8 @@ def test_checkpoint(name, backend, plan, use_reentrant):
 
 def test_selective_checkpoint(monkeypatch):
     """What a policy saves is not computed twice."""
-    module, ran, kernels_for = make("EmbeddingQKV"), [], pyembed.ops.kernels_for
-    monkeypatch.setattr(pyembed.ops, "kernels_for", lambda name, tensor: ran.append(name) or kernels_for(name, tensor))
+    module, ran, launcher = make("EmbeddingQKV"), [], one_pass.launcher
+    monkeypatch.setattr(one_pass, "launcher", lambda name, tensor: ran.append(name) or launcher(name, tensor))
     saved = functools.partial(create_selective_checkpoint_contexts, [torch.ops.pyembed.embed_qkv.default])
     with pyembed.backend("triton"):
         plain = results(module, lambda: module(IDS))
@@ -266,20 +269,20 @@ def test_selective_checkpoint(monkeypatch):
 
 def test_a_checkpoint_keeps_its_plan():
     """Between forward and backward a GPU may have counted other ids: their recomputation must not take that for news."""
-    token, seen = torch.zeros(11, 8, requires_grad=True), planner._Seen()
-    planner._seen[token], seen.calls = seen, 1
+    token, seen = torch.zeros(11, 8, requires_grad=True), choice._DistinctCount()
+    choice._counts[token], seen.calls = seen, 1
     seen.tokens, seen.distinct = 100, 7
     found = []
 
     def forward(ids, token):
-        found.append(planner._seen_distinct(ids, token))
+        found.append(choice._expected_distinct(ids, token))
         return token[ids]
 
     first, second = torch.arange(5), torch.arange(6)
     outputs = [checkpoint(forward, ids, token, use_reentrant=False) for ids in (first, second)]
     seen.tokens, seen.distinct = 10, 9
     torch.autograd.backward([x.sum() for x in outputs])
-    assert sorted(found[2:]) == sorted(found[:2]) and found[0] != planner._seen_distinct(first, token)
+    assert sorted(found[2:]) == sorted(found[:2]) and found[0] != choice._expected_distinct(first, token)
 
 
 # Gradients and weights
@@ -357,8 +360,9 @@ def turned(front, outputs):
     if front.rotary is None:
         return outputs
     hidden, query, key, value = outputs
-    rotation = front.rotary.rotation(IDS, None)
-    return hidden, *(pyembed.rotary.rotate(x, rotation) for x in (query, key)), value
+    cos, sin, turn_ids, interleaved = rotary.turns(front.rotary, IDS, None)
+    epilogue = Epilogue(cos=cos, sin=sin, turn_ids=turn_ids, interleaved=interleaved)
+    return hidden, *(reference.rotate(x, epilogue) for x in (query, key)), value
 
 
 @pytest.mark.parametrize("part", ["token", "norm", "qkv"])
@@ -432,9 +436,9 @@ def test_tied_weights(name, backend, plan, padding_idx):
         ("Embedding", "one_pass", ["embed", "embed_backward"]),
         ("TokenPositionEmbedding", "one_pass", ["embed", "embed_backward"]),
         ("EmbeddingQKV", "one_pass", ["embed_qkv", "embed_qkv_backward"]),
-        ("rotary", "one_pass", ["embed_qkv", "turn_back", "turn_back", "embed_qkv_backward"]),
+        ("rotary", "one_pass", ["embed_qkv", "embed_qkv_backward"]),
         ("EmbeddingQKV", "distinct", ["distinct_qkv", "distinct_qkv_backward"]),
-        ("rotary", "distinct", ["distinct_qkv", "turn_back", "turn_back", "distinct_qkv_backward"]),
+        ("rotary", "distinct", ["distinct_qkv", "distinct_qkv_backward"]),
     ],
 )
 def test_profiler_has_one_range_for_each_operator(name, plan, operators):

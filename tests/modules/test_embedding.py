@@ -15,7 +15,8 @@ from torch.nn.utils import parametrizations, parametrize
 
 import pyembed
 from pyembed import functional as F
-from pyembed import ops_embed
+from pyembed.call import TABLES, Terms
+from pyembed.plans import choice, one_pass
 
 BACKENDS = ["torch", "triton"]
 IDS = torch.tensor([[0, 5, 5], [1, 2, 5]], device=DEVICE)
@@ -423,8 +424,13 @@ def test_double_backward_of_a_sum_with_padding():
 
 def test_opcheck_of_the_backward():
     grad = torch.randn(2, 3, 4, device=DEVICE, requires_grad=True)
-    opcheck(ops_embed.embed_backward.op, (grad, IDS, None, IDS % 2, None, 2.0, 0.0, 6, 5, 2, 5))
-    opcheck(ops_embed.embed_backward.op, (grad, IDS, IDS[0], None, torch.tensor([3], device=DEVICE), None, 0.5, 0, 6, 0, -1))
+    tables = dict.fromkeys(TABLES)
+    scaled = Terms(IDS, **tables, segment_ids=IDS % 2, scale=2.0, padding_idx=5)
+    dropped = Terms(IDS, **tables, position_ids=IDS[0], seed=torch.tensor([3], device=DEVICE), dropout=0.5)
+    for terms, sizes in ((scaled, [6, 5, 2]), (dropped, [0, 6, 0])):
+        fields = terms._asdict()
+        arguments = [fields[name] for name in one_pass.embed.names if name in fields and name not in TABLES]
+        opcheck(one_pass.embed_backward.op, (grad, *arguments, sizes))
 
 
 def test_batched_gradients(backend):
@@ -604,8 +610,8 @@ def test_a_table_of_another_tensor_class(backend):
 )
 def test_explain_says_what_runs(options, name, why, monkeypatch):
     calls = []
-    kernel = ops_embed.embed
-    monkeypatch.setattr(ops_embed, "embed", lambda *a: calls.append(a) or kernel(*a))
+    launcher = one_pass.launcher
+    monkeypatch.setattr(one_pass, "launcher", lambda *a: calls.append(a) or launcher(*a))
     module = pyembed.Embedding(6, 3, **options).to(DEVICE)
     with pyembed.backend("triton"):
         plan = module.explain(IDS)
@@ -626,7 +632,7 @@ def test_explain_names_the_setting(monkeypatch):
         seen_by = []
         seen(IDS)
         assert seen_by[0].name == "torch" and "torch.func" in seen_by[0].reason
-        monkeypatch.setattr(pyembed.planner, "HAS_TRITON", False)
+        monkeypatch.setattr(choice, "HAS_TRITON", False)
         with pytest.raises(RuntimeError, match="needs the package triton"):
             module.explain(IDS)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import pyembed
-from pyembed import cli, data, functional, planner
+from pyembed import cli, data, functional, settings
 from pyembed.cli import main
 
 SMALL = ["demo", "--width", "64", "--batch", "1", "--length", "17"]
@@ -238,7 +238,7 @@ def test_interrupt_is_quiet(monkeypatch, capsys):
     monkeypatch.setattr(functional, "embed_qkv", interrupt)
     assert main([*SMALL, "--dtype", "fp32"]) == 130
     assert capsys.readouterr() == ("", "")
-    assert planner._backend == "auto"
+    assert settings.current.backend == "auto"
 
 
 def test_help_without_a_command(capsys):
