@@ -5,6 +5,8 @@ import pytest
 import torch
 
 import pyembed
+from pyembed import functional as F
+from pyembed import rates
 
 # The same cases on every run: a red test is a change's doing.
 hypothesis.settings.register_profile("default", derandomize=True, max_examples=5)
@@ -22,7 +24,7 @@ DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if CUDA else [])]
 
 def pytest_addoption(parser, pluginmanager):
     pluginmanager.import_plugin("default_run")  # --full
-    help = "of the ahead-of-time cases, only kernels of these files of kernels/triton, as embed,expand"
+    help = "of the ahead-of-time cases, only kernels that these files of kernels/triton make, as embed,tiles"
     parser.getgroup("pyembed").addoption("--kernels", metavar="FILES", help=help)
 
 
@@ -34,8 +36,24 @@ def pytest_configure(config):
         config.option.limit = 0  # kernels are compiled
 
 
+def pytest_collection_finish(session):
+    """What a process pays once, the first test would: loading the interpreted kernels, and measuring rates."""
+    if session.items and session.config.option.limit and not session.config.option.full:
+        token, weight = torch.randn(3, 4, requires_grad=True), torch.randn(12, 4, requires_grad=True)
+        for plan in ("one_pass", "distinct"):
+            with pyembed.backend("triton"), pyembed.plan(plan):
+                F.embed_qkv(torch.tensor([[0, 2]]), token, weight, num_heads=1).query.sum().backward()
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            rates.measure(torch.device("cpu"), dtype)
+
+
+def full(*values):
+    """A case of pytest.mark.parametrize that only --full runs."""
+    return pytest.param(*values, marks=pytest.mark.full)
+
+
 def examples(default, full):
-    """Settings of a test that sets its own number of random examples: by default, and with --full."""
+    """Hypothesis' settings: so many random examples by default, and with --full."""
     return hypothesis.settings(max_examples=full if examples.full else default, deadline=None)
 
 

@@ -12,7 +12,7 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import DEVICE
+from conftest import DEVICE, full
 from torch import nn
 from torch._dynamo.backends.registry import lookup_backend
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -96,6 +96,7 @@ def stock(front, ids=IDS):
 LARGE = ("rotary", "three projections")  # graphs, whose forward alone is compiled
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("dynamic, most", [(None, 2), (True, 1)])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", MODULES)
@@ -121,7 +122,7 @@ def test_one_graph_serves_every_length(name, backend, dynamic, most, monkeypatch
 
 
 @needs_compiler
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [full("torch"), "triton"])
 def test_inductor(backend):
     module = make("EmbeddingQKV")
     torch._dynamo.reset()
@@ -163,6 +164,7 @@ def test_fake_tensors_of_a_gpu():
 LENGTH = {0: Dim("batch"), 1: Dim("length", max=64)}
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name, strict", [*((name, False) for name in MODULES), ("EmbeddingQKV", True)])
 def test_exports_for_every_length(name, backend, strict, monkeypatch):
@@ -198,6 +200,7 @@ class Front(nn.Module):
         return found
 
 
+@pytest.mark.full
 @needs_compiler
 def test_aot_inductor(tmp_path):
     """A package holds the kernels as operators of Python: where pyembed is not imported it is refused, by their name."""
@@ -222,6 +225,7 @@ CHECKPOINTED = {
 }
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize(
     "name, backend, plan",
@@ -285,7 +289,7 @@ def test_a_checkpoint_keeps_its_plan():
 # Gradients and weights
 
 
-@pytest.mark.parametrize("name, backend, plan", OF_EACH)
+@pytest.mark.parametrize("name, backend, plan", [*OF_EACH[:-1], full(*OF_EACH[-1])])
 def test_gradients_add_up(name, backend, plan):
     """Over batches, and over two backward passes of one graph."""
     module, others = make(name), draw_ids(3, 4)
@@ -405,6 +409,7 @@ class LanguageModel(nn.Module):
         return self.head(hidden)
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("padding_idx", [None, 2])
 @pytest.mark.parametrize("name, backend, plan", OF_EACH)
 def test_tied_weights(name, backend, plan, padding_idx):
@@ -434,7 +439,7 @@ def test_tied_weights(name, backend, plan, padding_idx):
         ("EmbeddingQKV", "one_pass", ["embed_qkv", "embed_qkv_backward"]),
         ("rotary", "one_pass", ["embed_qkv", "turn_back", "turn_back", "embed_qkv_backward"]),
         ("EmbeddingQKV", "distinct", ["distinct_qkv", "distinct_qkv_backward"]),
-        ("rotary", "distinct", ["distinct_qkv", "turn_back", "turn_back", "distinct_qkv_backward"]),
+        full("rotary", "distinct", ["distinct_qkv", "turn_back", "turn_back", "distinct_qkv_backward"]),
     ],
 )
 def test_profiler_has_one_range_for_each_operator(name, plan, operators):
@@ -702,6 +707,7 @@ TWICE = ("functional.jvp", "functional.hvp")  # they differentiate a gradient, w
 REFUSALS = "plan: 'distinct' cannot run here|no gradients of gradients by this plan"
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("name, backend, plan", [*OF_EACH[2:], ("EmbeddingQKV", "auto", "auto")])
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_transforms(transform, name, backend, plan):

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from conftest import DEVICE
+from conftest import DEVICE, full
 from numerics import Case
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
@@ -44,7 +44,7 @@ def inputs(dtype=torch.float32, norm="layer", requires_grad=True):
     )
 
 
-@pytest.mark.parametrize("norm", ["layer", "rms", "none"])
+@pytest.mark.parametrize("norm", ["layer", full("rms"), full("none")])
 def test_opcheck_embed_qkv(norm):
     opcheck(ops.embed_qkv.op, inputs(norm=norm))
     args = inputs(norm=norm, requires_grad=False)
@@ -75,6 +75,7 @@ def test_opcheck_terms_and_epilogue():
     opcheck(ops.embed_qkv.op, tuple(args))
 
 
+@pytest.mark.full
 @pytest.mark.skipif(DEVICE == "cuda", reason="the compiled kernels have no float64; the interpreter checks the formulas")
 @pytest.mark.parametrize("norm", ["layer", "rms", "none"])
 def test_gradcheck(norm):
@@ -228,6 +229,7 @@ def test_tangents_of_an_older_graph_are_refused(plan):
             torch.autograd.grad(query, token, grad)
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("plan, rows", [("one_pass", 2 * 19), ("distinct", 19 + 31)])
 @pytest.mark.parametrize("frozen", [(), ("weight",), ("token", "position", "norm_weight", "norm_bias")])
 def test_flops_of_the_plan(plan, rows, frozen):
