@@ -232,19 +232,25 @@ ON_HOPPER = [  # every kernel; test_the_sample_has_every_kernel holds it to that
 
 
 def cases():
+    found = []
     for arch in tuning.DEVICES:
         for call in every_call():
             by_default = call in (ON_HOPPER if arch == 90 else EVERYWHERE)
             switch, function, *arguments = call
             words = [str(word).removeprefix("torch.") for word in (arch, function.__name__, *arguments, *["tf32"] * switch)]
-            yield pytest.param(arch, call, marks=() if by_default else pytest.mark.full, id="-".join(words))
+            found.append(pytest.param(arch, call, marks=() if by_default else pytest.mark.full, id="-".join(words)))
+    return found
 
 
 def launches(monkeypatch, arch, call):
     """What the launchers would launch on this device."""
     switch, function, *arguments = call
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", switch)
-    return record(monkeypatch, tuning, tuning.DEVICES[arch], lambda: function(*arguments))
+    matmul = torch.backends.cuda.matmul
+    before, matmul.allow_tf32 = matmul.allow_tf32, switch
+    try:
+        return record(monkeypatch, tuning, tuning.DEVICES[arch], lambda: function(*arguments))
+    finally:
+        matmul.allow_tf32 = before
 
 
 COMPILED = set()  # (device, launch), which many calls share

@@ -218,7 +218,7 @@ def test_padding_row_gets_no_gradient(padding_idx, device):
     assert not ours["grad of token"][padding_idx].any() and ours["grad of token"].any()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [DTYPES[0], *map(full, DTYPES[1:])])
 def test_repeatable(dtype, device):
     case = Case(dtype, device, B=4, T=50, V=3)
     first, second = case.run(F.embed_qkv), case.run(F.embed_qkv)

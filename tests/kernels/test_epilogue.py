@@ -68,7 +68,7 @@ def test_second_query(first, backend, plan):
 
 
 @pytest.mark.usefixtures("triton")
-@pytest.mark.sample(2)
+@pytest.mark.sample
 @pytest.mark.parametrize("head_dim, interleaved", [(16, None), (32, False), (64, True), (64, False), (24, False), (8, True)])
 @pytest.mark.parametrize("folds", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -44,7 +44,7 @@ def inputs(dtype=torch.float32, norm="layer", requires_grad=True):
     )
 
 
-@pytest.mark.parametrize("norm", ["layer", full("rms"), full("none")])
+@pytest.mark.parametrize("norm", [full("layer"), "rms", full("none")])
 def test_opcheck_embed_qkv(norm):
     opcheck(ops.embed_qkv.op, inputs(norm=norm))
     args = inputs(norm=norm, requires_grad=False)

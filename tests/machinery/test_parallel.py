@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from conftest import full
 from processes import INTERPRETED, B, D, T, V, batch, expect_same, loss_of, make, of_model, train_step, whole
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
@@ -28,7 +27,7 @@ def check(function):
     return function
 
 
-@pytest.mark.parametrize("count", [2, full(4)])
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.full)])
 def test_equals_one_process(count, tmp_path, monkeypatch):
     """One start for all checks: it takes seconds."""
     processes.run(CHECKS, count, tmp_path, monkeypatch)

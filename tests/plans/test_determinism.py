@@ -13,7 +13,7 @@ from pyembed import reference
 ROUTES = [("torch", "one_pass"), ("torch", "distinct"), ("triton", "one_pass"), ("triton", "distinct")]
 
 
-@pytest.mark.parametrize("T", [12, full(60)])
+@pytest.mark.parametrize("T", [8, full(60)])
 @pytest.mark.parametrize("strict", [full(False), True])
 @pytest.mark.parametrize("backend, plan", ROUTES)
 def test_repeatable(backend, plan, strict, T):

@@ -68,7 +68,9 @@ def test_table_fits_80_columns_and_is_plain_where_there_is_no_terminal(capsys, m
     assert len(speeds) == 2 and all(("not a speed" in line) == (MODE == "interpreter") for line in speeds)
 
 
-@pytest.mark.parametrize(("norm", "missing"), [("rms", {"norm.bias.grad"}), ("none", {"norm.weight.grad", "norm.bias.grad"})])
+@pytest.mark.parametrize(
+    ("norm", "missing"), [("rms", {"norm.bias.grad"}), full("none", {"norm.weight.grad", "norm.bias.grad"})]
+)
 def test_other_norms_and_shared_heads(report_of, norm, missing):
     report = report_of("--norm", norm, "--width", "128", "--kv-heads", "1", "--dtype", "fp32")
     assert set(report["dtypes"]["fp32"]["tensors"]) == set(TENSORS) - missing
