@@ -1,3 +1,4 @@
+import importlib.util
 import os
 
 import hypothesis
@@ -13,8 +14,7 @@ hypothesis.settings.register_profile("default", derandomize=True, max_examples=5
 hypothesis.settings.register_profile("full", derandomize=True, max_examples=100)
 hypothesis.settings.register_profile("nightly", max_examples=2000)  # other cases on every run, of tests that set no number
 
-if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)  # the workers share the cores
+torch.set_num_threads(1)  # workers share the cores, and a thread that waits for others takes CPU time
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -37,9 +37,11 @@ def pytest_configure(config):
 
 
 def pytest_collection_finish(session):
-    """What a process pays once, the first test would: loading the interpreted kernels, and measuring rates."""
-    if session.items and session.config.option.limit and not session.config.option.full:
+    """What the first test would pay for all: Dynamo's first graph, loading the interpreted kernels, measuring rates."""
+    option = session.config.option
+    if session.items and option.limit and not (option.full or option.collectonly or importlib.util.find_spec("triton") is None):
         token, weight = torch.randn(3, 4, requires_grad=True), torch.randn(12, 4, requires_grad=True)
+        torch.compile(lambda x: x.sin().sum(), fullgraph=True, dynamic=True, backend="aot_eager")(token).backward()
         for plan in ("one_pass", "distinct"):
             with pyembed.backend("triton"), pyembed.plan(plan):
                 F.embed_qkv(torch.tensor([[0, 2]]), token, weight, num_heads=1).query.sum().backward()

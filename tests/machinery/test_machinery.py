@@ -99,7 +99,7 @@ LARGE = ("rotary", "three projections")  # graphs, whose forward alone is compil
 @pytest.mark.sample
 @pytest.mark.parametrize("dynamic, most", [(None, 2), (True, 1)])
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", [full(name) if name == "three projections" else name for name in MODULES])
+@pytest.mark.parametrize("name", [full(name) if name in ("Embedding", "three projections") else name for name in MODULES])
 def test_one_graph_serves_every_length(name, backend, dynamic, most, monkeypatch):
     """fullgraph: no break. By default a second length makes sizes symbols; no other compiles anything, few tokens or many."""
     monkeypatch.setattr(parts, "PACK_TOKENS", 20)
