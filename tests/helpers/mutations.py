@@ -365,7 +365,7 @@ def lives(mutation, folder):
     file = folder / mutation.file
     source, start = file.read_text(encoding="utf-8"), time.monotonic()
     file.write_text(source.replace(mutation.before, mutation.after), encoding="utf-8")
-    command = f"{sys.executable} -m pytest -x -q -n0 -p no:cacheprovider {mutation.tests}"
+    command = f"{sys.executable} -m pytest -x -q -n0 --limit 0 -p no:cacheprovider {mutation.tests}"
     run = subprocess.run(command, shell=True, cwd=folder, env={**os.environ, "PYTHONPATH": str(folder)}, capture_output=True)
     file.write_text(source, encoding="utf-8")
     if run.returncode not in (0, 1):

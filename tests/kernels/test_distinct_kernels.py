@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import DEVICE, DTYPES
+from conftest import DEVICE, DTYPES, full
 from numerics import Case
 
 import pyembed
@@ -12,26 +12,26 @@ from pyembed.plans import operators
 from pyembed.plans.distinct import distinct_qkv
 
 VARIANTS = [
-    {},
-    {"norm": "rms"},
-    {"norm": None},
-    {"position": None},
+    full({}),
+    full({"norm": "rms"}),
+    full({"norm": None}),
+    full({"position": None}),
     {"norm": "rms", "position": None, "bias": False, "heads": 4, "kv_heads": 1},
-    {"affine": False, "bias": False},
-    {"position_ids": "T"},
-    {"position_ids": "1T"},
+    full({"affine": False, "bias": False}),
+    full({"position_ids": "T"}),
+    full({"position_ids": "1T"}),
     {"position_ids": "BT", "B": 3},  # fewer tables' rows than tokens: all of them are projected
     {"position_ids": "T", "B": 1},  # more rows than tokens: those of position_ids are
-    {"padding_idx": 3},
+    full({"padding_idx": 3}),
     {"T": None},
-    {"T": 1, "B": 9},
-    {"B": 1, "T": 45},
-    {"V": 1},
-    {"D": 33, "head_dim": 5},
-    {"scale": 1e-4},
-    {"scale": 300.0},
-    {"ids_dtype": torch.int32},
-    {"B": 5, "T": 60, "V": 90},
+    full({"T": 1, "B": 9}),
+    full({"B": 1, "T": 45}),
+    full({"V": 1}),
+    full({"D": 33, "head_dim": 5}),
+    full({"scale": 1e-4}),
+    full({"scale": 300.0}),
+    full({"ids_dtype": torch.int32}),
+    full({"B": 5, "T": 60, "V": 90}),
 ]
 
 
@@ -45,6 +45,7 @@ def kernels(name="distinct"):
     return operators.launcher(name, torch.empty(0, device=DEVICE))
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_variants(dtype, variant):
@@ -72,6 +73,7 @@ def test_find_leaves_out_what_has_no_row():
     assert rows[: int(count)].tolist() == [4, 9]
 
 
+@pytest.mark.full
 @pytest.mark.skipif(DEVICE == "cuda", reason="the compiled kernels have no float64; the interpreter checks the formulas")
 @pytest.mark.parametrize("norm", ["layer", "rms", None])
 def test_gradcheck(norm):
@@ -84,7 +86,7 @@ def test_gradcheck(norm):
     assert torch.autograd.gradcheck(function, tuple(leaves.values()), fast_mode=True)
 
 
-@pytest.mark.parametrize("needed", ["token", "weight", "bias", "position", "norm_weight", "norm_bias"])
+@pytest.mark.parametrize("needed", ["weight", *map(full, ("token", "bias", "position", "norm_weight", "norm_bias"))])
 def test_single_parameter_trained(needed):
     """What is not trained gets no gradient, and the one that is, the same bits as when all are."""
     case = Case(torch.float32, DEVICE)
@@ -98,7 +100,7 @@ def test_single_parameter_trained(needed):
         assert torch.equal(leaves[needed].grad, everything[f"grad of {needed}"])
 
 
-@pytest.mark.parametrize("used", ["hidden", "query", "key", "value"])
+@pytest.mark.parametrize("used", ["hidden", "query", full("key"), full("value")])
 def test_single_output_used(used):
     case = Case(torch.float32, DEVICE)
     grads = []
@@ -114,8 +116,9 @@ def test_single_output_used(used):
             torch.testing.assert_close(ours, grads[1][name], rtol=1e-4, atol=1e-5)
 
 
-def test_repeatable():
-    case = Case(torch.float32, DEVICE, B=4, T=60, V=5)
+@pytest.mark.parametrize("T, V", [(20, 1), full(60, 5)])
+def test_repeatable(T, V):
+    case = Case(torch.float32, DEVICE, B=4, T=T, V=V)
     first, second = case.run(F.embed_qkv), case.run(F.embed_qkv)
     assert all(torch.equal(first[k], second[k]) for k in first)
 

@@ -48,6 +48,7 @@ def assert_right(case, backward=True):
     return ours
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("rotary", [None, False, True])
 @pytest.mark.parametrize("backend, plan", PLANS)
 @pytest.mark.parametrize("norms, second, first", [(True, False, False), (True, False, True), (False, False, True)])
@@ -69,6 +70,7 @@ def test_second_query(first, backend, plan):
 
 
 @pytest.mark.usefixtures("triton")
+@pytest.mark.sample
 @pytest.mark.parametrize("head_dim, interleaved", [(16, None), (32, False), (64, True), (64, False), (24, False), (8, True)])
 @pytest.mark.parametrize("folds", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -54,6 +54,7 @@ def test_is_the_papers(layout):
     assert torch.equal(found[..., R:], x[..., R:])
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("backend, plan", PLANS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -64,6 +65,7 @@ def test_every_plan(layout, backend, plan, dtype):
         case.check(F.embed_qkv)
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("position_ids", ["T", "1T", "BT"])
 @pytest.mark.parametrize("position", [None, "learned"])
 @pytest.mark.parametrize("backend, plan", PLANS)
@@ -76,6 +78,7 @@ def test_positions_as_they_come(position_ids, position, backend, plan):
         case.check(F.embed_qkv)
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("shape", [(19,), (1, 19), (2, 19)], ids=["T", "1T", "BT"])
 @pytest.mark.parametrize("backend, plan", PLANS)
 def test_cosines_and_sines_as_transformers_passes_them(shape, backend, plan):
@@ -92,6 +95,7 @@ def test_cosines_and_sines_as_transformers_passes_them(shape, backend, plan):
     assert torch.equal(found.value, plain.value) and torch.equal(found.hidden, plain.hidden)  # bit for bit
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("layout", ["half", "part, half", "interleaved"])
 @pytest.mark.parametrize("norm", ["layer", "rms"])
 def test_folded_kernel(layout, norm):
@@ -107,6 +111,7 @@ def test_folded_kernel(layout, norm):
     torch.testing.assert_close(outputs[3], expected.value, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("plan", ["one_pass", "distinct"])
 def test_gradcheck(plan):
     case = Case(torch.float64, "cpu", V=5, T=4, D=6, heads=1, head_dim=4)
@@ -124,6 +129,7 @@ def test_gradcheck(plan):
         del LAYOUTS["half_of_four"]
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("position", ["rotary", "learned"])
 def test_prefill_and_decode_are_one_shot(backend, position):

@@ -12,7 +12,7 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import DEVICE
+from conftest import DEVICE, full
 from torch import nn
 from torch._dynamo.backends.registry import lookup_backend
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -99,9 +99,10 @@ def stock(front, ids=IDS):
 LARGE = ("rotary", "three projections")  # graphs, whose forward alone is compiled
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("dynamic, most", [(None, 2), (True, 1)])
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", [full(name) if name in ("Embedding", "three projections") else name for name in MODULES])
 def test_one_graph_serves_every_length(name, backend, dynamic, most, monkeypatch):
     """fullgraph: no break. By default a second length makes sizes symbols; no other compiles anything, few tokens or many."""
     monkeypatch.setattr(parts, "PACK_TOKENS", 20)
@@ -124,7 +125,7 @@ def test_one_graph_serves_every_length(name, backend, dynamic, most, monkeypatch
 
 
 @needs_compiler
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [full("torch"), "triton"])
 def test_inductor(backend):
     module = make("EmbeddingQKV")
     torch._dynamo.reset()
@@ -166,6 +167,7 @@ def test_fake_tensors_of_a_gpu():
 LENGTH = {0: Dim("batch"), 1: Dim("length", max=64)}
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name, strict", [*((name, False) for name in MODULES), ("EmbeddingQKV", True)])
 def test_exports_for_every_length(name, backend, strict, monkeypatch):
@@ -201,6 +203,7 @@ class Front(nn.Module):
         return found
 
 
+@pytest.mark.full
 @needs_compiler
 def test_aot_inductor(tmp_path):
     """A package holds the kernels as operators of Python: where pyembed is not imported it is refused, by their name."""
@@ -225,6 +228,7 @@ CHECKPOINTED = {
 }
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize(
     "name, backend, plan",
@@ -288,7 +292,7 @@ def test_a_checkpoint_keeps_its_plan():
 # Gradients and weights
 
 
-@pytest.mark.parametrize("name, backend, plan", OF_EACH)
+@pytest.mark.parametrize("name, backend, plan", [*OF_EACH[:-1], full(*OF_EACH[-1])])
 def test_gradients_add_up(name, backend, plan):
     """Over batches, and over two backward passes of one graph."""
     module, others = make(name), draw_ids(3, 4)
@@ -409,6 +413,7 @@ class LanguageModel(nn.Module):
         return self.head(hidden)
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("padding_idx", [None, 2])
 @pytest.mark.parametrize("name, backend, plan", OF_EACH)
 def test_tied_weights(name, backend, plan, padding_idx):
@@ -438,7 +443,7 @@ def test_tied_weights(name, backend, plan, padding_idx):
         ("EmbeddingQKV", "one_pass", ["embed_qkv", "embed_qkv_backward"]),
         ("rotary", "one_pass", ["embed_qkv", "embed_qkv_backward"]),
         ("EmbeddingQKV", "distinct", ["distinct_qkv", "distinct_qkv_backward"]),
-        ("rotary", "distinct", ["distinct_qkv", "distinct_qkv_backward"]),
+        full("rotary", "distinct", ["distinct_qkv", "distinct_qkv_backward"]),
     ],
 )
 def test_profiler_has_one_range_for_each_operator(name, plan, operators):
@@ -706,6 +711,7 @@ TWICE = ("functional.jvp", "functional.hvp")  # they differentiate a gradient, w
 REFUSALS = "plan: 'distinct' cannot run here|no gradients of gradients by this plan"
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("name, backend, plan", [*OF_EACH[2:], ("EmbeddingQKV", "auto", "auto")])
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_transforms(transform, name, backend, plan):

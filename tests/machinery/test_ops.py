@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from conftest import DEVICE
+from conftest import DEVICE, full
 from numerics import Case
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
@@ -46,7 +46,7 @@ def leaves_of(call):
     return [x for x in call.values() if isinstance(x, torch.Tensor) and x.requires_grad]
 
 
-@pytest.mark.parametrize("norm", ["layer", "rms", "none"])
+@pytest.mark.parametrize("norm", [full("layer"), "rms", full("none")])
 def test_opcheck_embed_qkv(norm):
     opcheck(one_pass.embed_qkv.forward.op, (*FRONT_END.flatten(inputs(norm=norm)), *OPTIONS))
     call = inputs(norm=norm, requires_grad=False)
@@ -74,6 +74,7 @@ def test_opcheck_terms_and_epilogue():
     opcheck(one_pass.embed_qkv.forward.op, (*FRONT_END.flatten(with_all_terms(inputs())), *OPTIONS))
 
 
+@pytest.mark.full
 @pytest.mark.skipif(DEVICE == "cuda", reason="the compiled kernels have no float64; the interpreter checks the formulas")
 @pytest.mark.parametrize("norm", ["layer", "rms", "none"])
 def test_gradcheck(norm):
@@ -223,6 +224,7 @@ def test_tangents_of_an_older_graph_are_refused(plan):
             torch.autograd.grad(query, token, grad)
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("plan, rows", [("one_pass", 2 * 19), ("distinct", 19 + 31)])
 @pytest.mark.parametrize("frozen", [(), ("weight",), ("token", "position", "norm_weight", "norm_bias")])
 def test_flops_of_the_plan(plan, rows, frozen):

@@ -28,7 +28,7 @@ def check(function):
     return function
 
 
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.full)])
 def test_equals_one_process(count, tmp_path, monkeypatch):
     """One start for all checks: it takes seconds."""
     processes.run(CHECKS, count, tmp_path, monkeypatch)

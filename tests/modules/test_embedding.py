@@ -385,8 +385,9 @@ def test_double_backward(padding_idx, shape, backend):
 
 
 @cpu_only
+@pytest.mark.sample
 @pytest.mark.parametrize("position_ids", [None, [2, 0, 2], [[0, 1, 1], [4, 3, 0]]])
-@pytest.mark.parametrize("wanted", ["token", "position", "both"])
+@pytest.mark.parametrize("wanted", ["both", "token", "position"])
 def test_double_backward_of_a_sum(position_ids, wanted):
     """Which of the tables wants a gradient, and the positions of every form."""
     position_ids = None if position_ids is None else torch.tensor(position_ids)
@@ -661,6 +662,7 @@ def op_info():
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_torchs_module_samples(module_info, dtype, backend):
     """Forward, factory arguments, gradients of contiguous and other inputs, copies, other devices, and gradcheck twice over."""
@@ -694,6 +696,7 @@ def test_torchs_module_errors(module_info, backend):
     assert errors
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("strided", [False, True])
 @pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)

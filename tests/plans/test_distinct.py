@@ -192,6 +192,7 @@ def test_memory_is_given_back(monkeypatch):
     assert len(memory._buffers) == 1 and (kept == 0.0).all()
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("given", ["strided", "more rows"])
 def test_given_distinct_ids(backend, given):

@@ -69,6 +69,7 @@ def looked_up(module, case):
         return module(case.ids, case.position_ids)
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("dtype, backend", [*((d, "torch") for d in DTYPES), *((d, "triton") for d in DTYPES[:2])])
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_variants(dtype, backend, variant):
