@@ -1,18 +1,15 @@
 """Modules whose forward is known: what they compute from which weights, so that a front end need not call them."""
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from ..call import Norm, wide_dtype
 from ..modes import has_process_group, is_dtensor
-from ..positions import Sinusoidal
 from ..rotary import Rotary
 
 NAMES = ("token", "position", "segment", "norm", "qkv", "query_norm", "key_norm")
 COMBINES = ("sum", "concat")
-_STOCK = (nn.Embedding, nn.LayerNorm, nn.RMSNorm, nn.Linear, Sinusoidal)
+_STOCK = (nn.Embedding, nn.LayerNorm, nn.RMSNorm, nn.Linear)
 
 
 def is_conv1d(qkv):
@@ -65,12 +62,6 @@ class OwnScale:
 def is_stock(module):
     """Whether it is called with what its class in PyTorch is called with."""
     return _has_stock_forward(type(module))
-
-
-def stock_forward(forward: Any) -> Any:
-    """Marks a forward of ours that computes what its namesake in PyTorch does."""
-    forward.is_stock = True
-    return forward
 
 
 def _has_stock_forward(kind):
@@ -261,26 +252,6 @@ def links(modules):
             if home is not None:
                 found.append((home, name, home[name]))
     return found
-
-
-def is_plain(module, *kinds):
-    """Whether it is of just that class, calls nothing else, and holds its weight as a parameter: attributes are slow."""
-    state = module.__dict__ if module is not None else None
-    return (
-        type(module) in kinds
-        and "weight" in state["_parameters"]
-        and not (
-            state["_forward_hooks"]
-            or state["_forward_pre_hooks"]
-            or state["_backward_hooks"]
-            or state["_backward_pre_hooks"]
-            or "forward" in state
-        )
-    )
-
-
-def only_looks_up(module):
-    return module.max_norm is None and not module.scale_grad_by_freq and not module.sparse
 
 
 def called_projection(qkv, normed, groups, head_dim):

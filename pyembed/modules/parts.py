@@ -20,9 +20,7 @@ from .known import (
     OwnScale,
     called_projection,
     foreign,
-    is_plain,
     norm_of,
-    only_looks_up,
     place_rows,
     projection,
 )
@@ -88,14 +86,14 @@ class HoldsParts(HasIdPolicy):
             and not (self.position_offset or self._groups)
             and modules["segment"] is None
             and modules["query_norm"] is None
-            and is_plain(qkv, nn.Linear)
-            and is_plain(norm, nn.LayerNorm, nn.RMSNorm)
-            and is_plain(token, nn.Embedding)
-            and only_looks_up(token)
+            and _is_plain(qkv, nn.Linear)
+            and _is_plain(norm, nn.LayerNorm, nn.RMSNorm)
+            and _is_plain(token, nn.Embedding)
+            and _only_looks_up(token)
             and (
                 position is None
-                or is_plain(position, nn.Embedding)
-                and only_looks_up(position)
+                or _is_plain(position, nn.Embedding)
+                and _only_looks_up(position)
                 and position.padding_idx is None
             )
         )
@@ -220,3 +218,23 @@ class HoldsParts(HasIdPolicy):
     def _projection(self) -> Projection:
         weight, bias = projection(self._modules["qkv"], self._groups, self._head_dim)
         return Projection(weight, bias, self.num_heads, self.num_kv_heads)
+
+
+def _is_plain(module, *kinds):
+    """Whether it is of just that class, calls nothing else, and holds its weight as a parameter: attributes are slow."""
+    state = module.__dict__ if module is not None else None
+    return (
+        type(module) in kinds
+        and "weight" in state["_parameters"]
+        and not (
+            state["_forward_hooks"]
+            or state["_forward_pre_hooks"]
+            or state["_backward_hooks"]
+            or state["_backward_pre_hooks"]
+            or "forward" in state
+        )
+    )
+
+
+def _only_looks_up(module):
+    return module.max_norm is None and not module.scale_grad_by_freq and not module.sparse
