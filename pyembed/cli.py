@@ -19,10 +19,10 @@ from typing import Annotated, Any, Literal, TypeVar
 import torch
 
 from . import __version__, functional, reference, settings
+from .call import HiddenQKV
 from .data import get_encoding
 from .modules.front_end import EmbeddingQKV
 from .plot import Report, describe, plot_errors
-from .reference import HiddenQKV
 
 try:
     import typer

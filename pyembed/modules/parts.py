@@ -12,6 +12,7 @@ from ..call import NO_EPILOGUE, Call, Called, DistinctIds, Epilogue, Norm, Proje
 from ..checks import check, check_query_biases
 from ..ids import HasIdPolicy
 from ..plans.choice import why_torch
+from ..positions import Sinusoidal
 from ..reference import with_query_biases
 from ..rotary import Rotary, turns
 from ..settings import policy_of
@@ -33,6 +34,16 @@ PACK_TOKENS = 256  # below so many, packing a projection's rows costs more than 
 class HoldsParts(HasIdPolicy):
     """A front end's modules, by the names of NAMES, dropout and rotary; most are None."""
 
+    _modules: dict[str, Any]  # read in place of attributes, which are slow
+    token: nn.Embedding
+    position: nn.Embedding | Sinusoidal | None
+    segment: nn.Embedding | None
+    norm: nn.Module | None
+    qkv: nn.Module
+    query_norm: nn.Module | None
+    key_norm: nn.Module | None
+    rotary: Rotary | None
+    dropout: nn.Dropout
     num_heads: int
     num_kv_heads: int
     _head_dim: int
@@ -67,7 +78,7 @@ class HoldsParts(HasIdPolicy):
             call = with_query_biases(call, *query_biases)
         return call
 
-    def _with_turns(self, call, rotary):
+    def _with_turns(self, call: Call, rotary: Any) -> Call:
         """rotary: (cos, sin) of this call; None: the front end's own."""
         terms = call.terms
         cos, sin, turn_ids, interleaved = turns(
@@ -78,7 +89,7 @@ class HoldsParts(HasIdPolicy):
         epilogue = call.epilogue._replace(cos=cos, sin=sin, turn_ids=turn_ids, interleaved=interleaved)
         return call._replace(terms=terms, epilogue=epilogue)
 
-    def _is_plain(self):
+    def _is_plain(self) -> bool:
         """Fast path: stock modules without hooks or further options, whose weights are plain parameters."""
         modules = self._modules
         token, position, norm, qkv = modules["token"], modules["position"], modules["norm"], modules["qkv"]
@@ -100,7 +111,7 @@ class HoldsParts(HasIdPolicy):
             )
         )
 
-    def _read_plain(self, ids, position_ids):
+    def _read_plain(self, ids: Tensor, position_ids: Tensor | None) -> Call:
         modules = self._modules
         token, position, norm, qkv = modules["token"], modules["position"], modules["norm"], modules["qkv"]
         table, padding_idx, linear, affine, eps = (
@@ -119,13 +130,13 @@ class HoldsParts(HasIdPolicy):
             self.batch_invariant,
         )
 
-    def _read_weights(self, ids, position_ids, segment_ids):
+    def _read_weights(self, ids: Tensor, position_ids: Tensor | None, segment_ids: Tensor | None) -> Call:
         """Of modules that are no more than their weights."""
         terms = self._terms(ids, position_ids, segment_ids)
         norm, epilogue = self._norm(terms.token), self._epilogue(terms.token)
         return Call(terms, norm, self._projection(), epilogue, self._policy(), self.batch_invariant)
 
-    def _terms(self, ids, position_ids, segment_ids):
+    def _terms(self, ids: Tensor, position_ids: Tensor | None, segment_ids: Tensor | None) -> Terms:
         token, segment = self._modules["token"], self._modules["segment"]
         return Terms(
             ids,
@@ -139,24 +150,26 @@ class HoldsParts(HasIdPolicy):
             padding_idx=-1 if token.padding_idx is None else token.padding_idx,
         )
 
-    def _epilogue(self, token):
+    def _epilogue(self, token: Tensor) -> Epilogue:
         """Without rotary turns. token: its weight."""
         if self._modules["query_norm"] is None:
             return Epilogue(heads_first=self.heads_first)
         query, key = (norm_of(self._modules[name], token.dtype) for name in ("query_norm", "key_norm"))
         return Epilogue(query.weight, key.weight, head_eps=query.eps, heads_first=self.heads_first)
 
-    def _read_modules(self, ids, position_ids, segment_ids):
+    def _read_modules(self, ids: Tensor, position_ids: Tensor | None, segment_ids: Tensor | None) -> Call:
         """The modules themselves, to be called one after the other."""
+        called: Any = Called  # which stands where a field is declared a Tensor
         token, position, segment, norm, qkv, *head_norms = (self._modules[name] for name in NAMES)
         table = self._position()
-        rows = None if position is None else Called(position, partial(place_rows, position, offset=self.position_offset), table)
+        rows = None if position is None else called(position, partial(place_rows, position, offset=self.position_offset), table)
+        query_norm, key_norm = (None if module is None else called(module) for module in head_norms)
         terms = Terms(
             ids,
-            Called(token, weight=token.weight),
+            called(token, weight=token.weight),
             rows,
             position_ids,
-            None if segment is None else Called(segment, weight=segment.weight),
+            None if segment is None else called(segment, weight=segment.weight),
             segment_ids,
             None,
             self.scale,
@@ -165,9 +178,9 @@ class HoldsParts(HasIdPolicy):
         project = partial(called_projection, qkv, groups=self._groups, head_dim=self._head_dim)
         return Call(
             terms,
-            Norm() if norm is None else Norm("called", Called(norm)),
-            Projection(Called(qkv, project), None, self.num_heads, self.num_kv_heads),
-            Epilogue(*(None if module is None else Called(module) for module in head_norms), heads_first=self.heads_first),
+            Norm() if norm is None else Norm("called", called(norm)),
+            Projection(called(qkv, project), None, self.num_heads, self.num_kv_heads),
+            Epilogue(query_norm, key_norm, heads_first=self.heads_first),
             self._policy(),
             concat=self.combine == "concat",
         )
@@ -184,7 +197,7 @@ class HoldsParts(HasIdPolicy):
             raise RuntimeError(f"batch_invariant: expected modules that are no more than their weights, but {found}")
         return found
 
-    def _packs_for_nothing(self, ids):
+    def _packs_for_nothing(self, ids: Tensor) -> bool:
         """Whether packing the rows of query, key and value into one weight would cost more than one product saves; in a graph
         for any number of tokens: whether no kernel would use it."""
         packs = self._groups > 0 or isinstance(self._modules["qkv"], nn.ModuleList)
