@@ -46,7 +46,7 @@ class Called:
     def __init__(self, module: nn.Module, function: Callable[..., Tensor] | None = None, weight: Tensor | None = None):
         self.module, self.function, self.weight = module, function or module, weight
 
-    def __call__(self, *inputs) -> Tensor:
+    def __call__(self, *inputs: Tensor) -> Tensor:
         return self.function(*inputs)
 
 
@@ -101,9 +101,7 @@ class Epilogue(NamedTuple):
     query_offset: Tensor | None = None  # (H·d_h,) added to query for a second query, behind the first
     cos: Tensor | None = None  # (rows, R/2), or (..., T, R/2) of each token, float32: rotary turns of query and key
     sin: Tensor | None = None
-    turn_ids: Tensor | None = (
-        None  # (T,), (1, T) or like ids: each token's row of cos and sin; None: token m takes row m % rows
-    )
+    turn_ids: Tensor | None = None  # (T,), (1, T) or like ids: rows of cos and sin; None: token m takes row m % rows
     interleaved: bool = False  # pairs (2i, 2i+1); else (i, i + R/2)
     head_eps: float = 0.0
     heads_first: bool = False  # (..., h, T, d_h)
@@ -164,7 +162,7 @@ class Call(NamedTuple):
         """Every field of the parts by its name as an operator's argument."""
         return dict(zip(NAMES, self.values(), strict=True))
 
-    def values(self) -> tuple:
+    def values(self) -> tuple[Any, ...]:
         """The fields of all parts, in order."""
         return (*self.terms, *self.norm, *(self.projection or _NO_PROJECTION), *self.epilogue)
 
@@ -234,7 +232,7 @@ class Layout:
     Tensors come first: DTensor's cache of sharding decisions ignores what stands before the first number.
     """
 
-    def __init__(self, *parts):
+    def __init__(self, *parts: Any) -> None:
         self._parts = parts
         fields = NAMES[: sum(len(part._fields) for part in parts)]
         self.names = tuple(sorted(fields, key=lambda name: "Tensor" not in SCHEMA[name]))  # stable
@@ -243,7 +241,7 @@ class Layout:
         self._order = tuple(map(NAMES.index, self.names))
         self._places = tuple(map(self.names.index, fields))
 
-    def flatten(self, call: Call) -> tuple:
+    def flatten(self, call: Call) -> tuple[Any, ...]:
         """The call's fields, in the order of names."""
         values = call.values()
         return tuple([values[place] for place in self._order])
@@ -252,7 +250,7 @@ class Layout:
         """Its tensors in that order, None where there is none."""
         return self.flatten(call)[: self._tensors]
 
-    def rebuild(self, flat: tuple, **options) -> Call:
+    def rebuild(self, flat: tuple[Any, ...], **options: Any) -> Call:
         """The Call whose fields flat are; options: its other fields."""
         values, parts, start = [flat[place] for place in self._places], [], 0
         for part in self._parts:

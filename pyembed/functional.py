@@ -47,7 +47,7 @@ def embedding(
         return run(Call(Terms(ids, weight, padding_idx=_row(padding_idx, weight)), id_policy=policy))
     has_side_effects = max_norm is not None or scale_grad_by_freq or sparse
 
-    def look_up(ids):
+    def look_up(ids: Tensor) -> Tensor:
         return torch.nn.functional.embedding(ids, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
 
     try:
@@ -65,7 +65,7 @@ def embedding(
         raise
 
 
-def _is_plain_lookup(ids, weight, padding_idx, policy):
+def _is_plain_lookup(ids: Tensor, weight: Tensor, padding_idx: int | None, policy: str) -> bool:
     """Whether PyTorch's operator on CPU tensors is all that a lookup needs."""
     return (
         type(ids) is Tensor
@@ -106,7 +106,7 @@ def why_no_kernel(
     return None
 
 
-def _row(padding_idx, table):
+def _row(padding_idx: int | None, table: Tensor) -> int:
     """padding_idx as Terms have it: counted from the table's beginning, −1 for None."""
     if padding_idx is None:
         return -1

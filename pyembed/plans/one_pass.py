@@ -1,6 +1,7 @@
 """The `one_pass` plan: hidden, and the whole front end, each by one fused kernel, as the operators pyembed::embed and
 pyembed::embed_qkv. embed is differentiable any number of times, embed_qkv once."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -47,16 +48,14 @@ def outputs(call: Call) -> tuple[Tensor, ...]:
     return embed_qkv(call, call.id_policy != "trust", call.batch_invariant, observed=False)
 
 
-def _cast(call):
+def _cast(call: Call) -> Call:
     """Under autocast weight, bias and the second query's offset have its dtype, hidden and the norm keep theirs."""
-    projection, epilogue = call.projection, call.epilogue
-    dtype = autocast_dtype(call.terms.token)
-    if dtype is None:
+    projection, epilogue, dtype = call.projection, call.epilogue, autocast_dtype(call.terms.token)
+    if dtype is None or projection is None:
         return call
-    weight, bias, offset = (x if x is None else x.to(dtype) for x in (*projection[:2], epilogue.query_offset))
-    return call._replace(
-        projection=projection._replace(weight=weight, bias=bias), epilogue=epilogue._replace(query_offset=offset)
-    )
+    bias, offset = (x if x is None else x.to(dtype) for x in (projection.bias, epilogue.query_offset))
+    projection = projection._replace(weight=projection.weight.to(dtype), bias=bias)
+    return call._replace(projection=projection, epilogue=epilogue._replace(query_offset=offset))
 
 
 def normalises_heads(call: Call) -> bool:
@@ -67,7 +66,7 @@ def normalises_heads(call: Call) -> bool:
     return is_tile and not wanted and autocast_dtype(call.terms.token) is None
 
 
-def _run_embed(*arguments):
+def _run_embed(*arguments: Any) -> Tensor:
     *fields, reports = arguments
     call = HIDDEN.rebuild(tuple(fields))
     module, running = launcher("embed", call.terms.token)
@@ -75,7 +74,7 @@ def _run_embed(*arguments):
         return module.embed(call.terms, report(call, reports))
 
 
-def _empty_embed(ids, token, *others):
+def _empty_embed(ids: Tensor, token: Tensor, *others: Any) -> Tensor:
     return token.new_empty(*ids.shape, token.shape[1])
 
 
@@ -87,12 +86,13 @@ _WITHOUT_TABLES = tuple(name for name in HIDDEN.names if name not in TABLES)
 _BACKWARD_SCHEMA = ", ".join(f"{SCHEMA[name]} {name}" for name in _WITHOUT_TABLES)
 
 
-def _terms(fields):
+def _terms(fields: Iterable[Any]) -> Terms:
     """Terms without tables."""
-    return Terms(**dict.fromkeys(TABLES), **dict(zip(_WITHOUT_TABLES, fields, strict=True)))
+    values: dict[str, Any] = dict.fromkeys(TABLES) | dict(zip(_WITHOUT_TABLES, fields, strict=True))
+    return Terms(**values)
 
 
-def _run_embed_backward(grad, *arguments):
+def _run_embed_backward(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """Gradients of tables of these sizes; 0: not wanted."""
     *fields, sizes = arguments
     module, running = launcher("embed_grad", grad)
@@ -101,7 +101,7 @@ def _run_embed_backward(grad, *arguments):
     return tuple(found[name] if size else grad.new_empty(0, grad.shape[-1]) for name, size in zip(TABLES, sizes, strict=True))
 
 
-def _empty_embed_backward(grad, *arguments):
+def _empty_embed_backward(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     *_, sizes = arguments
     return tuple(grad.new_empty(size, grad.shape[-1]) for size in sizes)
 
@@ -114,13 +114,13 @@ embed_backward = Operator(
 )
 
 
-def _save_embed(ctx: Any, inputs, output):
+def _save_embed(ctx: Any, inputs: Any, output: Any) -> None:
     named = dict(zip(embed.names, inputs, strict=True))
     ctx.sizes = [0 if named[name] is None else named[name].shape[0] for name in TABLES]
     save_inputs(ctx, tuple(named[name] for name in _WITHOUT_TABLES))
 
 
-def _differentiate_embed(ctx, grad):
+def _differentiate_embed(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     refuse_tangents(grad)
     wanted, (fields, _) = dict(zip(embed.names, ctx.needs_input_grad, strict=True)), saved_inputs(ctx)
     sizes = [size if wanted[name] else 0 for name, size in zip(TABLES, ctx.sizes, strict=True)]
@@ -131,17 +131,17 @@ def _differentiate_embed(ctx, grad):
 embed.register_autograd(_save_embed, _differentiate_embed)
 
 
-def _save_embed_backward(ctx: Any, inputs, output):
+def _save_embed_backward(ctx: Any, inputs: Any, output: Any) -> None:
     _, *fields, ctx.sizes = inputs
     save_inputs(ctx, tuple(fields))
 
 
-def _differentiate_embed_backward(ctx, *grads):
+def _differentiate_embed_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
     """The backward is linear in grad: its transpose sums and drops, as the forward did, what comes for its gradients."""
     refuse_tangents(*grads)
     fields, _ = saved_inputs(ctx)
     terms, sizes = _terms(fields), dict(zip(TABLES, ctx.sizes, strict=True))
-    tables = dict(zip(TABLES, grads, strict=True))
+    tables: dict[str, Any] = dict(zip(TABLES, grads, strict=True))
     if not sizes["token"]:
         terms, tables["token"] = terms._replace(ids=torch.zeros_like(terms.ids)), grads[0].new_zeros(1, grads[0].shape[1])
     elif terms.padding_idx >= 0:
@@ -149,7 +149,7 @@ def _differentiate_embed_backward(ctx, *grads):
         tables["token"] = tables["token"].masked_fill((rows == terms.padding_idx)[:, None], 0.0)
     for table, ids_of in (("position", "position_ids"), ("segment", "segment_ids")):
         if not sizes[table]:
-            tables[table], terms = None, terms._replace(**{ids_of: None})
+            tables[table] = tables[ids_of] = None
     call = Call(terms._replace(**tables, padding_idx=-1))
     found = embed(*HIDDEN.flatten(call), False)
     return found, *(None for _ in fields), None
