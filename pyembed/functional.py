@@ -80,12 +80,7 @@ def _is_plain_lookup(ids: Tensor, weight: Tensor, padding_idx: int | None, polic
 
 
 def why_no_kernel(
-    ids: Tensor,
-    weight: Tensor,
-    max_norm: float | None = None,
-    scale_grad_by_freq: bool = False,
-    sparse: bool = False,
-    policy: str = "raise",
+    ids: Tensor, weight: Tensor, max_norm: float | None, scale_grad_by_freq: bool, sparse: bool, policy: str
 ) -> str | None:
     """Why such a lookup has no kernel on any device, so that PyTorch's operator runs it; None: it has one."""
     if isinstance(ids, torch.fx.Proxy) or isinstance(weight, torch.fx.Proxy):
@@ -193,19 +188,11 @@ def embed_qkv(
     id_policy and errors as in embed.
     """
     cos, sin, turn_ids, interleaved = turns(rotary, ids, position_ids)
+    row = -1 if padding_idx is None else _row(padding_idx, token)
+    if position is None and turn_ids is not None:
+        position_ids = None  # which the rotary tables alone look up
     call = Call(
-        Terms(
-            ids,
-            token,
-            position,
-            None if position is None and turn_ids is not None else position_ids,
-            segment,
-            segment_ids,
-            None,
-            scale,
-            dropout,
-            -1 if padding_idx is None else _row(padding_idx, token),
-        ),
+        Terms(ids, token, position, position_ids, segment, segment_ids, None, scale, dropout, row),
         Norm("none" if norm is None else norm, norm_weight, norm_bias, eps),
         Projection(weight, bias, num_heads, num_heads if num_kv_heads is None else num_kv_heads),
         Epilogue(query_norm, key_norm, None, cos, sin, turn_ids, interleaved, head_eps, heads_first),

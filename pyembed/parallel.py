@@ -270,9 +270,7 @@ class _Colwise(EmbeddingQKV):
         bias = torch.cat(biases) if len(linears) > 1 and biases[0] is not None else biases[0]
         n = self._mesh.size()
         if self._groups:
-            weight, bias = (
-                None if x is None else known.ungroup(x, 0, self._groups // n, self._head_dim) for x in (weight, bias)
-            )
+            weight, bias = (x if x is None else known.ungroup(x, 0, self._groups // n, self._head_dim) for x in (weight, bias))
         return Projection(weight, bias, self.num_heads // n, self.num_kv_heads // n)
 
     def _summed(self, value: MaybeTensor) -> MaybeTensor:

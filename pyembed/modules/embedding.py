@@ -93,18 +93,9 @@ class TokenPositionEmbedding(HasIdPolicy):
         embedding_dim)."""
         modules = self._modules
         token, position, segment, dropout = modules["token"], modules["position"], modules["segment"], modules["dropout"]
-        terms = Terms(
-            ids,
-            token.weight,
-            None if position is None else position.weight,
-            position_ids,
-            None if segment is None else segment.weight,
-            segment_ids,
-            None,
-            self.scale,
-            dropout.p if self.training else 0.0,
-            -1 if token.padding_idx is None else token.padding_idx,
-        )
+        positions, segments = None if position is None else position.weight, None if segment is None else segment.weight
+        rate, row = dropout.p if self.training else 0.0, -1 if token.padding_idx is None else token.padding_idx
+        terms = Terms(ids, token.weight, positions, position_ids, segments, segment_ids, None, self.scale, rate, row)
         policy = policy_of(self._id_policy or token._id_policy)
         return run(Call(terms, id_policy=policy, concat=self.combine == "concat"))
 

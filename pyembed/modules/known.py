@@ -69,22 +69,19 @@ class OwnScale:
 
 
 def is_stock(module: nn.Module) -> bool:
-    """Whether it is called with what its class in PyTorch is called with."""
-    return _has_stock_forward(type(module))
+    """Whether its class computes what PyTorch's does."""
+    kind = type(module)
+    return (
+        kind in _STOCK
+        or getattr(kind.forward, "is_stock", False)
+        or any(kind.forward is stock.forward for stock in _STOCK if issubclass(kind, stock))
+    )
 
 
 def stock_forward(forward: Forward) -> Forward:
     """Marks a forward of ours that computes what its namesake in PyTorch does."""
     vars(forward)["is_stock"] = True
     return forward
-
-
-def _has_stock_forward(kind: type[nn.Module]) -> bool:
-    return (
-        kind in _STOCK
-        or getattr(kind.forward, "is_stock", False)
-        or any(kind.forward is stock.forward for stock in _STOCK if issubclass(kind, stock))
-    )
 
 
 def _is_known(name: str, part: nn.Module) -> bool:
@@ -109,7 +106,7 @@ def foreign(modules: dict[str, Any]) -> str | None:
         for part in module if isinstance(module, nn.ModuleList) else (module,):
             if part._forward_pre_hooks or part._forward_hooks or part._backward_pre_hooks or part._backward_hooks:
                 return f"{name} has hooks"
-            if not (_has_stock_forward(type(part)) or _is_known(name, part)) or "forward" in part.__dict__:
+            if not (is_stock(part) or _is_known(name, part)) or "forward" in part.__dict__:
                 return f"{name}, a {type(part).__name__}, has a forward of its own"
     query, key = modules["query_norm"], modules["key_norm"]
     if query is not None and not (_is_rms(query) and _is_rms(key) and _eps(query) == _eps(key)):

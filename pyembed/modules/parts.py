@@ -16,17 +16,7 @@ from ..positions import Sinusoidal
 from ..reference import with_query_biases
 from ..rotary import Rotary, turns
 from ..settings import policy_of
-from .known import (
-    NAMES,
-    OwnScale,
-    called_projection,
-    foreign,
-    is_plain,
-    norm_of,
-    only_looks_up,
-    place_rows,
-    projection,
-)
+from .known import NAMES, OwnScale, called_projection, foreign, is_plain, norm_of, only_looks_up, place_rows, projection
 
 PACK_TOKENS = 256  # below so many, packing a projection's rows costs more than one kernel saves
 
@@ -138,16 +128,10 @@ class HoldsParts(HasIdPolicy):
 
     def _terms(self, ids: Tensor, position_ids: Tensor | None, segment_ids: Tensor | None) -> Terms:
         token, segment = self._modules["token"], self._modules["segment"]
+        segments, row = None if segment is None else segment.weight, -1 if token.padding_idx is None else token.padding_idx
+        dropout = self._modules["dropout"].p if self._drops() else 0.0
         return Terms(
-            ids,
-            token.weight,
-            self._position(),
-            position_ids,
-            None if segment is None else segment.weight,
-            segment_ids,
-            scale=self._scale(),
-            dropout=self._modules["dropout"].p if self._drops() else 0.0,
-            padding_idx=-1 if token.padding_idx is None else token.padding_idx,
+            ids, token.weight, self._position(), position_ids, segments, segment_ids, None, self._scale(), dropout, row
         )
 
     def _epilogue(self, token: Tensor) -> Epilogue:
@@ -164,17 +148,9 @@ class HoldsParts(HasIdPolicy):
         table = self._position()
         rows = None if position is None else called(position, partial(place_rows, position, offset=self.position_offset), table)
         query_norm, key_norm = (None if module is None else called(module) for module in head_norms)
-        terms = Terms(
-            ids,
-            called(token, weight=token.weight),
-            rows,
-            position_ids,
-            None if segment is None else called(segment, weight=segment.weight),
-            segment_ids,
-            None,
-            self.scale,
-            self._modules["dropout"].p if self._drops() else 0.0,
-        )
+        segments = None if segment is None else called(segment, weight=segment.weight)
+        dropout, token = self._modules["dropout"].p if self._drops() else 0.0, called(token, weight=token.weight)
+        terms = Terms(ids, token, rows, position_ids, segments, segment_ids, None, self.scale, dropout)
         project = partial(called_projection, qkv, groups=self._groups, head_dim=self._head_dim)
         return Call(
             terms,

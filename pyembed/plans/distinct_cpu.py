@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..call import Call, Norm, wide_dtype
+from ..call import Call, Norm, Terms, wide_dtype
 from ..memory import empty, empty_each
 from .rates import product_dtype
 
@@ -44,20 +44,11 @@ class Batch:
     rows (U,) and index (M,) where they are known: the rows of the token table that were projected, and each token's among them.
     """
 
-    place_rows: Tensor
     place_index: Tensor | None = None
 
-    def __init__(
-        self,
-        ids: Tensor,
-        position: Tensor | None,
-        position_ids: Tensor | None,
-        width: int,
-        rows: Tensor | None = None,
-        index: Tensor | None = None,
-    ) -> None:
-        self.M, self.T = ids.numel(), ids.shape[-1] if ids.dim() else 1
-        self.ids = ids.reshape(-1)
+    def __init__(self, terms: Terms, width: int, rows: Tensor | None = None, index: Tensor | None = None) -> None:
+        ids, _, position, position_ids, *_ = terms
+        self.M, self.T, self.ids = ids.numel(), terms.length, ids.reshape(-1)
         if index is None:
             rows, index = torch.unique(self.ids, return_inverse=True)
         self.rows, self.index = rows, index
@@ -191,11 +182,11 @@ def split(buffer: Tensor, widths: list[int]) -> list[Tensor]:
 def forward(call: Call, rows: Tensor | None = None, index: Tensor | None = None) -> tuple[Tensor, ...]:
     """-> hidden (..., D), query, key and value (..., h, d_h), mean (0,), rstd (M,) or (0,), projected (P + U, N): of distinct
     positions, then of tokens, and the batch's rows (U,) and index (M,), which may be given. The epilogue is not applied."""
-    (ids, token, position, position_ids, *_), norm, projection = call.terms, call.norm, call.projection
+    (ids, token, position, *_), norm, projection = call.terms, call.norm, call.projection
     assert projection is not None
     weight, bias, heads, kv_heads = projection
     D, N, dtype = token.shape[1], weight.shape[0], token.dtype
-    batch = Batch(ids, position, position_ids, max(D, N), rows, index)
+    batch = Batch(call.terms, max(D, N), rows, index)
     assert batch.rows is not None
     wide, P, head_dim = wide_dtype(dtype), batch.P, N // (heads + 2 * kv_heads)
     widths = [n * head_dim for n in (heads, kv_heads, kv_heads)]
@@ -225,11 +216,11 @@ def backward(
     grads: of hidden, query, key and value, each or None; the others as forward returned them.
     """
     assert call.projection is not None
-    (ids, token, position, position_ids, *_), norm, weight = call.terms, call.norm, call.projection.weight
+    (ids, token, position, *_), norm, weight = call.terms, call.norm, call.projection.weight
     (V, D), dtype, M = token.shape, token.dtype, ids.numel()
     N, needs_tables, found = weight.shape[0], not needs.isdisjoint(("token", "position")), {}
     grad_hidden, *grads_qkv = (None if g is None else g.reshape(M, g.shape[ids.dim() :].numel()) for g in grads)
-    batch = Batch(ids, position, position_ids, max(D, N), rows, index)
+    batch = Batch(call.terms, max(D, N), rows, index)
     wide, P, normed = wide_dtype(dtype), batch.P, norm.kind != "none"
     places = None if position is None else position.index_select(0, batch.place_rows)
 

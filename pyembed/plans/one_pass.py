@@ -83,7 +83,8 @@ embed = Operator("embed", f"({HIDDEN.schema}, bool reports) -> Tensor", _run_emb
 
 # The backward is not given tables, which may have changed since the forward, but their sizes.
 _WITHOUT_TABLES = tuple(name for name in HIDDEN.names if name not in TABLES)
-_BACKWARD_SCHEMA = ", ".join(f"{SCHEMA[name]} {name}" for name in _WITHOUT_TABLES)
+_FIELDS = ", ".join(f"{SCHEMA[name]} {name}" for name in _WITHOUT_TABLES)
+_BACKWARD_SCHEMA = f"(Tensor grad, {_FIELDS}, SymInt[] sizes) -> (Tensor, Tensor, Tensor)"
 
 
 def _terms(fields: Iterable[Any]) -> Terms:
@@ -106,12 +107,7 @@ def _empty_embed_backward(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     return tuple(grad.new_empty(size, grad.shape[-1]) for size in sizes)
 
 
-embed_backward = Operator(
-    "embed_backward",
-    f"(Tensor grad, {_BACKWARD_SCHEMA}, SymInt[] sizes) -> (Tensor, Tensor, Tensor)",
-    _run_embed_backward,
-    _empty_embed_backward,
-)
+embed_backward = Operator("embed_backward", _BACKWARD_SCHEMA, _run_embed_backward, _empty_embed_backward)
 
 
 def _save_embed(ctx: Any, inputs: Any, output: Any) -> None:
@@ -158,13 +154,13 @@ def _differentiate_embed_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
 embed_backward.register_autograd(_save_embed_backward, _differentiate_embed_backward)
 
 
-def _run_embed_qkv(call, reports, batch_invariant):
+def _run_embed_qkv(call: Call, reports: bool, batch_invariant: bool) -> tuple[Tensor, ...]:
     module, running = launcher("embed_qkv", call.terms.token)
     with running:
         return module.embed_qkv(call._replace(batch_invariant=batch_invariant), report(call, reports))
 
 
-def _run_embed_qkv_backward(call, grads, statistics, options, needs):
+def _run_embed_qkv_backward(call: Call, grads: Any, statistics: Any, options: Any, needs: set[str]) -> dict[str, Tensor]:
     module, running = launcher("embed_grad", call.terms.token)
     with running:
         return module.embed_qkv_backward(call, grads, *statistics, needs)

@@ -98,13 +98,12 @@ def _interpreting(device: torch.device) -> Iterator[None]:
 class Operator:
     """run(*arguments) as the operator pyembed::name, and as a plain call with the same gradients."""
 
-    _function: Any  # the torch.autograd.Function of the plain call
-
     def __init__(self, name: str, schema: str, run: Function, fake: Function) -> None:
         """schema: arguments and results as PyTorch writes them. fake: empty results, for tensors without values."""
         self._definition = torch.library.custom_op(f"pyembed::{name}", mutates_args=(), schema=schema)(run)
         self._definition.register_fake(fake)
         self.op, self._run = getattr(torch.ops.pyembed, name).default, run
+        self._function: Any = None  # the torch.autograd.Function of the plain call
         self.names = tuple(argument.name for argument in self.op._schema.arguments)
 
     def register_autograd(self, save: Function, backward: Function) -> None:
@@ -192,12 +191,8 @@ class FrontEnd:
         self.outputs = (*HiddenQKV._fields, *kept)
         self.forward = Operator(name, f"({arguments}) -> ({_tensors(self.outputs)})", self._run_forward, self._fake_forward)
         inputs = [*(f"Tensor? grad_{output}" for output in HiddenQKV._fields), *(f"Tensor {result}" for result in kept)]
-        self.backward = Operator(
-            f"{name}_backward",
-            f"({', '.join(inputs)}, {arguments}, bool[] needs) -> ({_tensors(LEARNED)})",
-            self._run_backward,
-            self._fake_backward,
-        )
+        schema = f"({', '.join(inputs)}, {arguments}, bool[] needs) -> ({_tensors(LEARNED)})"
+        self.backward = Operator(f"{name}_backward", schema, self._run_backward, self._fake_backward)
         self.forward.register_autograd(self._save, self._differentiate)
         self.backward.register_autograd(lambda ctx, inputs, output: None, refuse_double_backward)
 

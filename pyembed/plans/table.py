@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..call import Call, HiddenQKV, Norm, Projection, wide_dtype
+from ..call import Call, HiddenQKV, Norm, Projection, Terms, wide_dtype
 from ..memory import empty
 from ..reference import finish
 from .distinct_cpu import FEW, Batch, Parts, centred, expand, inverse_deviation, project, shift
@@ -67,8 +67,7 @@ class Table:
 
     def __init__(self, links: list[tuple[dict[str, Any], str, Any]], call: Call, dtype: torch.dtype | None = None) -> None:
         assert call.projection is not None
-        token, position, self.norm = call.terms.token, call.terms.position, call.norm
-        self.token, self.position = token, position
+        (_, self.token, self.position, *_), self.norm, token = call.terms, call.norm, call.terms.token
         self.dtype = token.dtype if dtype is None else dtype
         sources = [value for _, _, value in links if isinstance(value, Tensor)]
         size, room = nbytes(call, self.dtype), available(token.device)
@@ -92,7 +91,7 @@ class Table:
         places = 0 if self.position is None else self.position.shape[0]
         wide, N = wide_dtype(self.token.dtype), weight.shape[0]
         self.projected = self.token.new_empty(places + self.token.shape[0], N, dtype=self.dtype)
-        self.shift = added = shift(weight, bias, norm_bias)
+        added = shift(weight, bias, norm_bias)
         self.unit, largest, lost, start = 1.0, 0.0, 0.0, 0
         if self.dtype == torch.float16 and self.position is not None:
             # No entry exceeds the product of two norms (Cauchy, Schwarz): a power of two that brings all of them into range.
@@ -118,9 +117,8 @@ class Table:
         if not math.isfinite(lost):
             raise ValueError(f"dtype: expected one that holds entries up to {largest:.3g}, got {self.dtype}")
         self._tokens, self._positions = self.projected[places:], self.projected[:places] if places else None
-        self.norm = Norm(kind, eps=eps)
-        if self.position is None:  # nothing is left to be applied
-            self.norm, self.shift = Norm(), None
+        # Without positions nothing is left to be applied.
+        self.norm, self.shift = (Norm(), None) if self.position is None else (Norm(kind, eps=eps), added)
         # In place of the weight in calls: N rows, and nothing in them.
         self._rows = self.token.new_empty(N, 0)
         self.error = lost / largest if largest else 0.0
@@ -183,7 +181,7 @@ class Table:
             hidden, qkv = self._gather_few(flat, call.terms.length, position_ids)
             return _split(hidden, qkv, shape, projection)
         dtype, M = self.token.dtype, flat.numel()
-        batch = Batch(ids, None, None, max(D, N), index=flat)
+        batch = Batch(Terms(ids, self.token), max(D, N), index=flat)
         places, positions = self.position, self._positions
         if position_ids is not None and position_ids.numel() < M:
             assert places is not None and positions is not None
