@@ -48,13 +48,13 @@ part() { # NAME SECONDS COMMAND...: a part, its output and how it ended
     [ $status -eq 0 ] || failed=1
 }
 
-part gpu-tests $((total * 20 / 100)) "$python" -m pytest -q -m gpu tests
+part gpu-tests $((total * 20 / 100)) "$python" -m pytest -q -m gpu tests --full
 part kernel-tests $((total * 20 / 100)) "$python" -m pytest -q -m 'not gpu' \
     tests/kernels/test_{embed,embed_qkv,embed_grad,epilogue,terms,rotary,distinct_kernels}.py \
-    tests/plans/test_{distinct,determinism}.py tests/machinery/test_{ids,autocast,ops}.py tests/modules/test_modules.py
+    tests/plans/test_{distinct,determinism}.py tests/machinery/test_{ids,autocast,ops}.py tests/modules/test_modules.py --full
 if command -v compute-sanitizer >/dev/null; then # without PyTorch's cache, so that an access past a tensor's end is one past its memory
     part sanitizer $((total * 15 / 100)) env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode=1 \
-        "$python" -m pytest -q -n0 -m 'not gpu' tests/kernels/test_{embed,embed_grad,distinct_kernels}.py
+        "$python" -m pytest -q -n0 -m 'not gpu' tests/kernels/test_{embed,embed_grad,distinct_kernels}.py --full
 else
     echo "sanitizer: not run: compute-sanitizer is not installed" | tee "$out/sanitizer.log"
 fi

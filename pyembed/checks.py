@@ -52,7 +52,7 @@ def padding_row(padding_idx: int | None, rows: int) -> int | None:
         return None
     if not -rows <= padding_idx < rows:
         raise ValueError(f"padding_idx: expected a row in [{-rows}, {rows}), got {padding_idx}")
-    return padding_idx % rows
+    return padding_idx + rows if padding_idx < 0 else padding_idx
 
 
 def check_heads(num_heads: int, num_kv_heads: int | None) -> int:
@@ -70,7 +70,7 @@ def _check_terms(call: Call, fields: dict[str, Any]) -> None:
     """What hidden is the sum of, and all ids."""
     ids, token, position, position_ids, segment, segment_ids, _, scale, dropout, _ = call.terms
     for lookup in LOOKUPS:
-        if fields[lookup.ids] is not None:
+        if fields[lookup.ids] is not None or lookup.ids == "ids":
             check_integers(lookup.ids_name, fields[lookup.ids])
     check_shape("token", token, (None, None), "(num_embeddings, embedding_dim)", optional=False)
     width = None if isinstance(token, Called) else token.shape[1]
@@ -150,8 +150,9 @@ def _check_alike(fields: dict[str, Any], cast: torch.dtype | None) -> None:
     if not token.is_floating_point():
         raise TypeError(f"token: expected a floating dtype, got {token.dtype}")
     for name, value in fields.items():
-        if name in ("cos", "sin", "turn_ids", "seed") or not isinstance(value, Tensor):
+        if name in ("cos", "sin", "seed") or not isinstance(value, Tensor):
             continue
+        name = "position_ids" if name == "turn_ids" else name
         if value.device != token.device:
             raise ValueError(f"{name}: expected device {token.device}, that of token; got {value.device}")
         dtypes = {token.dtype}

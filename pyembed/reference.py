@@ -82,9 +82,9 @@ def compose(call: Call) -> Tensor | HiddenQKV:
     qkv = qkv.view(*qkv.shape[:-1], total, qkv.shape[-1] // total)
     epilogue = call.epilogue
     if epilogue.cos is not None and epilogue.query_norm is None and epilogue.query_offset is None:
-        turned, value = torch.split_with_sizes(qkv, (query_heads + heads, heads), -2)
-        turned = rotate(turned, epilogue)  # query and key together: half the operators
-        query, key = torch.split_with_sizes(turned, (query_heads, heads), -2)
+        # Query and key together: half the operators. Not by split, whose views could not be changed in place.
+        turned, value = rotate(qkv.narrow(-2, 0, query_heads + heads), epilogue), qkv.narrow(-2, query_heads + heads, heads)
+        query, key = turned.narrow(-2, 0, query_heads), turned.narrow(-2, query_heads, heads)
         epilogue = epilogue._replace(cos=None, sin=None)
     else:
         query, key, value = torch.split_with_sizes(qkv, (query_heads, heads, heads), -2)
@@ -231,4 +231,6 @@ def embed_qkv(
 
 def padding_row(padding_idx: int | None, token: Tensor) -> int:
     """The row that gets no gradient; −1: none does."""
-    return -1 if padding_idx is None else padding_idx % token.shape[0]
+    if padding_idx is None:
+        return -1
+    return padding_idx + token.shape[0] if padding_idx < 0 else padding_idx

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._C._dynamo.guards import GlobalStateGuard, TensorGuards
 
 from . import settings
-from .call import NO_EPILOGUE, SCHEMA, Call, Called, HiddenQKV
+from .call import NO_EPILOGUE, SCHEMA, Call, Called, DistinctIds, HiddenQKV
 from .checks import check, check_distinct, check_ranges
 from .ids import apply_policy, look, report_of
 from .modes import autocast_dtype, can_read, has_process_group, is_dtensor
@@ -63,12 +63,14 @@ def run(call: Call) -> Any:
         values: tuple[Any, ...] = tuple(terms)
     elif epilogue is NO_EPILOGUE and given is None:
         values = terms + norm + projection
-    else:
+    elif given is None or type(given) is DistinctIds:
         values = terms + norm + projection + epilogue + (given or ())
+    else:
+        return _run_first(call, None)
     classes = tuple(map(type, values))
     kind = _kinds.get(classes)
     if kind is None:
-        if not _KNOWN.issuperset(classes):
+        if not _KNOWN.issuperset(classes) or classes[0] not in TENSORS:
             return _run_first(call, None)
         kind = _kinds[classes] = _Kind(classes)
     tensors, current = kind.tensors(values), settings.current
@@ -78,7 +80,10 @@ def run(call: Call) -> Any:
         tensors += tuple(weight for weight in weights if weight is not None)
         key += tuple(weight is None for weight in weights)
     if current.backend == "triton" or not terms.ids.is_cpu:  # what kernels are compiled for, beside the guards
-        key += (torch.backends.cuda.matmul.fp32_precision, *map(_alignment, tensors))
+        try:
+            key += (torch.backends.cuda.matmul.fp32_precision, *map(_alignment, tensors))
+        except RuntimeError:  # a tensor without memory, as torch.autograd's own vmap has them
+            return _run_first(call, None)
     for guard, state, runner in kind.runners.get(key, ()):
         if guard.check(*tensors) and state.check():
             try:
@@ -142,8 +147,12 @@ def _runner_of(call, observed):
 
     observed: whether operators must run, which somebody sees."""
     if call.id_policy in ("clamp", "zero"):
-        runner = _runner_of_plan(apply_policy(call), observed)
-        return lambda call: runner(apply_policy(call))
+        inner = _runner_of_plan(apply_policy(call), observed)
+
+        def runner(call):
+            return inner(apply_policy(call))
+
+        return runner if call.distinct is None else _checked(runner)
     return _runner_of_plan(call, observed)
 
 
@@ -170,7 +179,7 @@ def _composition_runner(call):
     position = call.terms.position
     is_lenient = isinstance(position, Called) or position is not None and not position.is_floating_point()
     must_check = is_lenient and call.terms.position_ids is not None and _must_check(call)
-    return _checked(compose) if must_check else compose
+    return _checked(compose) if must_check or call.distinct is not None else compose
 
 
 def _kernel_runner(call, observed):
@@ -182,7 +191,7 @@ def _kernel_runner(call, observed):
     wants_grad = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in call.values())
     if not observed and not wants_grad and is_compiled(token) and one_pass.is_one_launch(call):
         runner = _Launch(1 if call.projection is None else 4)
-    return _checked(runner) if _must_check(call) else runner
+    return _checked(runner) if _must_check(call) or call.distinct is not None else runner
 
 
 def _must_check(call):
@@ -193,7 +202,8 @@ def _must_check(call):
 def _checked(runner):
     def checked(call):
         check_distinct(call.distinct, call.terms.ids)
-        check_ranges(call)
+        if call.id_policy == "raise":
+            check_ranges(call)
         return runner(call)
 
     return checked

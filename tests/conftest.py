@@ -1,3 +1,4 @@
+import importlib.util
 import os
 
 import hypothesis
@@ -5,14 +6,15 @@ import pytest
 import torch
 
 import pyembed
+from pyembed import functional as F
+from pyembed.plans import rates
 
 # The same cases on every run: a red test is a change's doing.
 hypothesis.settings.register_profile("default", derandomize=True, max_examples=5)
 hypothesis.settings.register_profile("full", derandomize=True, max_examples=100)
 hypothesis.settings.register_profile("nightly", max_examples=2000)  # other cases on every run, of tests that set no number
 
-if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)  # the workers share the cores
+torch.set_num_threads(1)  # workers share the cores, and a thread that waits for others takes CPU time
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -22,7 +24,7 @@ DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if CUDA else [])]
 
 def pytest_addoption(parser, pluginmanager):
     pluginmanager.import_plugin("default_run")  # --full
-    help = "of the ahead-of-time cases, only kernels of these files of kernels/triton, as embed,expand"
+    help = "of the ahead-of-time cases, only kernels that these files of kernels/triton make, as embed,tiles"
     parser.getgroup("pyembed").addoption("--kernels", metavar="FILES", help=help)
 
 
@@ -34,8 +36,26 @@ def pytest_configure(config):
         config.option.limit = 0  # kernels are compiled
 
 
+def pytest_collection_finish(session):
+    """What the first test would pay for all: Dynamo's first graph, loading the interpreted kernels, measuring rates."""
+    option = session.config.option
+    if session.items and option.limit and not (option.full or option.collectonly or importlib.util.find_spec("triton") is None):
+        token, weight = torch.randn(3, 4, requires_grad=True), torch.randn(12, 4, requires_grad=True)
+        torch.compile(lambda x: x.sin().sum(), fullgraph=True, dynamic=True, backend="aot_eager")(token).backward()
+        for plan in ("one_pass", "distinct"):
+            with pyembed.backend("triton"), pyembed.plan(plan):
+                F.embed_qkv(torch.tensor([[0, 2]]), token, weight, num_heads=1).query.sum().backward()
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            rates.measure(torch.device("cpu"), dtype)
+
+
+def full(*values):
+    """A case of pytest.mark.parametrize that only --full runs."""
+    return pytest.param(*values, marks=pytest.mark.full)
+
+
 def examples(default, full):
-    """Settings of a test that sets its own number of random examples: by default, and with --full."""
+    """Hypothesis' settings: so many random examples by default, and with --full."""
     return hypothesis.settings(max_examples=full if examples.full else default, deadline=None)
 
 

@@ -1,4 +1,4 @@
-"""A program for test_sizes.py, `far_rows.py FOLDER DTYPE`: tables of more elements than int32 counts, without their memory.
+"""`far_rows.py FOLDER DTYPE IDS_DTYPE`, for test_sizes.py: tables of more elements than int32 counts, without their memory.
 
 They are files with holes, of which only the rows that are written take room. An offset that overflows ends the process, which
 may hold neither a copy of such a table nor a dense gradient.
@@ -12,7 +12,8 @@ import torch
 
 import pyembed
 from pyembed import functional as F
-from pyembed import ops, reference
+from pyembed import reference
+from pyembed.plans import operators
 
 D = 64
 V = 2**31 // D + 100
@@ -44,14 +45,13 @@ def results(ids, token, weight, position=None, position_ids=None, segment=None, 
     return found | {f"grad of {name}": grad for name, grad in zip(leaves, grads, strict=True)}
 
 
-def main(folder, dtype):
+def main(folder, dtype, ids_dtype):
     resource.setrlimit(resource.RLIMIT_DATA, (2 << 30, 2 << 30))  # of a process's own memory: a shared file is none of it
     g = torch.Generator().manual_seed(0)
     rows, weight = (torch.randn(n, D, generator=g).to(dtype) for n in (len(USED), 12))
     few = torch.randn(len(USED), D, generator=g).to(dtype)
     far, places = far_table(f"{folder}/token", dtype, rows), far_table(f"{folder}/position", dtype, few)
-    dtypes = torch.int32, torch.int64
-    for backend, ids_dtype, plan in itertools.product(("torch", "triton"), dtypes, ("one_pass", "distinct")):
+    for backend, plan in itertools.product(("torch", "triton"), ("one_pass", "distinct")):
         ids, near = ROWS.to(ids_dtype), NEAR.to(ids_dtype)
         pairs = [
             ((ids, far, weight, few), (near, rows, weight, few)),
@@ -66,7 +66,7 @@ def main(folder, dtype):
                 for name, tensor in ours.items():
                     torch.testing.assert_close(tensor, theirs[name], msg=f"{name} by {backend}, {plan}, of {ids_dtype}")
     sums = torch.zeros(len(USED), D, dtype=dtype).index_add_(0, NEAR.reshape(-1), torch.ones(6, D, dtype=dtype))
-    module, running = ops.kernels_for("embed_grad", far)
+    module, running = operators.launcher("embed_grad", far)
     grad = far_table(f"{folder}/grad", dtype, torch.zeros_like(rows))
     with running:
         module.table_grad(torch.ones(6, D, dtype=dtype), ROWS.reshape(-1).int(), V, out=grad)
@@ -74,4 +74,4 @@ def main(folder, dtype):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], getattr(torch, sys.argv[2]))
+    main(sys.argv[1], *(getattr(torch, name) for name in sys.argv[2:]))

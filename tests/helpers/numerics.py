@@ -1,8 +1,11 @@
 """When a result is right: the error budget, and random cases to hold against it."""
 
+import contextlib
+
 import torch
 
 from pyembed import reference
+from pyembed.call import Call, Norm, Projection, Terms
 
 GRADIENTS = ("token", "weight", "bias", "position", "norm_weight", "norm_bias")
 
@@ -22,6 +25,17 @@ def assert_no_worse(name, ours, eager, oracle, factor=2.0, floor=1.0):
             f"{name}: {kind} error {size(wrong):.3e}, eager's {size(theirs):.3e}, budget {budget:.3e}; "
             f"worst at {worst}: {ours[worst].item()} for {oracle[worst].item()}"
         )
+
+
+@contextlib.contextmanager
+def tf32(allowed):
+    """Within it float32 products on a GPU may use tf32, or may not. (pytest's monkeypatch cannot undo this attribute.)"""
+    matmul = torch.backends.cuda.matmul
+    before, matmul.allow_tf32 = matmul.allow_tf32, allowed
+    try:
+        yield
+    finally:
+        matmul.allow_tf32 = before
 
 
 def guarded(tensor):
@@ -68,6 +82,14 @@ class Case:
         shape = tuple(self.ids.shape)
         shapes = [(*shape, D), (*shape, heads, head_dim), (*shape, kv_heads, head_dim), (*shape, kv_heads, head_dim)]
         self.grads = [torch.randn(s, generator=g).to(dtype).to(device) for s in shapes]
+
+    def call(self, **parts):
+        """What functional.embed_qkv makes of it; parts: other fields of the Call."""
+        p, o = self.parameters, self.options
+        padding_idx = -1 if o["padding_idx"] is None else o["padding_idx"] % len(p["token"])
+        terms = Terms(self.ids, p["token"], p["position"], self.position_ids, padding_idx=padding_idx)
+        norm = Norm(o["norm"] or "none", p["norm_weight"], p["norm_bias"], 1e-5)
+        return Call(terms, norm, Projection(p["weight"], p["bias"], o["num_heads"], o["num_kv_heads"]), **parts)
 
     def run(self, function, dtype=None, backward=True):
         """{name: tensor} of outputs and gradients of function(ids, token, weight, ...), computed in dtype."""

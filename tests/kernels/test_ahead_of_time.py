@@ -1,14 +1,18 @@
 """Every kernel compiled ahead of time for every device, just as the launchers would launch it."""
 
 import itertools
+import sys
 
 import pytest
 import torch
 from aot import record, report
+from numerics import tf32
 
 pytest.importorskip("triton")
-from pyembed.call import Call, Epilogue, Norm, Projection, Terms
 from pyembed.kernels import distinct, distinct_grad, embed, embed_grad, embed_qkv, expand, rotary, tuning
+from triton.runtime.jit import JITFunction
+
+from pyembed.call import Call, Epilogue, Norm, Projection, Terms
 
 
 def meta(*shape, dtype=torch.int64):
@@ -221,31 +225,41 @@ ON_HOPPER = [  # every kernel; test_the_sample_has_every_kernel holds it to that
 
 
 def cases():
+    found = []
     for arch in tuning.DEVICES:
         for call in every_call():
             by_default = call in (ON_HOPPER if arch == 90 else EVERYWHERE)
             switch, function, *arguments = call
             words = [str(word).removeprefix("torch.") for word in (arch, function.__name__, *arguments, *["tf32"] * switch)]
-            yield pytest.param(arch, call, marks=() if by_default else pytest.mark.full, id="-".join(words))
+            found.append(pytest.param(arch, call, marks=() if by_default else pytest.mark.full, id="-".join(words)))
+    return found
 
 
 def launches(monkeypatch, arch, call):
     """What the launchers would launch on this device."""
     switch, function, *arguments = call
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", switch)
-    return record(monkeypatch, tuning, tuning.DEVICES[arch], lambda: function(*arguments))
+    with tf32(switch):
+        return record(monkeypatch, tuning, tuning.DEVICES[arch], lambda: function(*arguments))
 
 
 COMPILED = set()  # (device, launch), which many calls share
+OF_EVERY_KERNEL = {"arguments", "launch", "tuning"}  # files
+
+
+def files_of(kernel):
+    """The files, as "embed", that a kernel's code and launches come from."""
+    names = vars(sys.modules[kernel.__module__]).values()
+    modules = {function.__module__ for function in names if isinstance(function, JITFunction)} | {kernel.__module__}
+    return {module.rpartition(".")[2] for module in modules} | OF_EVERY_KERNEL
 
 
 @pytest.mark.parametrize("arch, call", cases())
 def test_ahead_of_time(arch, call, monkeypatch, pytestconfig):
     """No register spills, shared memory within the device's limit, products on the tensor cores."""
-    files = pytestconfig.getoption("--kernels")
+    files = pytestconfig.getoption("--kernels")  # of the command line: those that have changed
     for launch in launches(monkeypatch, arch, call):
         case = arch, launch.key()
-        if case not in COMPILED and (files is None or launch.kernel.__module__.rpartition(".")[2] in files.split(",")):
+        if case not in COMPILED and (files is None or files_of(launch.kernel) & {*files.split(",")}):
             check(arch, launch)
             COMPILED.add(case)
 
@@ -273,3 +287,8 @@ def test_the_sample_has_every_kernel(monkeypatch):
         for calls in (every_call(), ON_HOPPER)
     )
     assert sample == every and {*ON_HOPPER} <= {*every_call()}
+
+
+def test_files_of_kernels():
+    assert files_of(expand.expand_kernel) == {"expand", "tiles"} | OF_EVERY_KERNEL
+    assert files_of(distinct_grad.table_kernel) == {"distinct_grad", "distinct", "tiles"} | OF_EVERY_KERNEL

@@ -2,34 +2,36 @@
 
 import pytest
 import torch
-from conftest import DEVICE, DTYPES
+from conftest import DEVICE, DTYPES, full
 from numerics import Case
 
 import pyembed
 from pyembed import functional as F
-from pyembed import ops, ops_distinct
+from pyembed.call import FRONT_END
+from pyembed.plans import operators
+from pyembed.plans.distinct import distinct_qkv
 
 VARIANTS = [
-    {},
-    {"norm": "rms"},
-    {"norm": None},
-    {"position": None},
+    full({}),
+    full({"norm": "rms"}),
+    full({"norm": None}),
+    full({"position": None}),
     {"norm": "rms", "position": None, "bias": False, "heads": 4, "kv_heads": 1},
-    {"affine": False, "bias": False},
-    {"position_ids": "T"},
-    {"position_ids": "1T"},
+    full({"affine": False, "bias": False}),
+    full({"position_ids": "T"}),
+    full({"position_ids": "1T"}),
     {"position_ids": "BT", "B": 3},  # fewer tables' rows than tokens: all of them are projected
     {"position_ids": "T", "B": 1},  # more rows than tokens: those of position_ids are
-    {"padding_idx": 3},
+    full({"padding_idx": 3}),
     {"T": None},
-    {"T": 1, "B": 9},
-    {"B": 1, "T": 45},
-    {"V": 1},
-    {"D": 33, "head_dim": 5},
-    {"scale": 1e-4},
-    {"scale": 300.0},
-    {"ids_dtype": torch.int32},
-    {"B": 5, "T": 60, "V": 90},
+    full({"T": 1, "B": 9}),
+    full({"B": 1, "T": 45}),
+    full({"V": 1}),
+    full({"D": 33, "head_dim": 5}),
+    full({"scale": 1e-4}),
+    full({"scale": 300.0}),
+    full({"ids_dtype": torch.int32}),
+    full({"B": 5, "T": 60, "V": 90}),
 ]
 
 
@@ -40,9 +42,10 @@ def forced():
 
 
 def kernels(name="distinct"):
-    return ops.kernels_for(name, torch.empty(0, device=DEVICE))
+    return operators.launcher(name, torch.empty(0, device=DEVICE))
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_variants(dtype, variant):
@@ -70,6 +73,7 @@ def test_find_leaves_out_what_has_no_row():
     assert rows[: int(count)].tolist() == [4, 9]
 
 
+@pytest.mark.full
 @pytest.mark.skipif(DEVICE == "cuda", reason="the compiled kernels have no float64; the interpreter checks the formulas")
 @pytest.mark.parametrize("norm", ["layer", "rms", None])
 def test_gradcheck(norm):
@@ -82,7 +86,7 @@ def test_gradcheck(norm):
     assert torch.autograd.gradcheck(function, tuple(leaves.values()), fast_mode=True)
 
 
-@pytest.mark.parametrize("needed", ["token", "weight", "bias", "position", "norm_weight", "norm_bias"])
+@pytest.mark.parametrize("needed", ["weight", *map(full, ("token", "bias", "position", "norm_weight", "norm_bias"))])
 def test_single_parameter_trained(needed):
     """What is not trained gets no gradient, and the one that is, the same bits as when all are."""
     case = Case(torch.float32, DEVICE)
@@ -96,7 +100,7 @@ def test_single_parameter_trained(needed):
         assert torch.equal(leaves[needed].grad, everything[f"grad of {needed}"])
 
 
-@pytest.mark.parametrize("used", ["hidden", "query", "key", "value"])
+@pytest.mark.parametrize("used", ["hidden", "query", full("key"), full("value")])
 def test_single_output_used(used):
     case = Case(torch.float32, DEVICE)
     grads = []
@@ -112,21 +116,19 @@ def test_single_output_used(used):
             torch.testing.assert_close(ours, grads[1][name], rtol=1e-4, atol=1e-5)
 
 
-def test_repeatable():
-    case = Case(torch.float32, DEVICE, B=4, T=60, V=5)
+@pytest.mark.parametrize("T, V", [(20, 1), full(60, 5)])
+def test_repeatable(T, V):
+    case = Case(torch.float32, DEVICE, B=4, T=T, V=V)
     first, second = case.run(F.embed_qkv), case.run(F.embed_qkv)
     assert all(torch.equal(first[k], second[k]) for k in first)
 
 
 def test_opcheck():
     case = Case(torch.float32, DEVICE, heads=1)
-    p = {k: v.requires_grad_() for k, v in case.parameters.items()}
-    arguments = (case.ids, p["token"], p["weight"], p["bias"], p["position"], None, p["norm_weight"], p["norm_bias"])
+    case.parameters = {k: v.requires_grad_() for k, v in case.parameters.items()}
     utilities = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(
-        ops_distinct.distinct_qkv.op, (*arguments, 1, 1, "layer", 1e-5, -1, None, None, True, *F.NO_ROTATION, True),
-        test_utils=utilities,
-    )  # fmt: skip
+    arguments = (*FRONT_END.flatten(case.call()), None, None, True, True)
+    torch.library.opcheck(distinct_qkv.forward.op, arguments, test_utils=utilities)
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (3, 0), (0,)])

@@ -2,18 +2,21 @@
 
 import pytest
 import torch
-from conftest import DEVICE, DTYPES
-from hypothesis import given, settings
+from conftest import DEVICE, DTYPES, examples, full
+from hypothesis import given
 from hypothesis import strategies as st
 from numerics import assert_no_worse, guarded
 
 import pyembed
 from pyembed import functional as F
-from pyembed import ops_embed, reference
+from pyembed import reference
+from pyembed.call import HIDDEN, Call, Terms
+from pyembed.plans import one_pass
 
 pytestmark = pytest.mark.usefixtures("triton")
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64] if DEVICE == "cpu" else DTYPES)
 @pytest.mark.parametrize("D", [1, 3, 16, 100, 1100])
 @pytest.mark.parametrize("position", [True, False])
@@ -33,8 +36,9 @@ def test_ids_of_any_shape(shape, ids_dtype):
     assert torch.equal(F.embed(ids, token, table), reference.embed(ids, token, table))
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("position_ids", [None, "T", "1T", "BT"])
+@pytest.mark.parametrize("position_ids", [None, "T", full("1T"), "BT"])
 @pytest.mark.parametrize("padding_idx", [None, 0, -2])
 def test_gradients(dtype, position_ids, padding_idx, device):
     ids = torch.randint(7, (4, 90), device=device)
@@ -83,7 +87,7 @@ def test_table_beyond_two_gigabytes_of_elements(device):
     assert torch.equal(out, token[[0, 131_079]])
 
 
-@settings(max_examples=30, deadline=None)
+@examples(10, full=30)
 @given(st.integers(1, 12), st.integers(1, 40), st.integers(0, 30), st.sampled_from(DTYPES), st.integers(0, 99))
 def test_any_shape(V, D, M, dtype, seed):
     g = torch.Generator().manual_seed(seed)
@@ -99,10 +103,10 @@ def test_an_id_without_a_row_is_nan_by_the_kernel(bad):
     ids, fine = torch.tensor([[0, bad, 2]], device=DEVICE), torch.tensor([[0, 1, 2]], device=DEVICE)
     token, others = torch.randn(3, 6, device=DEVICE), torch.randn(3, 6, device=DEVICE)
     calls = [
-        (ids, token, None, None, None, None),
-        (fine, token, others, ids, None, None),
-        (fine, token, None, None, others, ids),
+        Terms(ids, token),
+        Terms(fine, token, position=others, position_ids=ids),
+        Terms(fine, token, segment=others, segment_ids=ids),
     ]
-    for call in calls:
-        hidden = ops_embed.embed(*call, None, None, 0.0, -1, False)
+    for terms in calls:
+        hidden = one_pass.embed(*HIDDEN.flatten(Call(terms)), False)
         assert hidden[0, 1].isnan().all() and hidden[0, ::2].isfinite().all()

@@ -2,17 +2,17 @@
 
 import pytest
 import torch
-from conftest import DEVICE, DTYPES
-from hypothesis import given, settings
+from conftest import DEVICE, DTYPES, examples, full
+from hypothesis import given
 from hypothesis import strategies as st
 from numerics import assert_no_worse
 from pyembed.kernels.embed_grad import CHUNK
 
-from pyembed import ops
+from pyembed.plans import operators
 
 
 def table_grad(rows, ids, size, padding_idx=-1):
-    module, running = ops.kernels_for("embed_grad", rows)
+    module, running = operators.launcher("embed_grad", rows)
     with running:
         return module.table_grad(rows, ids, size, padding_idx)
 
@@ -25,6 +25,7 @@ def check(rows, ids, size):
     assert torch.equal(ours, table_grad(rows, ids, size))
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "ids",
@@ -34,7 +35,7 @@ def check(rows, ids, size):
         [5] * 65,
         [2] * 63 + [3] * 2 + [4] * 63,
         [1] * 10 + [2] * 300 + [3],
-        list(range(200)),
+        full(list(range(200))),
         [i // 7 for i in range(200)],
         [0, 7] * 150,
     ],
@@ -60,7 +61,7 @@ def test_padding_and_unknown_ids():
     assert grad.tolist() == [[1.0] * 3, [0.0] * 3, [1.0] * 3]
 
 
-@settings(max_examples=25, deadline=None)
+@examples(8, full=25)
 @given(st.integers(1, 6), st.integers(0, 400), st.integers(1, 30), st.integers(0, 99))
 def test_any(size, M, D, seed):
     """Held against what its order of summation may lose at most: in sums so few, eager's error can be 0 by luck."""

@@ -10,7 +10,9 @@ from numerics import Case, assert_no_worse
 import pyembed
 from pyembed import functional as F
 from pyembed import reference
-from pyembed.rotary import Rotary
+from pyembed.call import Epilogue
+from pyembed.plans import one_pass, operators
+from pyembed.rotary import Rotary, turns
 
 PLANS = list(itertools.product(["torch", "triton"], ["one_pass", "distinct"]))
 
@@ -46,6 +48,7 @@ def assert_right(case, backward=True):
     return ours
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("rotary", [None, False, True])
 @pytest.mark.parametrize("backend, plan", PLANS)
 @pytest.mark.parametrize("norms, second, first", [(True, False, False), (True, False, True), (False, False, True)])
@@ -67,19 +70,20 @@ def test_second_query(first, backend, plan):
 
 
 @pytest.mark.usefixtures("triton")
+@pytest.mark.sample
 @pytest.mark.parametrize("head_dim, interleaved", [(16, None), (32, False), (64, True), (64, False), (24, False), (8, True)])
 @pytest.mark.parametrize("folds", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_fused_norms_of_heads(dtype, folds, head_dim, interleaved, monkeypatch):
     """Without gradients the epilogue normalises, of any width that a tile can hold; PyTorch does the rest."""
-    kernels, _ = pyembed.ops.kernels_for("tuning", torch.empty(0, device=DEVICE))
+    kernels, _ = operators.launcher("tuning", torch.empty(0, device=DEVICE))
     monkeypatch.setattr(kernels, "folds", lambda M, dtype: folds)
     case = epilogue_case(dtype, norms=True, first=True, head_dim=head_dim)
     case.options["head_eps"] = 0.3
     if interleaved is not None:
         case.options["rotary"] = Rotary(head_dim, 24, interleaved=interleaved).to(DEVICE)
     fused = []
-    monkeypatch.setattr(reference, "finish", lambda *a, _finish=reference.finish, **k: fused.append(1) or _finish(*a, **k))
+    monkeypatch.setattr(one_pass, "finish", lambda *a: fused.append(1) or reference.finish(*a))
     case.parameters = {k: p.detach() for k, p in case.parameters.items()}
     with torch.no_grad():
         ours = case.run(F.embed_qkv, backward=False)
@@ -93,28 +97,12 @@ def test_fused_norms_of_heads(dtype, folds, head_dim, interleaved, monkeypatch):
 def test_the_operator_has_no_gradient_of_normalised_heads():
     """It is not to be had silently: embed_qkv asks for it only where none is wanted."""
     case = epilogue_case(torch.float32, norms=True)
-    p = {k: v.requires_grad_() for k, v in case.parameters.items()}
-    front = (case.ids, p["token"], p["weight"], p["bias"], p["position"], None, p["norm_weight"], p["norm_bias"])
-    *outputs, _, _ = pyembed.ops.embed_qkv(
-        *front,
-        *(None,) * 4,
-        4,
-        2,
-        "layer",
-        1e-5,
-        -1,
-        None,
-        0.0,
-        *F.NO_ROTATION,
-        p["query_norm"],
-        p["key_norm"],
-        1e-6,
-        heads_first=False,
-        reports=True,
-        batch_invariant=False,
-    )
-    with pytest.raises(RuntimeError, match="no gradient of normalised heads"):
-        outputs[1].sum().backward()
+    case.parameters = p = {k: v.requires_grad_() for k, v in case.parameters.items()}
+    call = case.call(epilogue=Epilogue(p["query_norm"], p["key_norm"], head_eps=1e-6))
+    for observed in (False, True):
+        outputs = one_pass.embed_qkv(call, True, False, observed=observed)
+        with pytest.raises(RuntimeError, match="no gradient of normalised heads"):
+            outputs[1].sum().backward()
 
 
 @pytest.mark.parametrize("backend, plan", [*PLANS, ("torch", "table"), ("triton", "table")])
@@ -131,8 +119,8 @@ def test_modules(backend, plan, qk_norm):
     hidden = front.token(ids) + front.position(torch.arange(9, device=DEVICE))
     heads = front.qkv(front.norm(hidden)).unflatten(-1, (8, 16)).split((4, 2, 2), -2)
     normed = [x if norm is None else norm(x) for x, norm in zip(heads, (front.query_norm, front.key_norm, None), strict=True)]
-    rotation = rotary.to(DEVICE).rotation(ids, None)
-    turned = [pyembed.rotary.rotate(x, rotation) for x in normed[:2]]
+    epilogue = Epilogue(None, None, None, *turns(rotary.to(DEVICE), ids, None))
+    turned = [reference.rotate(x, epilogue) for x in normed[:2]]
     expected = (hidden, *(x.transpose(1, 2) for x in (*turned, normed[2])))
     if plan == "distinct" and qk_norm == "layer":
         pytest.skip("heads with a LayerNorm are called, by one_pass")

@@ -12,9 +12,11 @@ from torch import nn
 
 import pyembed
 from pyembed import functional as F
-from pyembed import ops, reference
-from pyembed.call import Call, Epilogue, Norm, Projection, Terms
-from pyembed.rotary import Rotary, rotate
+from pyembed import reference
+from pyembed.call import FRONT_END, LEARNED, Call, Epilogue, Norm, Projection, Terms
+from pyembed.plans import one_pass, operators
+from pyembed.reference import rotate
+from pyembed.rotary import Rotary, turns
 
 LAYOUTS = {
     "half": {"head_dim": 8},
@@ -30,13 +32,18 @@ def rotary_of(layout, rows=60):
     return Rotary(max_length=rows, **LAYOUTS[layout]).to(DEVICE)
 
 
+def turned_by(rotary, ids, position_ids=None):
+    """An Epilogue that does no more than turn."""
+    return Epilogue(None, None, None, *turns(rotary, ids, position_ids))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_is_the_papers(layout):
     """Pair i of head x at position t turns by t·base^(−2i/R): Su et al. 2021, equation 15."""
     rotary, options = rotary_of(layout), LAYOUTS[layout]
     width, R, base = options["head_dim"], options.get("rotary_dim", options["head_dim"]), options.get("base", 10_000.0)
     x = torch.randn(2, 50, 3, width, dtype=torch.float64)
-    found = rotate(x, rotary.rotation(torch.zeros(2, 50, dtype=torch.long), None))
+    found = rotate(x, turned_by(rotary, torch.zeros(2, 50, dtype=torch.long)))
     for t in (0, 1, 17, 49):
         for i in range(R // 2):
             a, b = (2 * i, 2 * i + 1) if options.get("interleaved") else (i, i + R // 2)
@@ -47,6 +54,7 @@ def test_is_the_papers(layout):
     assert torch.equal(found[..., R:], x[..., R:])
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("backend, plan", PLANS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -57,6 +65,7 @@ def test_every_plan(layout, backend, plan, dtype):
         case.check(F.embed_qkv)
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("position_ids", ["T", "1T", "BT"])
 @pytest.mark.parametrize("position", [None, "learned"])
 @pytest.mark.parametrize("backend, plan", PLANS)
@@ -69,6 +78,7 @@ def test_positions_as_they_come(position_ids, position, backend, plan):
         case.check(F.embed_qkv)
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("shape", [(19,), (1, 19), (2, 19)], ids=["T", "1T", "BT"])
 @pytest.mark.parametrize("backend, plan", PLANS)
 def test_cosines_and_sines_as_transformers_passes_them(shape, backend, plan):
@@ -85,25 +95,23 @@ def test_cosines_and_sines_as_transformers_passes_them(shape, backend, plan):
     assert torch.equal(found.value, plain.value) and torch.equal(found.hidden, plain.hidden)  # bit for bit
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("layout", ["half", "part, half", "interleaved"])
 @pytest.mark.parametrize("norm", ["layer", "rms"])
 def test_folded_kernel(layout, norm):
     """The kernel of many tokens, whose folded weight has the pairs side by side."""
     case = Case(torch.float32, DEVICE, B=3, T=50, D=24, heads=4, kv_heads=2, head_dim=LAYOUTS[layout]["head_dim"], norm=norm)
-    rotation = rotary_of(layout).rotation(case.ids, None)
-    module, running = ops.kernels_for("embed_qkv", case.ids)
-    p = case.parameters
+    epilogue = turned_by(rotary_of(layout), case.ids)
+    module, running = operators.launcher("embed_qkv", case.ids)
     with running:
-        outputs = module.embed_qkv(
-            case.ids, p["token"], p["weight"], p["bias"], Terms(p["position"]), norm, p["norm_weight"], p["norm_bias"], 1e-5,
-            (4, 2, 2), Epilogue(rotary=rotation), folds=True,
-        )  # fmt: skip
-    expected = F.embed_qkv(case.ids, **p, **case.options)
-    torch.testing.assert_close(outputs[1], rotate(expected.query, rotation), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(outputs[2], rotate(expected.key, rotation), rtol=1e-4, atol=1e-4)
+        outputs = module.embed_qkv(case.call(epilogue=epilogue), folds=True)
+    expected = F.embed_qkv(case.ids, **case.parameters, **case.options)
+    torch.testing.assert_close(outputs[1], rotate(expected.query, epilogue), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(outputs[2], rotate(expected.key, epilogue), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(outputs[3], expected.value, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("plan", ["one_pass", "distinct"])
 def test_gradcheck(plan):
     case = Case(torch.float64, "cpu", V=5, T=4, D=6, heads=1, head_dim=4)
@@ -121,6 +129,7 @@ def test_gradcheck(plan):
         del LAYOUTS["half_of_four"]
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("position", ["rotary", "learned"])
 def test_prefill_and_decode_are_one_shot(backend, position):
@@ -183,7 +192,7 @@ def test_against_transformers(interleaved):
     llama = pytest.importorskip("transformers.models.llama.modeling_llama")
     gptj = pytest.importorskip("transformers.models.gptj.modeling_gptj")
     x, rotary = torch.randn(2, 7, 3, 8), Rotary(8, 7, interleaved=interleaved)
-    found = rotate(x, rotary.rotation(torch.zeros(2, 7, dtype=torch.long), None))
+    found = rotate(x, turned_by(rotary, torch.zeros(2, 7, dtype=torch.long)))
     if interleaved:
         expected = gptj.apply_rotary_pos_emb(x, rotary.sin[None], rotary.cos[None])
     else:
@@ -192,12 +201,18 @@ def test_against_transformers(interleaved):
     torch.testing.assert_close(found, expected)
 
 
-def test_operator():
-    cos = torch.randn(5, 2, device=DEVICE)
-    grad = torch.randn(2, 5, 3, 6, device=DEVICE)
-    torch.library.opcheck(
-        ops.turn_back.op, (grad, cos, cos.flip(0), None, False), test_utils=("test_schema", "test_faketensor")
-    )
+def test_operators():
+    """The forward turns heads, the backward turns their gradients back."""
+    case = Case(torch.float32, DEVICE, heads=1, head_dim=8)
+    case.parameters = {name: p.requires_grad_() for name, p in case.parameters.items()}
+    arguments = (*FRONT_END.flatten(case.call(epilogue=turned_by(rotary_of("half"), case.ids))), True, False)
+    operator = one_pass.embed_qkv
+    utilities = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(operator.forward.op, arguments, test_utils=utilities)
+    *_, mean, rstd = (x.detach() for x in operator.forward.op(*arguments))
+    arguments = [x.detach() if isinstance(x, torch.Tensor) else x for x in arguments]
+    given = (*case.grads, mean, rstd, *arguments, [name != "query_offset" for name in LEARNED])
+    torch.library.opcheck(operator.backward.op, given, test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.parametrize(
@@ -237,10 +252,8 @@ def test_places_without_a_row():
 def test_a_place_without_a_row_is_nan_by_the_kernel(plan):
     """On a GPU nothing looks at ids: their heads become NaN there, and no other row's."""
     ids, token, weight = (t.to(DEVICE) for t in (torch.tensor([[0, 0, 0, 3]]), torch.randn(3, 6), torch.randn(24, 6)))
-    rotation = Rotary(8, 4).to(DEVICE).rotation(ids, torch.tensor([[1, 4, -1, 1]], device=DEVICE))
-    module, running = ops.kernels_for("distinct" if plan == "distinct" else "embed_qkv", ids)
-    cos, sin, turn_ids, interleaved = rotation
-    epilogue = Epilogue(cos=cos, sin=sin, turn_ids=turn_ids, interleaved=interleaved)
+    epilogue = turned_by(Rotary(8, 4).to(DEVICE), ids, torch.tensor([[1, 4, -1, 1]], device=DEVICE))
+    module, running = operators.launcher("distinct" if plan == "distinct" else "embed_qkv", ids)
     norm = Norm("rms", torch.ones(6, device=DEVICE), None, 1e-5)
     call = Call(Terms(ids, token), norm, Projection(weight, None, 1, 1), epilogue)
     with running:

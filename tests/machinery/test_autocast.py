@@ -35,6 +35,7 @@ def graded(case, inside):
     return outputs, dict(zip([k for k, p in ours.items() if p is not None], found, strict=True))
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("inside", [False, True])
 @pytest.mark.parametrize(
     "variant", [{}, {"norm": "rms"}, {"norm": None}, {"position": None, "bias": False}, {"affine": False}], ids=str

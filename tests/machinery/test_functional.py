@@ -1,5 +1,7 @@
 """Every wrong argument is refused with its name, what was expected and what came; and the two backends agree."""
 
+import itertools
+
 import pytest
 import torch
 from conftest import DEVICE, DTYPES
@@ -192,10 +194,11 @@ def test_given_distinct_ids_are_checked():
         r"distinct.inverse: expected values in \[0, 4\), the rows of distinct.ids; got 4": over,
         r"distinct.ids: expected dtype torch.int32 or torch.int64, got torch.float32": right._replace(ids=right.ids.float()),
         r"distinct: expected a DistinctIds, got tuple": tuple(right),
+        r"distinct: expected a DistinctIds, got list": list(right),
     }
     next(iter(wrong.values())).inverse[0, 1] = 0
-    for plan in ("distinct", "one_pass"):
-        with pyembed.plan(plan):
+    for plan, backend in itertools.product(("distinct", "one_pass"), ("torch", "triton")):
+        with pyembed.plan(plan), pyembed.backend(backend):
             F.embed_qkv(ids, token, weight, num_heads=1, distinct=right)
             for message, given in wrong.items():
                 with pytest.raises((ValueError, TypeError, IndexError), match=message):
@@ -203,13 +206,13 @@ def test_given_distinct_ids_are_checked():
 
 
 def test_debug_looks_at_values(monkeypatch):
-    from pyembed import planner
+    from pyembed import modes
 
     on_gpu = type("Ids", (), {"is_cuda": True, "device": torch.device("cuda")})()
-    assert not planner.looks(on_gpu) and planner.looks(torch.empty(0))
+    assert not modes.can_read(on_gpu) and modes.can_read(torch.empty(0))
     with pyembed.debug():
-        assert planner.looks(on_gpu)
-    assert not planner.looks(on_gpu)
+        assert modes.can_read(on_gpu)
+    assert not modes.can_read(on_gpu)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -5,13 +5,15 @@ import pickle
 
 import pytest
 import torch
-from conftest import DEVICE
+from conftest import DEVICE, full
 from numerics import Case
 
 import pyembed
-from pyembed import checks, ops, reference
+from pyembed import checks, reference, run, settings
 from pyembed import functional as F
 from pyembed import ids as outside
+from pyembed.call import LOOKUPS
+from pyembed.plans import operators
 
 BAD = [-1, 31, 2**31, 2**40, -(2**63), 2**63 - 1]
 ROUTES = [("torch", "auto"), ("triton", "one_pass"), ("triton", "distinct"), ("torch", "distinct")]
@@ -29,8 +31,9 @@ def route(request):
 @pytest.fixture
 def unseen(monkeypatch):
     """No check looks at ids before the kernels do, as on a GPU and within a compiled graph."""
-    for module in (F, checks):
-        monkeypatch.setattr(module, "check_ranges", lambda *a: None)
+    for module in (checks, run):
+        monkeypatch.setattr(module, "can_read", lambda tensor: False)
+    monkeypatch.setattr(run, "_kinds", {})  # those of other tests look
     with pyembed.backend("triton"):
         yield
     outside.forget(torch.device(DEVICE, 0) if DEVICE == "cuda" else torch.device("cpu"))  # what the test left unread
@@ -61,7 +64,7 @@ def test_kernels_report_an_id(bad, unseen):
 
 
 @pytest.mark.parametrize("plan", ["one_pass", "distinct"])
-@pytest.mark.parametrize("name, of", outside.TABLES)
+@pytest.mark.parametrize("name, of", [(lookup.ids_name, lookup.table_name) for lookup in LOOKUPS])
 def test_kernels_report_every_table(name, of, plan, unseen):
     case = Case(torch.float32, DEVICE, heads=2, head_dim=8)
     rotary = pyembed.Rotary(8, 20, device=DEVICE)
@@ -112,7 +115,7 @@ def test_a_backward_raises_what_its_forward_met(unseen):
     """The host reads the flag with every operator of ours, backwards too; here another call's kernel raised it."""
     weight = table().requires_grad_()
     out = F.embedding(torch.tensor([1], device=DEVICE), weight)
-    words, _ = outside.report_of(weight.device, (2, 3), True)
+    words = outside.report_of(weight.device, True)
     words.copy_(torch.tensor([1, 1, 9, 4, 8, 3]))
     with pytest.raises(IndexError, match=r"position_ids.*\[0, 8\).*got 9 for token 1 of sequence 1"):
         out.sum().backward()
@@ -122,7 +125,8 @@ def test_a_backward_raises_what_its_forward_met(unseen):
 def test_the_first_of_several_launches_stays(unseen, monkeypatch):
     """The host may look long after: what came later changes nothing, and the next error begins anew."""
     with monkeypatch.context() as patch:
-        patch.setattr(outside, "look", lambda device: None)
+        for module in (operators, run):
+            patch.setattr(module, "look", lambda device: None)
         F.embedding(torch.tensor([2**29], device=DEVICE), table(5))
         F.embedding(torch.tensor([-1], device=DEVICE), table(70))
     raises_once(lambda: pyembed.check_ids(), r"in \[0, 5\).* got 536870912 for token 0 of sequence 0")
@@ -131,7 +135,7 @@ def test_the_first_of_several_launches_stays(unseen, monkeypatch):
 
 def test_another_error_leaves_no_report(unseen, monkeypatch):
     """It is not blamed on the next call."""
-    kernels, _ = ops.kernels_for("embed", table())
+    kernels, _ = operators.launcher("embed", table())
     launch = kernels.embed
 
     def failing(*args):
@@ -162,7 +166,8 @@ def broken_case(**options):
     return case
 
 
-@pytest.mark.parametrize("position_ids", [None, "T", "BT"])
+@pytest.mark.sample
+@pytest.mark.parametrize("position_ids", ["BT", "T", None])
 def test_clamp(route, position_ids):
     """Results and gradients are those of the nearest rows, to the last bit."""
     case = broken_case(position_ids=position_ids)
@@ -322,14 +327,15 @@ def test_settings_are_checked_and_kept():
     assert copy.deepcopy(module).id_policy == pickle.loads(pickle.dumps(module)).id_policy == "clamp"
     with pyembed.id_policy("zero"):
         with pyembed.id_policy("trust"):
-            assert outside.applied(None) == "trust"
-        assert outside.applied(None) == "zero"
-    assert outside.applied(None) == "raise"
+            assert settings.policy_of(None) == "trust"
+        assert settings.policy_of(None) == "zero"
+    assert settings.policy_of(None) == "raise"
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="PyTorch's operators assert on a GPU")
+@pytest.mark.sample
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-@pytest.mark.parametrize("policy", outside.POLICIES)
+@pytest.mark.parametrize("policy", [p if p in ("clamp", "zero") else full(p) for p in settings.ID_POLICIES])
 def test_compiled_policies(policy, backend):
     """One graph of each, which does as eager does."""
     torch.manual_seed(0)
@@ -386,7 +392,7 @@ def test_clamp_counts_anew_what_a_loader_counted(plan):
         assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("policy", outside.POLICIES)
+@pytest.mark.parametrize("policy", settings.ID_POLICIES)
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_a_table_without_rows(backend, policy):
     """Has no nearest one either."""

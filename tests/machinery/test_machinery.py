@@ -12,7 +12,7 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import DEVICE
+from conftest import DEVICE, full
 from torch import nn
 from torch._dynamo.backends.registry import lookup_backend
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -25,7 +25,10 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 import pyembed
 from pyembed import functional as F
-from pyembed import parts, planner
+from pyembed import reference, rotary
+from pyembed.call import Call, Epilogue, Norm, Projection, Terms
+from pyembed.modules import parts
+from pyembed.plans import choice, one_pass
 
 BACKENDS = ["torch", "triton"]
 RUNS = [(backend, plan) for backend in BACKENDS for plan in ("one_pass", "distinct")]
@@ -96,9 +99,10 @@ def stock(front, ids=IDS):
 LARGE = ("rotary", "three projections")  # graphs, whose forward alone is compiled
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("dynamic, most", [(None, 2), (True, 1)])
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", [full(name) if name in ("Embedding", "three projections") else name for name in MODULES])
 def test_one_graph_serves_every_length(name, backend, dynamic, most, monkeypatch):
     """fullgraph: no break. By default a second length makes sizes symbols; no other compiles anything, few tokens or many."""
     monkeypatch.setattr(parts, "PACK_TOKENS", 20)
@@ -121,7 +125,7 @@ def test_one_graph_serves_every_length(name, backend, dynamic, most, monkeypatch
 
 
 @needs_compiler
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [full("torch"), "triton"])
 def test_inductor(backend):
     module = make("EmbeddingQKV")
     torch._dynamo.reset()
@@ -142,11 +146,11 @@ def test_a_compiler_is_not_told_how_many_tokens(monkeypatch):
             raise AssertionError("a graph would be for one length")
 
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    call = (Tokens(), Tokens(), Tokens(), None, None, True, None)
+    call = Call(Terms(Tokens(), Tokens()), Norm("layer"), Projection(Tokens(), None, 1, 1))
     with pyembed.backend("torch"):
-        assert planner.choose(*call).name == "one_pass"
-    monkeypatch.setattr(planner, "HAS_TRITON", True)
-    assert planner.choose(*call).name == "one_pass"
+        assert choice.choose(call).name == "one_pass"
+    monkeypatch.setattr(choice, "HAS_TRITON", True)
+    assert choice.choose(call).name == "one_pass"
 
 
 def test_fake_tensors_of_a_gpu():
@@ -163,6 +167,7 @@ def test_fake_tensors_of_a_gpu():
 LENGTH = {0: Dim("batch"), 1: Dim("length", max=64)}
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name, strict", [*((name, False) for name in MODULES), ("EmbeddingQKV", True)])
 def test_exports_for_every_length(name, backend, strict, monkeypatch):
@@ -198,6 +203,7 @@ class Front(nn.Module):
         return found
 
 
+@pytest.mark.full
 @needs_compiler
 def test_aot_inductor(tmp_path):
     """A package holds the kernels as operators of Python: where pyembed is not imported it is refused, by their name."""
@@ -222,6 +228,7 @@ CHECKPOINTED = {
 }
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize(
     "name, backend, plan",
@@ -253,8 +260,8 @@ def test_checkpoint(name, backend, plan, use_reentrant):
 
 def test_selective_checkpoint(monkeypatch):
     """What a policy saves is not computed twice."""
-    module, ran, kernels_for = make("EmbeddingQKV"), [], pyembed.ops.kernels_for
-    monkeypatch.setattr(pyembed.ops, "kernels_for", lambda name, tensor: ran.append(name) or kernels_for(name, tensor))
+    module, ran, launcher = make("EmbeddingQKV"), [], one_pass.launcher
+    monkeypatch.setattr(one_pass, "launcher", lambda name, tensor: ran.append(name) or launcher(name, tensor))
     saved = functools.partial(create_selective_checkpoint_contexts, [torch.ops.pyembed.embed_qkv.default])
     with pyembed.backend("triton"):
         plain = results(module, lambda: module(IDS))
@@ -266,26 +273,26 @@ def test_selective_checkpoint(monkeypatch):
 
 def test_a_checkpoint_keeps_its_plan():
     """Between forward and backward a GPU may have counted other ids: their recomputation must not take that for news."""
-    token, seen = torch.zeros(11, 8, requires_grad=True), planner._Seen()
-    planner._seen[token], seen.calls = seen, 1
+    token, seen = torch.zeros(11, 8, requires_grad=True), choice._DistinctCount()
+    choice._counts[token], seen.calls = seen, 1
     seen.tokens, seen.distinct = 100, 7
     found = []
 
     def forward(ids, token):
-        found.append(planner._seen_distinct(ids, token))
+        found.append(choice._expected_distinct(ids, token))
         return token[ids]
 
     first, second = torch.arange(5), torch.arange(6)
     outputs = [checkpoint(forward, ids, token, use_reentrant=False) for ids in (first, second)]
     seen.tokens, seen.distinct = 10, 9
     torch.autograd.backward([x.sum() for x in outputs])
-    assert sorted(found[2:]) == sorted(found[:2]) and found[0] != planner._seen_distinct(first, token)
+    assert sorted(found[2:]) == sorted(found[:2]) and found[0] != choice._expected_distinct(first, token)
 
 
 # Gradients and weights
 
 
-@pytest.mark.parametrize("name, backend, plan", OF_EACH)
+@pytest.mark.parametrize("name, backend, plan", [*OF_EACH[:-1], full(*OF_EACH[-1])])
 def test_gradients_add_up(name, backend, plan):
     """Over batches, and over two backward passes of one graph."""
     module, others = make(name), draw_ids(3, 4)
@@ -357,8 +364,9 @@ def turned(front, outputs):
     if front.rotary is None:
         return outputs
     hidden, query, key, value = outputs
-    rotation = front.rotary.rotation(IDS, None)
-    return hidden, *(pyembed.rotary.rotate(x, rotation) for x in (query, key)), value
+    cos, sin, turn_ids, interleaved = rotary.turns(front.rotary, IDS, None)
+    epilogue = Epilogue(cos=cos, sin=sin, turn_ids=turn_ids, interleaved=interleaved)
+    return hidden, *(reference.rotate(x, epilogue) for x in (query, key)), value
 
 
 @pytest.mark.parametrize("part", ["token", "norm", "qkv"])
@@ -405,6 +413,7 @@ class LanguageModel(nn.Module):
         return self.head(hidden)
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("padding_idx", [None, 2])
 @pytest.mark.parametrize("name, backend, plan", OF_EACH)
 def test_tied_weights(name, backend, plan, padding_idx):
@@ -432,9 +441,9 @@ def test_tied_weights(name, backend, plan, padding_idx):
         ("Embedding", "one_pass", ["embed", "embed_backward"]),
         ("TokenPositionEmbedding", "one_pass", ["embed", "embed_backward"]),
         ("EmbeddingQKV", "one_pass", ["embed_qkv", "embed_qkv_backward"]),
-        ("rotary", "one_pass", ["embed_qkv", "turn_back", "turn_back", "embed_qkv_backward"]),
+        ("rotary", "one_pass", ["embed_qkv", "embed_qkv_backward"]),
         ("EmbeddingQKV", "distinct", ["distinct_qkv", "distinct_qkv_backward"]),
-        ("rotary", "distinct", ["distinct_qkv", "turn_back", "turn_back", "distinct_qkv_backward"]),
+        full("rotary", "distinct", ["distinct_qkv", "distinct_qkv_backward"]),
     ],
 )
 def test_profiler_has_one_range_for_each_operator(name, plan, operators):
@@ -702,6 +711,7 @@ TWICE = ("functional.jvp", "functional.hvp")  # they differentiate a gradient, w
 REFUSALS = "plan: 'distinct' cannot run here|no gradients of gradients by this plan"
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("name, backend, plan", [*OF_EACH[2:], ("EmbeddingQKV", "auto", "auto")])
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_transforms(transform, name, backend, plan):

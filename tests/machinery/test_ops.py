@@ -5,108 +5,107 @@ import sys
 
 import pytest
 import torch
-from conftest import DEVICE
+from conftest import DEVICE, full
 from numerics import Case
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 import pyembed
 from pyembed import functional as F
-from pyembed import ops, ops_embed
+from pyembed.call import FRONT_END, HIDDEN, LEARNED, Call, Epilogue, Norm, Projection, Terms
+from pyembed.plans import one_pass
 
-NO_TERMS = (None,) * 4  # no segment, its ids, no dropout's seed, no second query
-# No scale, dropout, rotation, norms of heads; heads behind tokens; absent rows are reported.
-END = (None, 0.0, *F.NO_ROTATION, None, None, 0.0, False, True, False)
+OPTIONS = (True, False)  # of embed_qkv: absent rows are reported, sums need not be batch invariant
+
+
+def draw(*shape, dtype=torch.float32, requires_grad=True):
+    return torch.randn(*shape, dtype=dtype, device=DEVICE, requires_grad=requires_grad)
 
 
 def inputs(dtype=torch.float32, norm="layer", requires_grad=True):
-    def draw(*shape):
-        return torch.randn(*shape, dtype=dtype, device=DEVICE, requires_grad=requires_grad)
-
+    """A Call of one head, 3 wide, over tables of 7 tokens and 5 positions, 6 wide."""
     ids = torch.randint(7, (2, 5), device=DEVICE)
-    norm_weight, norm_bias = draw(6) if norm != "none" else None, draw(6) if norm == "layer" else None
-    return (
-        ids,
-        draw(7, 6),
-        draw(9, 6),
-        draw(9),
-        draw(5, 6),
-        None,
-        norm_weight,
-        norm_bias,
-        *NO_TERMS,
-        1,
-        1,
-        norm,
-        1e-5,
-        2,
-        *END,
+    options = {"dtype": dtype, "requires_grad": requires_grad}
+    token, weight, bias, position = (draw(*shape, **options) for shape in ((7, 6), (9, 6), (9,), (5, 6)))
+    norm_weight, norm_bias = (draw(6, **options) if norm in kinds else None for kinds in (("layer", "rms"), ("layer",)))
+    return Call(
+        Terms(ids, token, position, padding_idx=2), Norm(norm, norm_weight, norm_bias, 1e-5), Projection(weight, bias, 1, 1)
     )
 
 
-@pytest.mark.parametrize("norm", ["layer", "rms", "none"])
+def with_all_terms(call, **options):
+    """The call with segments, dropout, a scale and a second query."""
+    segment, second = (draw(*shape, **options) for shape in ((2, 6), (3,)))
+    seed = torch.tensor([7], device=DEVICE)
+    terms = call.terms._replace(segment=segment, segment_ids=call.terms.ids % 2, seed=seed, scale=2.0, dropout=0.5)
+    return call._replace(terms=terms, epilogue=Epilogue(query_offset=second, heads_first=True))
+
+
+def leaves_of(call):
+    """All tensors that may learn."""
+    return [x for x in call.values() if isinstance(x, torch.Tensor) and x.requires_grad]
+
+
+@pytest.mark.parametrize("norm", [full("layer"), "rms", full("none")])
 def test_opcheck_embed_qkv(norm):
-    opcheck(ops.embed_qkv.op, inputs(norm=norm))
-    args = inputs(norm=norm, requires_grad=False)
-    *outputs, mean, rstd = ops.embed_qkv(*args)
+    opcheck(one_pass.embed_qkv.forward.op, (*FRONT_END.flatten(inputs(norm=norm)), *OPTIONS))
+    call = inputs(norm=norm, requires_grad=False)
+    *outputs, mean, rstd = one_pass.embed_qkv(call, *OPTIONS, observed=False)
     grads = [torch.randn_like(output) for output in outputs]
-    ids, token, weight, _, position, position_ids, norm_weight, norm_bias, *_ = args
-    needs = [True, True, True, True, norm_weight is not None, norm_bias is not None]
-    tensors = (ids, token, weight, position, position_ids, norm_weight, norm_bias, None, None, None, mean, rstd)
-    opcheck(ops.embed_qkv_backward.op, (*grads, *tensors, 1, 1, 2, None, 0.0, [*needs, False]))
-    opcheck(ops.embed_qkv_backward.op, (None, None, *grads[2:], *tensors, 1, 1, 2, None, 0.0, [False] * 7))
+    learned = {name: value is not None for name, value in call.named().items() if name in LEARNED}
+    assert [learned[name] for name in LEARNED] == [True, True, False, norm != "none", norm == "layer", True, True, False]
+    backward, arguments = one_pass.embed_qkv.backward.op, (mean, rstd, *FRONT_END.flatten(call), *OPTIONS)
+    opcheck(backward, (*grads, *arguments, [learned[name] for name in LEARNED]))
+    opcheck(backward, (None, None, *grads[2:], *arguments, [False] * len(LEARNED)))
 
 
 def test_opcheck_embed():
-    ids, token, _, _, position, *_ = inputs()
-    segment, seed = torch.randn(2, 6, device=DEVICE, requires_grad=True), torch.tensor([7], device=DEVICE)
-    opcheck(ops_embed.embed.op, (ids, token, position, None, None, None, None, None, 0.0, -1, True))
-    opcheck(ops_embed.embed.op, (ids, token, None, None, None, None, None, None, 0.0, 1, True))
-    opcheck(ops_embed.embed.op, (ids, token, position, None, segment, ids % 2, seed, 2.0, 0.5, 1, True))
-    grad = torch.randn(2, 5, 6, device=DEVICE)
-    opcheck(ops_embed.embed_backward.op, (grad, ids, None, ids % 2, seed, 2.0, 0.5, 7, 5, 2, -1))
+    ids, token, position, *_ = inputs().terms
+    segment, seed = draw(2, 6), torch.tensor([7], device=DEVICE)
+    every = Terms(ids, token, position, None, segment, ids % 2, seed, 2.0, 0.5, 1)
+    for terms in (Terms(ids, token, position), Terms(ids, token, padding_idx=1), every):
+        opcheck(one_pass.embed.op, (*HIDDEN.flatten(Call(terms)), True))
+    given = {"ids": ids, "segment_ids": ids % 2, "seed": seed, "scale": 2.0, "dropout": 0.5, "padding_idx": -1}
+    given |= {"grad": torch.randn(2, 5, 6, device=DEVICE), "position_ids": None, "sizes": [7, 5, 2]}
+    opcheck(one_pass.embed_backward.op, tuple(given[name] for name in one_pass.embed_backward.names))
 
 
 def test_opcheck_terms_and_epilogue():
-    args = list(inputs())
-    segment, second = (torch.randn(shape, device=DEVICE, requires_grad=True) for shape in ((2, 6), (3,)))
-    args[8:12] = segment, args[0] % 2, torch.tensor([7], device=DEVICE), second
-    args[17:19], args[-3] = (2.0, 0.5), True
-    opcheck(ops.embed_qkv.op, tuple(args))
+    opcheck(one_pass.embed_qkv.forward.op, (*FRONT_END.flatten(with_all_terms(inputs())), *OPTIONS))
 
 
+@pytest.mark.full
 @pytest.mark.skipif(DEVICE == "cuda", reason="the compiled kernels have no float64; the interpreter checks the formulas")
 @pytest.mark.parametrize("norm", ["layer", "rms", "none"])
 def test_gradcheck(norm):
-    ids, token, weight, bias, position, _, norm_weight, norm_bias, *_ = inputs(torch.float64, norm)
-    segment, second = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 6), (3,)))
-    terms = (segment, ids % 2, torch.tensor([7]))
-    leaves = [t for t in (token, weight, bias, position, norm_weight, norm_bias, segment, second) if t is not None]
+    call = with_all_terms(inputs(torch.float64, norm), dtype=torch.float64)
+    call = call._replace(terms=call.terms._replace(padding_idx=-1))
+    leaves = leaves_of(call)
+    assert len(leaves) == 6 + {"layer": 2, "rms": 1, "none": 0}[norm]
 
     def function(*_):
-        arguments = (ids, token, weight, bias, position, None, norm_weight, norm_bias, *terms, second, 1, 1, norm, 1e-5, -1)
-        arguments += (2.0, 0.5, *END[2:-3], True, True, False)
-        return ops.embed_qkv(*arguments)[:4]
+        return one_pass.embed_qkv(call, *OPTIONS, observed=None)[:4]
 
     assert torch.autograd.gradcheck(function, leaves, fast_mode=True)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="as above")
 def test_gradcheck_embed():
-    ids, token, _, _, position, *_ = inputs(torch.float64)
+    ids, token, position, *_ = inputs(torch.float64).terms
     places = torch.randint(5, (2, 5))
-    segment, seed = torch.randn(2, 6, dtype=torch.float64, requires_grad=True), torch.tensor([7])
+    segment, seed = draw(2, 6, dtype=torch.float64), torch.tensor([7])
 
     def function(token, position, segment):
-        return ops_embed.embed(ids, token, position, places, segment, ids % 2, seed, 2.0, 0.5, -1, True)
+        terms = Terms(ids, token, position, places, segment, ids % 2, seed, 2.0, 0.5)
+        return one_pass.embed(*HIDDEN.flatten(Call(terms)), True)
 
     assert torch.autograd.gradcheck(function, (token, position, segment), fast_mode=True)
 
 
 def test_second_derivatives_are_refused():
-    args = inputs()
-    _, query, *_ = ops.embed_qkv(*args)
-    (grad,) = torch.autograd.grad(query.square().sum(), args[1], create_graph=True)
+    call = inputs()
+    _, query, *_ = one_pass.embed_qkv(call, *OPTIONS, observed=None)
+    (grad,) = torch.autograd.grad(query.square().sum(), call.terms.token, create_graph=True)
     with pytest.raises(RuntimeError):
         grad.sum().backward()
 
@@ -114,8 +113,8 @@ def test_second_derivatives_are_refused():
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_compiles_without_graph_breaks(backend):
     """One graph, also for another sequence length: no recompilation for each."""
-    ids, token, weight, bias, _, _, norm_weight, norm_bias, *_ = inputs()
-    options = {"num_heads": 1, "norm": "layer", "norm_weight": norm_weight, "norm_bias": norm_bias}
+    (ids, token, *_), (norm, norm_weight, norm_bias, _), (weight, bias, *_), *_ = inputs()
+    options = {"num_heads": 1, "norm": norm, "norm_weight": norm_weight, "norm_bias": norm_bias}
     graphs = []
 
     def counting(graph, example_inputs):
@@ -137,7 +136,7 @@ def test_compiles_without_graph_breaks(backend):
 
 
 def test_compiled_gradients():
-    ids, token, weight, *_ = inputs()
+    (ids, token, *_), _, (weight, *_), *_ = inputs()
 
     def step(token, weight):
         out = F.embed_qkv(ids, token, weight, num_heads=1, norm="rms")
@@ -188,8 +187,6 @@ def test_interpreter_leaves_the_compiler_alone(monkeypatch):
     import triton
     from pyembed.kernels import embed_qkv, interpreter, tuning
 
-    from pyembed.call import Call, Norm, Projection, Terms
-
     with pyembed.backend("triton"):
         pyembed.EmbeddingQKV(7, 16, 1)(torch.tensor([[1, 2]]))
     assert type(interpreter.load("embed_qkv").embed_qkv_kernel).__name__ == "InterpretedFunction"
@@ -227,6 +224,7 @@ def test_tangents_of_an_older_graph_are_refused(plan):
             torch.autograd.grad(query, token, grad)
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("plan, rows", [("one_pass", 2 * 19), ("distinct", 19 + 31)])
 @pytest.mark.parametrize("frozen", [(), ("weight",), ("token", "position", "norm_weight", "norm_bias")])
 def test_flops_of_the_plan(plan, rows, frozen):
@@ -245,10 +243,12 @@ def test_views_that_are_to_be_negated():
     def negated(x):
         return x.to(torch.complex64).mul(1j).conj().imag if torch.is_tensor(x) and x.is_floating_point() else x
 
-    tensors = [negated(x) for x in inputs()]
-    assert tensors[1].is_neg()
+    arguments = (*FRONT_END.flatten(inputs()), *OPTIONS)
+    tensors = [negated(x) for x in arguments]
+    assert tensors[one_pass.embed_qkv.forward.names.index("token")].is_neg()
     with torch.no_grad():
-        for a, b in zip(ops.embed_qkv(*tensors), ops.embed_qkv(*map(plain, tensors)), strict=True):
+        found, expected = (one_pass.embed_qkv.forward(*given, observed=False) for given in (tensors, map(plain, tensors)))
+        for a, b in zip(found, expected, strict=True):
             torch.testing.assert_close(a, b)
 
 

@@ -16,8 +16,9 @@ from torch.distributed.tensor import Replicate, Shard, distribute_module, distri
 from torch.distributed.tensor.parallel import parallelize_module
 
 import pyembed
-from pyembed import ops, ops_embed, planner
+from pyembed.call import HIDDEN, Call, Epilogue, Norm, Projection, Terms
 from pyembed.parallel import ColwiseQKV
+from pyembed.plans import choice, one_pass
 
 CHECKS = []
 
@@ -27,7 +28,7 @@ def check(function):
     return function
 
 
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.full)])
 def test_equals_one_process(count, tmp_path, monkeypatch):
     """One start for all checks: it takes seconds."""
     processes.run(CHECKS, count, tmp_path, monkeypatch)
@@ -140,14 +141,14 @@ def tensor_parallel_table_is_known_again(rank, n, folder):
     """What the planner has seen of a table's ids it finds at the next call."""
     front, tables = make(), []
     parallelize_module(front, init_device_mesh("cpu", (n,)), ColwiseQKV())
-    choose, is_small, planner.is_small = planner.choose, planner.is_small, lambda *_: False
-    planner.choose = lambda ids, token, *rest: tables.append(planner._table_of(token)) or choose(ids, token, *rest)
+    weigh_now, is_small, choice._is_small = pyembed.run.weigh_now, choice._is_small, lambda *_: False
+    pyembed.run.weigh_now = lambda call: tables.append(choice._table_of(call.terms.token)) or weigh_now(call)
     try:
         front(batch())
         with torch.no_grad():
             front(batch())
     finally:
-        planner.choose, planner.is_small = choose, is_small
+        pyembed.run.weigh_now, choice._is_small = weigh_now, is_small
     assert tables[0] is tables[1]
 
 
@@ -355,12 +356,13 @@ def operators(rank, n, folder):
         def run(spread, of_ids=of_ids, of_grads=of_grads, has_places=has_places, has_turns=has_turns):
             token, position, w, b, *norm, segment = held = [spread(t).requires_grad_() for t in leaves]
             where = spread(places, of_ids) if has_places else None
-            turned = *(spread(t) if has_turns else None for t in turns), None, False
-            terms = (segment, spread(places % 2, of_ids), None)
-            call = (spread(ids, of_ids), token, w, b, position, where, *norm, *terms, None, 8, 4, "layer", 1e-5, 3, 2.0, 0.0)
-            out = ops.embed_qkv(*call, *turned, None, None, 0.0, False, True, False)[:4]
+            cos, sin = (spread(t) if has_turns else None for t in turns)
+            segment_ids = spread(places % 2, of_ids)
+            terms = Terms(spread(ids, of_ids), token, position, where, segment, segment_ids, None, 2.0, 0.0, 3)
+            call = Call(terms, Norm("layer", *norm, 1e-5), Projection(w, b, 8, 4), Epilogue(cos=cos, sin=sin))
+            out = one_pass.embed_qkv(call, True, False, observed=None)[:4]
             if not has_turns:
-                out = *out, ops_embed.embed(call[0], token, position, where, *terms, 2.0, 0.0, 3, True)
+                out = *out, one_pass.embed(*HIDDEN.flatten(call), True)
             torch.autograd.backward(out, [spread(grad, of_grads) for grad in grads[: len(out)]])
             return out, [leaf.grad for leaf in held]
 

@@ -15,7 +15,8 @@ from torch.nn.utils import parametrizations, parametrize
 
 import pyembed
 from pyembed import functional as F
-from pyembed import ops_embed
+from pyembed.call import TABLES, Terms
+from pyembed.plans import choice, one_pass
 
 BACKENDS = ["torch", "triton"]
 IDS = torch.tensor([[0, 5, 5], [1, 2, 5]], device=DEVICE)
@@ -384,8 +385,9 @@ def test_double_backward(padding_idx, shape, backend):
 
 
 @cpu_only
+@pytest.mark.sample
 @pytest.mark.parametrize("position_ids", [None, [2, 0, 2], [[0, 1, 1], [4, 3, 0]]])
-@pytest.mark.parametrize("wanted", ["token", "position", "both"])
+@pytest.mark.parametrize("wanted", ["both", "token", "position"])
 def test_double_backward_of_a_sum(position_ids, wanted):
     """Which of the tables wants a gradient, and the positions of every form."""
     position_ids = None if position_ids is None else torch.tensor(position_ids)
@@ -423,8 +425,13 @@ def test_double_backward_of_a_sum_with_padding():
 
 def test_opcheck_of_the_backward():
     grad = torch.randn(2, 3, 4, device=DEVICE, requires_grad=True)
-    opcheck(ops_embed.embed_backward.op, (grad, IDS, None, IDS % 2, None, 2.0, 0.0, 6, 5, 2, 5))
-    opcheck(ops_embed.embed_backward.op, (grad, IDS, IDS[0], None, torch.tensor([3], device=DEVICE), None, 0.5, 0, 6, 0, -1))
+    tables = dict.fromkeys(TABLES)
+    scaled = Terms(IDS, **tables, segment_ids=IDS % 2, scale=2.0, padding_idx=5)
+    dropped = Terms(IDS, **tables, position_ids=IDS[0], seed=torch.tensor([3], device=DEVICE), dropout=0.5)
+    for terms, sizes in ((scaled, [6, 5, 2]), (dropped, [0, 6, 0])):
+        fields = terms._asdict()
+        arguments = [fields[name] for name in one_pass.embed.names if name in fields and name not in TABLES]
+        opcheck(one_pass.embed_backward.op, (grad, *arguments, sizes))
 
 
 def test_batched_gradients(backend):
@@ -604,8 +611,8 @@ def test_a_table_of_another_tensor_class(backend):
 )
 def test_explain_says_what_runs(options, name, why, monkeypatch):
     calls = []
-    kernel = ops_embed.embed
-    monkeypatch.setattr(ops_embed, "embed", lambda *a: calls.append(a) or kernel(*a))
+    launcher = one_pass.launcher
+    monkeypatch.setattr(one_pass, "launcher", lambda *a: calls.append(a) or launcher(*a))
     module = pyembed.Embedding(6, 3, **options).to(DEVICE)
     with pyembed.backend("triton"):
         plan = module.explain(IDS)
@@ -626,7 +633,7 @@ def test_explain_names_the_setting(monkeypatch):
         seen_by = []
         seen(IDS)
         assert seen_by[0].name == "torch" and "torch.func" in seen_by[0].reason
-        monkeypatch.setattr(pyembed.planner, "HAS_TRITON", False)
+        monkeypatch.setattr(choice, "HAS_TRITON", False)
         with pytest.raises(RuntimeError, match="needs the package triton"):
             module.explain(IDS)
 
@@ -655,6 +662,7 @@ def op_info():
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_torchs_module_samples(module_info, dtype, backend):
     """Forward, factory arguments, gradients of contiguous and other inputs, copies, other devices, and gradcheck twice over."""
@@ -688,6 +696,7 @@ def test_torchs_module_errors(module_info, backend):
     assert errors
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("strided", [False, True])
 @pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)

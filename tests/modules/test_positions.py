@@ -201,7 +201,7 @@ def test_in_a_cuda_graph(function, tensor, rest, shape):
 
 def test_where_nothing_looks_wrong_cu_seqlens_stay_within_memory(monkeypatch):
     """On a GPU an index outside of a tensor is a device-side assertion, which ends the process's CUDA; here an IndexError."""
-    monkeypatch.setattr(positions.planner, "looks", lambda tensor: False)
+    monkeypatch.setattr(positions, "can_read", lambda tensor: False)
     for wrong in ([3, 5, 9], [0, 4, 2, 5], [5, 1, 0], [-4, -2], [40, 90]):
         assert positions.from_cu_seqlens(torch.tensor(wrong), 9).shape == (9,)
 

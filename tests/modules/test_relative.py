@@ -170,6 +170,7 @@ def test_score_mod_is_the_bias(kind, offset, causal, untraced):
     assert torch.equal(bias.isinf().expand(B, H, 4, 9), torch.tensor(future)[:, None].expand(B, H, 4, 9))
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "alibi"])
 @pytest.mark.parametrize("offset", ["none", "rows"])
 def test_gradients_reach_the_tables_both_ways(kind, offset):

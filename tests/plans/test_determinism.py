@@ -3,7 +3,7 @@
 import pytest
 import torch
 from aot import record
-from conftest import CUDA, DEVICE, DTYPES
+from conftest import CUDA, DEVICE, DTYPES, full
 from numerics import Case
 
 import pyembed
@@ -13,11 +13,12 @@ from pyembed import reference
 ROUTES = [("torch", "one_pass"), ("torch", "distinct"), ("triton", "one_pass"), ("triton", "distinct")]
 
 
-@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("T", [8, full(60)])
+@pytest.mark.parametrize("strict", [full(False), True])
 @pytest.mark.parametrize("backend, plan", ROUTES)
-def test_repeatable(backend, plan, strict):
+def test_repeatable(backend, plan, strict, T):
     """Forward and backward, also where PyTorch is told to refuse what is not."""
-    case = Case(DTYPES[-1] if CUDA else torch.float32, DEVICE, B=4, T=60, V=5, position_ids="BT")
+    case = Case(DTYPES[-1] if CUDA else torch.float32, DEVICE, B=4, T=T, V=5, position_ids="BT")
     torch.use_deterministic_algorithms(strict)
     try:
         with pyembed.backend(backend), pyembed.plan(plan):
@@ -64,6 +65,7 @@ def front_end(dtype, norm, D=40, N=63, rotary=False, V=50):
     return run, call
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("rotary", [False, True])
 @pytest.mark.parametrize("norm", ["layer", "rms", None])
 @pytest.mark.parametrize("backend, dtype", INVARIANT)

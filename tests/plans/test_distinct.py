@@ -8,8 +8,11 @@ import torch
 from numerics import Case
 
 import pyembed
-from pyembed import distinct, memory, ops_distinct, reference
 from pyembed import functional as F
+from pyembed import memory, reference
+from pyembed.call import FRONT_END
+from pyembed.plans import distinct_cpu
+from pyembed.plans.distinct import distinct_qkv
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 VARIANTS = [
@@ -42,7 +45,7 @@ def forced():
 def blocks(request, monkeypatch):
     """With a small block the tokens go by in pieces of sequences, and several short sequences at a time."""
     if request.param:
-        monkeypatch.setattr(distinct, "BLOCK_BYTES", request.param)
+        monkeypatch.setattr(distinct_cpu, "BLOCK_BYTES", request.param)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -106,25 +109,10 @@ def test_repeatable():
 
 def test_opcheck():
     case = Case(torch.float32, "cpu", heads=1)
-    p = {k: v.requires_grad_() for k, v in case.parameters.items()}
-    affine = (p["norm_weight"], p["norm_bias"], 1, 1, "layer", 1e-5, -1)
-    arguments = (
-        case.ids,
-        p["token"],
-        p["weight"],
-        p["bias"],
-        p["position"],
-        None,
-        *affine,
-        None,
-        None,
-        False,
-        *F.NO_ROTATION,
-        True,
-    )
-    torch.library.opcheck(
-        ops_distinct.distinct_qkv.op, arguments, test_utils=("test_schema", "test_autograd_registration", "test_faketensor")
-    )
+    case.parameters = {k: v.requires_grad_() for k, v in case.parameters.items()}
+    arguments = (*FRONT_END.flatten(case.call()), None, None, False, True)
+    utilities = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(distinct_qkv.forward.op, arguments, test_utils=utilities)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
@@ -204,6 +192,7 @@ def test_memory_is_given_back(monkeypatch):
     assert len(memory._buffers) == 1 and (kept == 0.0).all()
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("given", ["strided", "more rows"])
 def test_given_distinct_ids(backend, given):

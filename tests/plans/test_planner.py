@@ -1,6 +1,7 @@
 """Which implementation runs."""
 
 import contextlib
+import functools
 import os
 
 import pytest
@@ -10,12 +11,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import pyembed
 from pyembed import functional as F
-from pyembed import ops_embed, planner, rates
+from pyembed import run, settings
+from pyembed.call import Call, Norm, Projection, Terms
+from pyembed.plans import choice, one_pass, operators, rates
 
 
 def runs_triton(monkeypatch, token):
     calls = []
-    monkeypatch.setattr(ops_embed, "embed", lambda *a: calls.append(a) or torch.empty(0))
+    run._kinds.clear()  # else a launch may be repeated
+    monkeypatch.setattr(one_pass, "launcher", lambda *a: calls.append(a) or operators.launcher(*a))
     F.embedding(torch.tensor([0], device=token.device), token)
     return bool(calls)
 
@@ -36,7 +40,7 @@ def test_backend(monkeypatch):
 def test_backend_is_restored_after_an_error():
     with pytest.raises(KeyError), pyembed.backend("triton"):
         raise KeyError
-    assert planner._backend == "auto"
+    assert settings.current.backend == "auto"
 
 
 def test_unknown_backend():
@@ -53,15 +57,24 @@ def test_kernels_refuse_float64():
         F.embed(torch.tensor([0], device="cuda"), torch.randn(3, 2, dtype=torch.float64, device="cuda"))
 
 
+NORM = Norm("layer", eps=1e-5)
+
+
 def chosen(ids, V=50257, D=768, N=2304, trains=False, position=None, dtype=torch.float32):
     token, weight = torch.empty(1, dtype=dtype).expand(V, D), torch.empty(1, dtype=dtype).expand(N, D)
-    return planner.choose(ids, token, weight, position, None, True, 2 if trains else None)
+    if trains:
+        token, weight = token.requires_grad_(), weight.requires_grad_()
+    return choice.choose(call_of(ids, token, weight, position))
+
+
+def call_of(ids, token, weight, position=None, bias=None, norm=NORM):
+    return Call(Terms(ids, token, position), norm, Projection(weight, bias, 1, 1))
 
 
 @pytest.fixture
 def steady(monkeypatch):
     """The rates of some CPU: 150 GFLOP/s, 20 GB/s."""
-    monkeypatch.setattr(rates, "measure", lambda device, dtype: rates.Rates(150e9, 20e9, 20e9))
+    monkeypatch.setattr(choice, "measure", lambda device, dtype: rates.Rates(150e9, 20e9, 20e9))
 
 
 def test_plan_follows_what_repeats(steady):
@@ -79,8 +92,8 @@ def test_plan_follows_what_repeats(steady):
         assert chosen(repeats).name == "one_pass"  # in the interpreter "auto" shows the one kernel
 
 
-def test_rates_are_measured_once():
-    rates._measure.cache_clear()
+def test_rates_are_measured_once(monkeypatch):
+    monkeypatch.setattr(rates, "_measure", functools.cache(rates._measure.__wrapped__))
     before = torch.get_rng_state()
     found = rates.measure(torch.device("cpu"), torch.float32)
     assert 1e9 < found.flops < 1e14 and 1e8 < found.gather < 1e13 and 1e8 < found.fresh < 1e13
@@ -94,34 +107,38 @@ def test_small_calls_that_fill_a_large_gradient(steady):
     token, weight = torch.empty(50257, 768).requires_grad_(), torch.empty(2304, 768)
     slow_to_get = rates.Rates(150e9, 20e9, 3e9)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rates, "measure", lambda device, dtype: slow_to_get)
-        plan = planner.choose(torch.tensor([[5]]), token, weight, None, None, True, 2)
+        patch.setattr(choice, "measure", lambda device, dtype: slow_to_get)
+        plan = choice.choose(call_of(torch.tensor([[5]]), token, weight.requires_grad_()))
         assert plan.name == "distinct" and plan.seconds["one_pass"] > 0.04
         with torch.no_grad():
-            assert planner.choose(torch.tensor([[5]]), token, weight, None, None, True, None).name == "one_pass"
+            assert choice.choose(call_of(torch.tensor([[5]]), token, weight)).name == "one_pass"
 
 
 def test_frozen_parameters_are_weighed():
     """What a backward need not compute does not count for `distinct`."""
     token, weight = (torch.zeros(4, 3) for _ in range(2))
-    assert planner.products_of(token, weight, None, None, None) is None
+    ids = torch.tensor([0])
+    assert choice.backward_products(call_of(ids, token, weight)) is None
     weight.requires_grad_()
-    assert planner.products_of(token, weight, None, None, None) == 1
+    assert choice.backward_products(call_of(ids, token, weight)) == 1
     token.requires_grad_()
-    assert planner.products_of(token, weight, None, None, None) == 2
-    assert planner.products_of(token.detach(), weight.detach(), None, None, None, torch.zeros(3).requires_grad_()) == 0
+    assert choice.backward_products(call_of(ids, token, weight)) == 2
+    frozen, trained = (ids, token.detach(), weight.detach()), torch.zeros(3).requires_grad_()
+    assert choice.backward_products(call_of(*frozen, bias=trained)) == 0
+    assert choice.backward_products(call_of(*frozen, position=trained)) == 1
+    assert choice.backward_products(call_of(*frozen, norm=NORM._replace(weight=trained))) == 1
+    assert choice.backward_products(call_of(*frozen, norm=NORM._replace(bias=trained))) == 1
     with torch.no_grad():
-        assert planner.products_of(token, weight, None, None, None) is None
+        assert choice.backward_products(call_of(ids, token, weight)) is None
 
 
 def test_a_small_promise_is_not_enough(steady):
     ids = torch.arange(4096)[None]
-    few = planner.weigh(ids, torch.empty(1).expand(50257, 768), torch.empty(1).expand(2304, 768), None, None, True, None, 2000)
+    call = call_of(ids, torch.empty(1).expand(50257, 768), torch.empty(1).expand(2304, 768))
+    few = choice.weigh(call, 2000)
     for rows in range(2000, 4096, 64):
-        plan = planner.weigh(
-            ids, torch.empty(1).expand(50257, 768), torch.empty(1).expand(2304, 768), None, None, True, None, rows
-        )
-        assert (plan.name == "distinct") == (plan.seconds["distinct"] * planner.MARGIN < plan.seconds["one_pass"])
+        plan = choice.weigh(call, rows)
+        assert (plan.name == "distinct") == (plan.seconds["distinct"] * choice.MARGIN < plan.seconds["one_pass"])
     assert few.name == "distinct" and plan.name == "one_pass"
 
 
@@ -147,7 +164,7 @@ def test_what_repeats_on_a_gpu_is_learned_without_waiting(monkeypatch):
     event = type("Event", (), {"record": lambda self: None, "query": lambda self: bool(ready)})
     monkeypatch.setattr(torch.cuda, "Event", event)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    seen = planner._Seen()
+    seen = choice._DistinctCount()
     seen.look(torch.tensor([0]), 0)  # an empty batch says nothing
     assert seen.expect(1000) is None
     seen.look(torch.tensor([3251]), 16384)
@@ -170,7 +187,7 @@ def test_plan_refuses():
         pytest.raises(RuntimeError, match="plan: 'distinct' cannot run here: autocast is on"),
     ):
         F.embed_qkv(torch.tensor([0]), torch.randn(3, 2), torch.randn(6, 2), num_heads=1)
-    assert planner._plan == "auto"
+    assert settings.current.plan == "auto"
 
 
 def test_other_machinery_keeps_pytorchs_composition(steady):

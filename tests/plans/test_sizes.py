@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DEVICE
+from conftest import DEVICE, full
 from numerics import Case, assert_no_worse
 from test_table import looked_up, module_of
 
@@ -32,9 +32,10 @@ SMALLEST = {
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs files with holes, and Linux's limits")
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_tables_beyond_two_to_the_31_elements(dtype, tmp_path):
-    command = [sys.executable, str(ROOT / "tests/helpers/far_rows.py"), str(tmp_path), dtype]
+@pytest.mark.parametrize("dtype", ["float32", full("float16")])
+@pytest.mark.parametrize("ids_dtype", ["int32", full("int64")])
+def test_tables_beyond_two_to_the_31_elements(dtype, ids_dtype, tmp_path):
+    command = [sys.executable, str(ROOT / "tests/helpers/far_rows.py"), str(tmp_path), dtype, ids_dtype]
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert found.returncode == 0, found.stderr[-2000:] or f"ended by signal {-found.returncode}"
 
@@ -51,6 +52,7 @@ def smallest(name, norm):
     return case
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("backend, plan", list(itertools.product(BACKENDS, PLANS)))
 @pytest.mark.parametrize("size", SMALLEST)

@@ -13,7 +13,10 @@ from torch import nn
 
 import pyembed
 from pyembed import functional as F
-from pyembed import modules, reference, table
+from pyembed import reference
+from pyembed.modules import keeps_table
+from pyembed.plans import table
+from pyembed.plans.choice import Plan
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 VARIANTS = [
@@ -66,6 +69,7 @@ def looked_up(module, case):
         return module(case.ids, case.position_ids)
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("dtype, backend", [*((d, "torch") for d in DTYPES), *((d, "triton") for d in DTYPES[:2])])
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_variants(dtype, backend, variant):
@@ -214,7 +218,7 @@ def test_bytes_are_reported_first(caplog, monkeypatch):
     assert module.table_nbytes() == (11 + 24) * 63 * 4
     monkeypatch.setattr(table.Table, "_build", lambda *a: pytest.fail("built") if "8,820" not in caplog.text else None)
     monkeypatch.setattr(table.Table, "error", 0.0, raising=False)
-    with caplog.at_level("INFO", "pyembed.lookup"):
+    with caplog.at_level("INFO", "pyembed.modules.keeps_table"):
         module.build_table()
 
 
@@ -340,7 +344,7 @@ def test_explain():
     assert module.explain(case.ids).name == "one_pass"  # gradients are wanted
     with pyembed.plan("table"), pytest.raises(RuntimeError, match="gradients are wanted and a table has none"):
         module.explain(case.ids)
-    assert modules.planner.Plan("a", "b", {"c": 2e-3}).__str__() == "a: b (predicted: c 2 ms)"
+    assert Plan("a", "b", {"c": 2e-3}).__str__() == "a: b (predicted: c 2 ms)"
 
 
 def test_threads_share_one_table(monkeypatch):
@@ -357,7 +361,7 @@ def test_threads_share_one_table(monkeypatch):
             super()._build(*arguments)
             making.clear()
 
-    monkeypatch.setattr(table, "Table", Slow)
+    monkeypatch.setattr(keeps_table, "Table", Slow)
 
     def call():
         try:

@@ -5,9 +5,10 @@ import sys
 
 import pytest
 import torch
+from conftest import full
 
 import pyembed
-from pyembed import cli, data, functional, planner
+from pyembed import cli, data, functional, settings
 from pyembed.cli import main
 
 SMALL = ["demo", "--width", "64", "--batch", "1", "--length", "17"]
@@ -67,14 +68,16 @@ def test_table_fits_80_columns_and_is_plain_where_there_is_no_terminal(capsys, m
     assert len(speeds) == 2 and all(("not a speed" in line) == (MODE == "interpreter") for line in speeds)
 
 
-@pytest.mark.parametrize(("norm", "missing"), [("rms", {"norm.bias.grad"}), ("none", {"norm.weight.grad", "norm.bias.grad"})])
+@pytest.mark.parametrize(
+    ("norm", "missing"), [("rms", {"norm.bias.grad"}), full("none", {"norm.weight.grad", "norm.bias.grad"})]
+)
 def test_other_norms_and_shared_heads(report_of, norm, missing):
     report = report_of("--norm", norm, "--width", "128", "--kv-heads", "1", "--dtype", "fp32")
     assert set(report["dtypes"]["fp32"]["tensors"]) == set(TENSORS) - missing
     assert (report["shape"]["heads"], report["shape"]["kv_heads"]) == (2, 1)
 
 
-@pytest.mark.parametrize(("width", "heads"), [(1, 1), (96, 3), (97, 1)])
+@pytest.mark.parametrize(("width", "heads"), [(1, 1), (96, 3), full(97, 1)])
 def test_any_width_has_heads(report_of, width, heads):
     seed = "1"  # at seed 0 and width 1 eager's only element of norm.bias.grad is right by luck, and ours cannot be
     assert report_of("--width", str(width), "--dtype", "fp32", "--seed", seed)["shape"]["heads"] == heads
@@ -111,8 +114,8 @@ def first_is_nan(tensor):
     ("tensor", "change", "verdict"),
     [
         ("query", lambda x: x + 1e-3, "OVER (max, rms)"),
-        ("key", first_is_nan, "OVER (max, rms)"),
-        ("value", lambda x: x * float("inf"), "OVER (max, rms)"),
+        full("key", first_is_nan, "OVER (max, rms)"),
+        full("value", lambda x: x * float("inf"), "OVER (max, rms)"),
         ("hidden", lambda x: x * (1 + 2**-23), "OVER (bits)"),
     ],
 )
@@ -238,7 +241,7 @@ def test_interrupt_is_quiet(monkeypatch, capsys):
     monkeypatch.setattr(functional, "embed_qkv", interrupt)
     assert main([*SMALL, "--dtype", "fp32"]) == 130
     assert capsys.readouterr() == ("", "")
-    assert planner._backend == "auto"
+    assert settings.current.backend == "auto"
 
 
 def test_help_without_a_command(capsys):

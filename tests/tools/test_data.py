@@ -13,6 +13,7 @@ import pytest
 import requests
 import tiktoken
 import torch
+from conftest import full
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
@@ -376,7 +377,7 @@ def test_shuffle_visits_every_window_once():
     assert sorted(shuffled.tolist()) == sorted(in_order.tolist())
 
 
-@pytest.mark.parametrize("options", [{"num_workers": 2}, {"num_workers": 1, "multiprocessing_context": "spawn"}])
+@pytest.mark.parametrize("options", [{"num_workers": 2}, full({"num_workers": 1, "multiprocessing_context": "spawn"})])
 def test_workers(options):
     alone = epoch(generator=torch.Generator().manual_seed(5))
     assert torch.equal(epoch(generator=torch.Generator().manual_seed(5), **options), alone)
