@@ -46,7 +46,7 @@ class Called:
     def __init__(self, module: nn.Module, function: Callable[..., Tensor] | None = None, weight: Tensor | None = None):
         self.module, self.function, self.weight = module, function or module, weight
 
-    def __call__(self, *inputs) -> Tensor:
+    def __call__(self, *inputs: Tensor) -> Tensor:
         return self.function(*inputs)
 
 
@@ -107,9 +107,7 @@ class Epilogue(NamedTuple):
     query_offset: Tensor | None = None  # (H·d_h,) added to query for a second query, behind the first
     cos: Tensor | None = None  # (rows, R/2), or (..., T, R/2) of each token, float32: rotary turns of query and key
     sin: Tensor | None = None
-    turn_ids: Tensor | None = (
-        None  # (T,), (1, T) or like ids: each token's row of cos and sin; None: token m takes row m % rows
-    )
+    turn_ids: Tensor | None = None  # (T,), (1, T) or like ids: rows of cos and sin; None: token m takes row m % rows
     interleaved: bool = False  # pairs (2i, 2i+1); else (i, i + R/2)
     head_eps: float = 0.0
     heads_first: bool = False  # (..., h, T, d_h)
@@ -151,7 +149,7 @@ class Call(NamedTuple):
         assert self.projection is not None
         (ids, token, *_), kind, (weight, _, heads, kv_heads) = self.terms, self.norm.kind, self.projection
         shape, M, wide = tuple(ids.shape), ids.numel(), torch.promote_types(token.dtype, torch.float32)
-        width, qkv = weight.shape[0] // (heads + 2 * kv_heads), []
+        width, qkv = weight.shape[0] // (heads + 2 * kv_heads), list[Tensor]()
         for n in (heads, kv_heads, kv_heads):
             own = (*shape[:-1], n, *shape[-1:], width) if self.epilogue.heads_first else (*shape, n, width)
             second = self.epilogue.query_offset is not None and not qkv
@@ -163,7 +161,7 @@ class Call(NamedTuple):
         """Every field of the parts by its name as an operator's argument."""
         return dict(zip(NAMES, self.values(), strict=True))
 
-    def values(self) -> tuple:
+    def values(self) -> tuple[Any, ...]:
         """The fields of all parts, and the options of operators, in the order of NAMES."""
         terms, norm, projection, epilogue, policy, invariant, *_ = self
         return terms + norm + (projection or _NO_PROJECTION) + epilogue + (policy != "trust", invariant)
@@ -241,7 +239,7 @@ class Layout:
         self.schema = ", ".join(f"{SCHEMA[name]} {name}" for name in self.names)
         self._places = tuple(map(NAMES.index, self.names))
 
-    def flatten(self, call: Call) -> tuple:
+    def flatten(self, call: Call) -> tuple[Any, ...]:
         """The call's fields, in the order of names."""
         values = call.values()
         return tuple([values[place] for place in self._places])

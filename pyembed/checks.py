@@ -4,12 +4,13 @@ check looks at types, shapes, dtypes and devices of a Call, once for all calls t
 the values of ids, where that costs no synchronisation.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .call import LOOKUPS, Call, Called, DistinctIds, rows_of, wide_dtype
+from .call import LOOKUPS, Call, Called, DistinctIds, Norm, Projection, rows_of, wide_dtype
 from .modes import can_read
 
 NORMS = ("layer", "rms", None)
@@ -20,7 +21,7 @@ def check(call: Call, cast: torch.dtype | None = None) -> None:
     fields = call.named()
     _check_terms(call, fields)
     if call.projection is not None:
-        _check_front_end(call, fields)
+        _check_front_end(call, call.projection)
     _check_alike(fields, cast)
     _check_positions(call)
     check_distinct(call.distinct, call.terms.ids)
@@ -34,7 +35,7 @@ def check_integers(name: str, ids: Any) -> None:
         raise TypeError(f"{name}: expected dtype torch.int32 or torch.int64, got {ids.dtype}")
 
 
-def check_shape(name: str, tensor: Any, shape: tuple, meaning: str, optional: bool = True) -> None:
+def check_shape(name: str, tensor: Any, shape: tuple[int | None, ...], meaning: str, optional: bool = True) -> None:
     """shape holds None where any size will do."""
     if isinstance(tensor, Called) or tensor is None and optional:
         return
@@ -65,7 +66,7 @@ def check_heads(num_heads: int, num_kv_heads: int | None) -> int:
     return num_kv_heads
 
 
-def _check_terms(call, fields):
+def _check_terms(call: Call, fields: dict[str, Any]) -> None:
     """What hidden is the sum of, and all ids."""
     ids, token, position, position_ids, segment, segment_ids, _, scale, dropout, _ = call.terms
     for lookup in LOOKUPS:
@@ -93,10 +94,10 @@ def _check_terms(call, fields):
         raise ValueError(f"dropout: expected a probability in [0, 1], got {dropout}")
 
 
-def _check_front_end(call, fields):
+def _check_front_end(call: Call, projection: Projection) -> None:
     """Norm, projection and epilogue."""
     token = call.terms.token
-    weight, bias, num_heads, num_kv_heads = call.projection
+    weight, bias, num_heads, num_kv_heads = projection
     width = None if isinstance(token, Called) else token.shape[1]
     check_heads(num_heads, num_kv_heads)
     if call.norm.kind != "called":
@@ -131,7 +132,7 @@ def check_epilogue(call: Call) -> None:
         raise ValueError(f"rotary: expected an even width up to an even head_dim ({head_dim}), got {width}")
 
 
-def _check_norm(norm, width):
+def _check_norm(norm: Norm, width: int | None) -> None:
     kind = None if norm.kind == "none" else norm.kind
     check_shape("norm_weight", norm.weight, (width,), "embedding_dim of token")
     check_shape("norm_bias", norm.bias, (width,), "embedding_dim of token")
@@ -143,7 +144,7 @@ def _check_norm(norm, width):
         raise ValueError(f"eps: expected a number of at least 0, got {norm.eps}")
 
 
-def _check_alike(fields, cast):
+def _check_alike(fields: dict[str, Any], cast: torch.dtype | None) -> None:
     """All tensors on the table's device, all floating ones of its dtype, or cast to another for a product."""
     token = _tensor(fields["token"])
     if not token.is_floating_point():
@@ -171,17 +172,17 @@ def _check_alike(fields, cast):
             _check_devices({"weight": "qkv", "norm_weight": "norm"}.get(name, name), value, token.device)
 
 
-def _check_devices(name, called, device):
+def _check_devices(name: str, called: Called, device: torch.device) -> None:
     for key, tensor in (*called.module.named_parameters(), *called.module.named_buffers()):
         if tensor.device != device:
             raise ValueError(f"{name}.{key}: expected device {device}, that of token; got {tensor.device}")
 
 
-def _tensor(value):
+def _tensor(value: Any) -> Any:
     return value.weight if isinstance(value, Called) else value
 
 
-def _check_positions(call):
+def _check_positions(call: Call) -> None:
     """Shapes of ids beside ids, and tables long enough for 0 … T−1."""
     terms, epilogue = call.terms, call.epilogue
     if terms.position_ids is not None and terms.position is None:
@@ -198,7 +199,7 @@ def _check_positions(call):
             raise IndexError(f"ids: {needs}, {name} has {rows} rows")
 
 
-def _lookups(call):
+def _lookups(call: Call) -> Iterator[tuple[Any, str, str, Tensor]]:
     """(table, its name, name of ids, ids) of the tables that the call looks up by given ids."""
     for lookup in LOOKUPS:
         part = call.epilogue if lookup.table == "cos" else call.terms
@@ -207,7 +208,7 @@ def _lookups(call):
             yield table, lookup.table_name, lookup.ids_name, ids
 
 
-def _check_like_ids(name, tensor, ids):
+def _check_like_ids(name: str, tensor: Tensor, ids: Tensor) -> None:
     """Shapes of other lengths are not compared: a graph for any number of tokens would take on that they differ."""
     shapes = tuple(ids.shape[-1:]), (1,) * (ids.dim() - 1) + tuple(ids.shape[-1:]), tuple(ids.shape)
     if not any(len(shape) == tensor.dim() and shape == tuple(tensor.shape) for shape in shapes):
@@ -243,7 +244,7 @@ def compare_ranges(call: Call) -> None:
         _check_range(name, ids, of, rows_of(table))
 
 
-def _check_range(name, ids, table, size):
+def _check_range(name: str, ids: Tensor, table: str, size: int) -> None:
     if ids.numel() == 0:
         return
     low, high = torch.aminmax(ids)

@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import torch
+from torch import Tensor
 
 from . import __version__, functional, reference, settings
+from .call import HiddenQKV
 from .data import get_encoding
 from .modules.front_end import EmbeddingQKV
 from .plot import Report, describe, plot_errors
-from .reference import HiddenQKV
 
 try:
     import typer
@@ -190,7 +191,7 @@ def _check_writable(text: Path | None, json_file: Path | None, plot: Path | None
             raise UsageError(f"{option}: cannot write {path}: {error.strerror}") from error
 
 
-def _read_tokens(path: Path | None, encoding: str, batch: int, length: int) -> tuple[torch.Tensor, int, Report]:
+def _read_tokens(path: Path | None, encoding: str, batch: int, length: int) -> tuple[Tensor, int, Report]:
     """-> the text's first ids (batch, length), the encoding's vocabulary size, and the report's entry about the text."""
     if path is None:
         import pydoc_data.topics
@@ -218,12 +219,12 @@ def _read_tokens(path: Path | None, encoding: str, batch: int, length: int) -> t
     return torch.tensor(ids[: batch * length]).view(batch, length), encoder.n_vocab, source
 
 
-def _draw(shape: Report, seed: int, device: torch.device) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
+def _draw(shape: Report, seed: int, device: torch.device) -> tuple[dict[str, Tensor], list[Tensor]]:
     """Random weights, N(0, 0.02²) as in GPT-2, with biases and norm other than the identity, and incoming gradients of hidden,
     query, key and value, N(0, 1); all fp32."""
     generator = torch.Generator().manual_seed(seed)
 
-    def normal(*size: int, mean: float = 0.0, std: float = 0.02) -> torch.Tensor:
+    def normal(*size: int, mean: float = 0.0, std: float = 0.02) -> Tensor:
         return torch.empty(size).normal_(mean, std, generator=generator).to(device)
 
     D, heads, kv_heads = shape["width"], shape["heads"], shape["kv_heads"]
@@ -242,9 +243,9 @@ def _draw(shape: Report, seed: int, device: torch.device) -> tuple[dict[str, tor
 
 def _check(
     name: str,
-    ids: torch.Tensor,
-    parameters: dict[str, torch.Tensor],
-    incoming: list[torch.Tensor],
+    ids: Tensor,
+    parameters: dict[str, Tensor],
+    incoming: list[Tensor],
     shape: Report,
     calls: int,
     step: Callable[..., None],
@@ -271,7 +272,7 @@ def _check(
     others["table"] = _look_up(ids, parameters, shape, norm)
     step(description=f"{name}: comparing")
 
-    def judge(found: dict[str, torch.Tensor]) -> Report:
+    def judge(found: dict[str, Tensor]) -> Report:
         return {key: _judge(found[key], eager[key], exact[key], key == "hidden") for key in found}
 
     plans = {plan: judge(found) for plan, found in others.items()}
@@ -279,9 +280,7 @@ def _check(
 
 
 @torch.no_grad()
-def _look_up(
-    ids: torch.Tensor, parameters: dict[str, torch.Tensor], shape: Report, norm: str | None
-) -> dict[str, torch.Tensor]:
+def _look_up(ids: Tensor, parameters: dict[str, Tensor], shape: Report, norm: str | None) -> dict[str, Tensor]:
     """Outputs of the `table` plan, which has no gradients."""
     sizes = shape["vocabulary"], shape["width"], shape["heads"]
     options = {"num_kv_heads": shape["kv_heads"], "max_length": shape["positions"], "norm": norm}
@@ -293,12 +292,12 @@ def _look_up(
 
 def _run(
     embed_qkv: Callable[..., HiddenQKV],
-    ids: torch.Tensor,
-    parameters: dict[str, torch.Tensor],
-    incoming: Sequence[torch.Tensor],
+    ids: Tensor,
+    parameters: dict[str, Tensor],
+    incoming: Sequence[Tensor],
     options: dict[str, Any],
     calls: int,
-) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+) -> tuple[dict[str, Tensor], dict[str, float]]:
     """-> outputs and gradients by name, and the seconds of forward and backward."""
     parameters = {key: value.detach().requires_grad_() for key, value in parameters.items()}
     outputs, forward = _time(lambda: embed_qkv(ids, **parameters, **options), calls)
@@ -324,7 +323,7 @@ def _time(call: Callable[[], T], calls: int) -> tuple[T, float]:
     return result, statistics.median(seconds[1:] or seconds)
 
 
-def _judge(ours: torch.Tensor, eager: torch.Tensor, exact: torch.Tensor, is_hidden: bool) -> Report:
+def _judge(ours: Tensor, eager: Tensor, exact: Tensor, is_hidden: bool) -> Report:
     """Errors, budget and verdict of one tensor. Budget: 2 · eager's error + eps · exact, for the maximum and for the RMS.
     hidden must also equal eager bit for bit."""
     eps = torch.finfo(ours.dtype).eps
@@ -338,7 +337,7 @@ def _judge(ours: torch.Tensor, eager: torch.Tensor, exact: torch.Tensor, is_hidd
     return {**row, "verdict": f"OVER ({', '.join(over)})" if over else "ok"}
 
 
-def _size(tensor: torch.Tensor) -> dict[str, float]:
+def _size(tensor: Tensor) -> dict[str, float]:
     norm = torch.linalg.vector_norm
     return {"max": norm(tensor, math.inf).item(), "rms": norm(tensor).item() / math.sqrt(tensor.numel())}
 

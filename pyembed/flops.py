@@ -2,19 +2,21 @@
 each multiplication and addition; gathers, norms and rotary turns count nothing, as PyTorch's own."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from .call import LEARNED
 from .plans import distinct, one_pass
-from .plans.operators import FrontEnd
+from .plans.operators import FrontEnd, Operator
 
 
-def _register(plan: FrontEnd, rows):
+def _register(plan: FrontEnd, rows: Callable[[dict[str, Any]], int]) -> None:
     """rows(shapes by name, of arguments and results): how many rows the products have."""
 
-    def count(operator, results):
+    def count(operator: Operator, results: tuple[str, ...]) -> None:
         @register_flop_formula(getattr(torch.ops.pyembed, operator.op._schema.name.rpartition(":")[2]))
         def formula(*shapes, out_shape=None, **options):
             named = dict(zip(operator.names, shapes, strict=False)) | dict(zip(results, out_shape, strict=False))
@@ -24,7 +26,7 @@ def _register(plan: FrontEnd, rows):
     count(plan.backward, ())
 
 
-def _products(named):
+def _products(named: dict[str, Any]) -> int:
     """Of a backward: one for the weight, one for what lies before the projection."""
     if "needs" not in named:
         return 1

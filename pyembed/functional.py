@@ -47,7 +47,7 @@ def embedding(
         return run(Call(Terms(ids, weight, padding_idx=_row(padding_idx, weight)), id_policy=policy))
     has_side_effects = max_norm is not None or scale_grad_by_freq or sparse
 
-    def look_up(ids):
+    def look_up(ids: Tensor) -> Tensor:
         return torch.nn.functional.embedding(ids, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
 
     try:
@@ -65,7 +65,7 @@ def embedding(
         raise
 
 
-def _is_plain_lookup(ids, weight, padding_idx, policy):
+def _is_plain_lookup(ids: Tensor, weight: Tensor, padding_idx: int | None, policy: str) -> bool:
     """Whether PyTorch's operator on CPU tensors is all that a lookup needs."""
     return (
         type(ids) is Tensor
@@ -80,12 +80,7 @@ def _is_plain_lookup(ids, weight, padding_idx, policy):
 
 
 def why_no_kernel(
-    ids: Tensor,
-    weight: Tensor,
-    max_norm: float | None = None,
-    scale_grad_by_freq: bool = False,
-    sparse: bool = False,
-    policy: str = "raise",
+    ids: Tensor, weight: Tensor, max_norm: float | None, scale_grad_by_freq: bool, sparse: bool, policy: str
 ) -> str | None:
     """Why such a lookup has no kernel on any device, so that PyTorch's operator runs it; None: it has one."""
     if isinstance(ids, torch.fx.Proxy) or isinstance(weight, torch.fx.Proxy):
@@ -106,7 +101,7 @@ def why_no_kernel(
     return None
 
 
-def _row(padding_idx, table):
+def _row(padding_idx: int | None, table: Tensor) -> int:
     """padding_idx as Terms have it: counted from the table's beginning, −1 for None."""
     if padding_idx is None:
         return -1
@@ -193,19 +188,11 @@ def embed_qkv(
     id_policy and errors as in embed.
     """
     cos, sin, turn_ids, interleaved = turns(rotary, ids, position_ids)
+    row = -1 if padding_idx is None else _row(padding_idx, token)
+    if position is None and turn_ids is not None:
+        position_ids = None  # which the rotary tables alone look up
     call = Call(
-        Terms(
-            ids,
-            token,
-            position,
-            None if position is None and turn_ids is not None else position_ids,
-            segment,
-            segment_ids,
-            None,
-            scale,
-            dropout,
-            -1 if padding_idx is None else _row(padding_idx, token),
-        ),
+        Terms(ids, token, position, position_ids, segment, segment_ids, None, scale, dropout, row),
         Norm("none" if norm is None else norm, norm_weight, norm_bias, eps),
         Projection(weight, bias, num_heads, num_heads if num_kv_heads is None else num_kv_heads),
         Epilogue(query_norm, key_norm, None, cos, sin, turn_ids, interleaved, head_eps, heads_first),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .call import LOOKUPS, Call, Called, places, rows_of
+from .modes import MaybeTensor
 from .settings import checked_policy, policy_of
 
 
@@ -26,7 +27,7 @@ class HasIdPolicy(nn.Module):
         return self._id_policy
 
     @id_policy.setter
-    def id_policy(self, name: str | None):
+    def id_policy(self, name: str | None) -> None:
         self._id_policy = None if name is None else checked_policy(name)
 
     def _policy(self) -> str:
@@ -36,21 +37,21 @@ class HasIdPolicy(nn.Module):
 class _Report:
     """What the kernels on one device tell of absent rows: see tiles.report_absent."""
 
-    def __init__(self, device):
+    def __init__(self, device: torch.device) -> None:
         self.device, self._lock = device, threading.Lock()
         with torch.inference_mode(False):  # tensors made in it could not be changed outside
             self.words = torch.zeros(6, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
         self._count = ctypes.c_int64.from_address(self.words.data_ptr())  # reads in 0.1 µs, where a tensor takes 1
 
-    def look(self):
+    def look(self) -> None:
         if self._count.value:
             self._fail()
 
-    def clear(self):
+    def clear(self) -> None:
         with torch.inference_mode(False):
             self.words.zero_()
 
-    def _fail(self):
+    def _fail(self) -> None:
         if self.device.type == "cuda":
             if torch.cuda.is_current_stream_capturing():
                 return  # a later call will
@@ -77,19 +78,19 @@ def report_of(device: torch.device, raises: bool) -> Tensor:
     return reports[raises].words
 
 
-def forget(device: torch.device):
+def forget(device: torch.device) -> None:
     """Drop what was reported, after another error than that of an absent row."""
     if device in _reports:
         _reports[device][True].clear()
 
 
-def look(device: torch.device):
+def look(device: torch.device) -> None:
     """IndexError: a kernel on this device is known to have met an absent row."""
     if device in _reports:
         _reports[device][True].look()
 
 
-def check_ids():
+def check_ids() -> None:
     """Waits for the GPUs and raises IndexError if a call before this one had an id without a row, under the policy "raise"."""
     for device in list(_reports):
         if device.type == "cuda":
@@ -130,6 +131,6 @@ def _written_out(ids: Tensor, position_ids: Tensor | None, table: Tensor | Calle
     return places(ids) if is_short else position_ids
 
 
-def _clamped(ids: Tensor | None, table: Tensor | Called | None) -> Tensor | None:
+def _clamped(ids: MaybeTensor, table: Tensor | Called | None) -> MaybeTensor:
     """ids within a table; where it has no rows they stay."""
     return ids if ids is None or table is None or not rows_of(table) else ids.clamp(0, rows_of(table) - 1)

@@ -1,10 +1,17 @@
 """What of PyTorch's machinery is at work: compilers, tracers, transforms, autocast."""
 
+from typing import TYPE_CHECKING, TypeGuard, TypeVar
+
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import settings
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
 
 
 def is_traced() -> bool:
@@ -44,13 +51,13 @@ def has_process_group() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
-def is_dtensor(value: object) -> bool:
+def is_dtensor(value: object) -> "TypeGuard[DTensor]":
     """Whether it is a DTensor; to be asked where there is a process group, since it imports torch.distributed.tensor."""
     from torch.distributed.tensor import DTensor
 
     return isinstance(value, DTensor)
 
 
-def local(tensor: Tensor | None) -> Tensor | None:
+def local(tensor: MaybeTensor) -> MaybeTensor:
     """What this rank holds of a tensor."""
     return tensor.to_local() if has_process_group() and is_dtensor(tensor) else tensor

@@ -5,19 +5,21 @@ min(M, V) token rows, of positions and of the norm's parameters; with a sharded 
 """
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import _functional_collectives as collectives
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle
 from torch.nn.utils import parametrize
 
 from . import settings, sharding  # noqa: F401  sharding: registers the operators
-from .call import Call, DistinctIds, HiddenQKV, Projection, Terms
+from .call import Call, DistinctIds, Epilogue, HiddenQKV, Norm, Projection, Terms
 from .checks import check, check_integers, check_ranges, padding_row
 from .functional import embedding
-from .modes import local
+from .modes import MaybeTensor, local
 from .modules import known
 from .modules.front_end import EmbeddingQKV
 from .plans.choice import Plan
@@ -42,7 +44,14 @@ class ColwiseQKV(ParallelStyle):
     over the ranks, submodules that do more than their stock forward (hooks, own classes).
     """
 
-    def __init__(self, *, shard_vocabulary=False, input_layouts=None, hidden_layouts=None, use_local_output=True):
+    def __init__(
+        self,
+        *,
+        shard_vocabulary: bool = False,
+        input_layouts: Shard | Replicate | None = None,
+        hidden_layouts: Shard | Replicate | None = None,
+        use_local_output: bool = True,
+    ) -> None:
         super().__init__()
         for name, layout in {"input_layouts": input_layouts, "hidden_layouts": hidden_layouts}.items():
             if not isinstance(layout, Shard | Replicate | None):
@@ -50,7 +59,7 @@ class ColwiseQKV(ParallelStyle):
         self.shard_vocabulary, self.use_local_output = shard_vocabulary, use_local_output
         self.input_layouts, self.hidden_layouts = input_layouts or Replicate(), hidden_layouts or Replicate()
 
-    def _apply(self, module, device_mesh):
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         n = device_mesh.size()
         if not isinstance(module, EmbeddingQKV):
             raise TypeError(f"module: expected an EmbeddingQKV, got {type(module).__name__}")
@@ -77,7 +86,7 @@ class ColwiseQKV(ParallelStyle):
             heads = module.num_heads, module.num_kv_heads, module.num_kv_heads
             self._split(qkv, device_mesh, [count * module._head_dim for count in heads])
         module.drop_table()
-        module._style, module._mesh = self, device_mesh
+        vars(module).update(_style=self, _mesh=device_mesh)
         module.__class__ = type(f"Colwise{type(module).__name__}", (_Colwise, type(module)), {})
         return module
 
@@ -100,15 +109,15 @@ class _Rows(nn.Module):
     """A parametrization: a packed weight or bias is stored as three sharded DTensors (query, key, value); reading it gives
     this rank's shards of the three, concatenated."""
 
-    def __init__(self, widths, dim, mesh, src):
+    def __init__(self, widths: list[int], dim: int, mesh: DeviceMesh, src: int | None) -> None:
         super().__init__()
         self.widths, self.dim = widths, dim
         self._distribute = functools.partial(distribute_tensor, device_mesh=mesh, placements=[Shard(dim)], src_data_rank=src)
 
-    def right_inverse(self, packed):
+    def right_inverse(self, packed: Tensor) -> tuple[Tensor, ...]:
         return tuple(self._distribute(part.contiguous()) for part in packed.detach().split(self.widths, self.dim))
 
-    def forward(self, *shares):
+    def forward(self, *shares: Tensor) -> Tensor:
         return torch.cat([local(share) for share in shares], self.dim)
 
 
@@ -135,10 +144,13 @@ def _distribute_loaded(module, state, prefix, *_):
             state[prefix + name] = distribute_tensor(given, own.device_mesh, own.placements, src_data_rank=None)
 
 
-class _Colwise:
+class _Colwise(EmbeddingQKV):
     """Mixin that ColwiseQKV puts before the class of the EmbeddingQKV."""
 
-    def forward(self, ids, position_ids=None, distinct=None, rotary=None, segment_ids=None, query_biases=None):
+    _style: ColwiseQKV
+    _mesh: DeviceMesh
+
+    def forward(self, ids, position_ids=None, distinct=None, rotary=None, segment_ids=None, query_biases=None) -> HiddenQKV:
         check_integers("ids", ids)
         refused = self._refuses_table() if settings.current.plan == "table" else None
         if refused:
@@ -162,18 +174,18 @@ class _Colwise:
             call = call._replace(terms=Terms(index, table), distinct=distinct)
         return self._laid_out(run(call))
 
-    def _check_whole(self, call):
+    def _check_whole(self, call: Call) -> None:
         """ids against the whole vocabulary, of which this rank holds a part."""
         call = call._replace(terms=call.terms._replace(token=self._modules["token"].weight))
         check(call)
         if call.id_policy == "raise":
             check_ranges(call)
 
-    def _laid_out(self, found):
+    def _laid_out(self, found: HiddenQKV) -> HiddenQKV:
         """The outputs in the style's layouts."""
         style, mesh, n, rank = self._style, self._mesh, self._mesh.size(), self._mesh.get_local_rank()
         layout, hidden = style.hidden_layouts, found.hidden
-        if layout.is_shard():
+        if isinstance(layout, Shard):
             size, rest = divmod(hidden.shape[layout.dim], n)
             if rest:
                 raise ValueError(f"hidden_layouts: expected a multiple of {n} in dimension {layout.dim}, got {hidden.shape}")
@@ -187,21 +199,21 @@ class _Colwise:
         pairs = zip(found, layouts, strict=True)
         return HiddenQKV(*(DTensor.from_local(x, mesh, [layout], run_check=False) for x, layout in pairs))
 
-    def _gathered(self, name, x, ids):
+    def _gathered(self, name: str, x: MaybeTensor, ids: Tensor) -> MaybeTensor:
         """The whole of x (ids, or a tensor like them), all-gathered if this rank has a shard of it."""
         layout, mesh = self._style.input_layouts, self._mesh
         if isinstance(x, DTensor):
             if x.device_mesh != mesh:
                 raise ValueError(f"{name}: expected a DTensor on {mesh}, got one on {x.device_mesh}")
             return x.full_tensor()
-        if x is None or not layout.is_shard() or isinstance(ids, DTensor):
+        if x is None or not isinstance(layout, Shard) or isinstance(ids, DTensor):
             return x
         dim = layout.dim % ids.dim() - ids.dim()
         if x.dim() < -dim or x.shape[dim] != ids.shape[dim]:
             return x
         return DTensor.from_local(x, mesh, [Shard(x.dim() + dim)], run_check=False).full_tensor()
 
-    def _rows(self, ids, table, group):
+    def _rows(self, ids: Tensor, table: Tensor, group: Any) -> Tensor:
         """(..., D): the row of each id, from the rank that holds it."""
         V, n = self._modules["token"].num_embeddings, self._mesh.size()
         start = self._mesh.get_local_rank() * -(-V // n)
@@ -216,16 +228,16 @@ class _Colwise:
         rows = rows.masked_fill(others[..., None], 0)
         return _Sum.apply(rows, None, group, True)
 
-    def explain(self, ids, position_ids=None, distinct=None):
+    def explain(self, ids: Tensor, position_ids: Tensor | None = None, distinct: DistinctIds | None = None) -> Plan:
         if self._style.shard_vocabulary and settings.current.plan not in ("distinct", "table"):
             self._check_whole(self._read_weights(ids, position_ids, None))
             return Plan("one_pass", "the vocabulary is sharded: rows are all-reduced, then each token is projected", {})
         return super().explain(ids, position_ids, distinct)
 
-    def _packs_for_nothing(self, ids):
+    def _packs_for_nothing(self, ids: Tensor) -> bool:
         return False
 
-    def _terms(self, ids, position_ids, segment_ids):
+    def _terms(self, ids: Tensor, position_ids: Tensor | None, segment_ids: Tensor | None) -> Terms:
         terms = super()._terms(ids, position_ids, segment_ids)
         table = local(terms.token)
         if not self._style.shard_vocabulary:
@@ -233,19 +245,19 @@ class _Colwise:
             table = _Sum.apply(table, rows, self._mesh.get_group(), False)
         return terms._replace(token=table, segment=self._summed(terms.segment))
 
-    def _position(self):
+    def _position(self) -> Tensor | None:
         return self._summed(super()._position())
 
-    def _norm(self, token):
+    def _norm(self, token: Tensor) -> Norm:
         norm = super()._norm(token)
         return norm._replace(weight=self._summed(norm.weight), bias=self._summed(norm.bias))
 
-    def _epilogue(self, token):
+    def _epilogue(self, token: Tensor) -> Epilogue:
         epilogue = super()._epilogue(token)
         norms = self._summed(epilogue.query_norm), self._summed(epilogue.key_norm)
         return epilogue._replace(query_norm=norms[0], key_norm=norms[1])
 
-    def _projection(self):
+    def _projection(self) -> Projection:
         """This rank's rows of weight and bias: its heads of query, key and value."""
         qkv = self._modules["qkv"]
         linears = qkv if isinstance(qkv, nn.ModuleList) else [qkv]
@@ -258,16 +270,14 @@ class _Colwise:
         bias = torch.cat(biases) if len(linears) > 1 and biases[0] is not None else biases[0]
         n = self._mesh.size()
         if self._groups:
-            weight, bias = (
-                None if x is None else known.ungroup(x, 0, self._groups // n, self._head_dim) for x in (weight, bias)
-            )
+            weight, bias = (x if x is None else known.ungroup(x, 0, self._groups // n, self._head_dim) for x in (weight, bias))
         return Projection(weight, bias, self.num_heads // n, self.num_kv_heads // n)
 
-    def _summed(self, value):
+    def _summed(self, value: MaybeTensor) -> MaybeTensor:
         return _Sum.apply(local(value), None, self._mesh.get_group(), False) if isinstance(value, Tensor) else value
 
 
-def _as_table(rows):
+def _as_table(rows: Tensor) -> tuple[Tensor, Tensor, DistinctIds]:
     """Rows (..., D) -> a table of them, ids (...) that name each row once, and the same as DistinctIds."""
     flat = torch.arange(rows.shape[:-1].numel(), device=rows.device)
     index = flat.view(rows.shape[:-1])

@@ -26,11 +26,7 @@ def _check_size(name: str, size: Any, least: int) -> None:
 
 
 def sinusoidal_table(
-    max_length: int,
-    embedding_dim: int,
-    base: float = 10_000.0,
-    convention: str = "interleaved",
-    padding_idx: int | None = None,
+    max_length: int, embedding_dim: int, base: float = 10_000.0, convention: str = "interleaved", padding_idx: int | None = None
 ) -> Tensor:
     """(max_length, embedding_dim) float32: sin and cos of t·f(i) for position t and frequency f(i), computed in float64.
 

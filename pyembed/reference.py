@@ -6,6 +6,7 @@ pyembed.functional and check nothing.
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -105,7 +106,7 @@ def finish(found: HiddenQKV, epilogue: Epilogue) -> HiddenQKV:
     return HiddenQKV(hidden, query, key, value)
 
 
-def _normalise_heads(x, weight, eps):
+def _normalise_heads(x: Tensor, weight: Tensor | Called | None, eps: float) -> Tensor:
     """Under autocast the norm is wider than the projection."""
     return weight(x) if isinstance(weight, Called) else normalise(x, Norm("rms", weight, None, eps)).to(x.dtype)
 
@@ -130,11 +131,12 @@ def rotate(x: Tensor, epilogue: Epilogue) -> Tensor:
         a, b = heads[..., 0 : 2 * half : 2], heads[..., 1 : 2 * half : 2]
     else:
         a, b = heads.narrow(-1, 0, half), heads.narrow(-1, half, half)
-    turned = torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)
+    parts = [torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)]
     if interleaved:
-        turned = (torch.stack(turned, -1).flatten(-2),)
-    rest = () if 2 * half == heads.shape[-1] else (heads[..., 2 * half :],)
-    return torch.cat((*turned, *rest), -1).view(x.shape)
+        parts = [torch.stack(parts, -1).flatten(-2)]
+    if 2 * half < heads.shape[-1]:
+        parts.append(heads[..., 2 * half :])
+    return torch.cat(parts, -1).view(x.shape)
 
 
 ROWS = 32  # of a product of invariant_linear
@@ -156,7 +158,9 @@ def with_query_biases(call: Call, first: Tensor, second: Tensor) -> Call:
     weight, bias, offset = projection.weight, projection.bias, (second - first).flatten()
     if isinstance(weight, Called):
         linear = weight
-        added = Called(linear.module, lambda x: (y := linear(x)) + F.pad(first.flatten(), (0, y.shape[-1] - first.numel())))
+        added: Any = Called(
+            linear.module, lambda x: (y := linear(x)) + F.pad(first.flatten(), (0, y.shape[-1] - first.numel()))
+        )
         projection = projection._replace(weight=added)
     else:
         bias = weight.new_zeros(weight.shape[0]) if bias is None else bias

@@ -34,12 +34,12 @@ NUMBERS = (bool, int, float, str)
 class _Kind:
     """Calls whose fields have the same classes: which fields are tensors, and what runs calls of the signatures seen so far."""
 
-    def __init__(self, classes: tuple[type, ...]):
+    def __init__(self, classes: tuple[type, ...]) -> None:
         self.tensors = _getter(classes, TENSORS)
         self.called = _getter(classes, (Called,)) if Called in classes else None
         self.numbers = _getter(classes, NUMBERS)
         # Under a key of what is hashed fast: guards, which compare the rest, and the runner.
-        self.runners: dict[tuple, list[tuple[TensorGuards, GlobalStateGuard, Runner]]] = {}
+        self.runners: dict[tuple[Any, ...], list[tuple[TensorGuards, GlobalStateGuard, Runner]]] = {}
 
 
 _kinds: dict[tuple[type, ...], _Kind] = {}
@@ -60,7 +60,7 @@ def run(call: Call) -> Any:
         return _run_first(call, None)
     terms, norm, projection, epilogue, policy, invariant, given, concat = call
     if projection is None:
-        values = tuple(terms)
+        values: tuple[Any, ...] = tuple(terms)
     elif epilogue is NO_EPILOGUE and given is None:
         values = terms + norm + projection
     elif given is None or type(given) is DistinctIds:
@@ -74,7 +74,7 @@ def run(call: Call) -> Any:
             return _run_first(call, None)
         kind = _kinds[classes] = _Kind(classes)
     tensors, current = kind.tensors(values), settings.current
-    key = (current, policy, invariant, concat, terms.ids.shape, kind.numbers(values))
+    key: tuple[Any, ...] = (current, policy, invariant, concat, terms.ids.shape, kind.numbers(values))
     if kind.called is not None:
         weights = [called.weight for called in kind.called(values)]
         tensors += tuple(weight for weight in weights if weight is not None)
@@ -247,7 +247,7 @@ def _has_schema_types(call):
 class _Launch:
     """Calls that are one launch of a compiled kernel: the first records it, the others make outputs and repeat it."""
 
-    def __init__(self, kernel: Callable, outputs: int):
+    def __init__(self, kernel: Runner, outputs: int):
         self._kernel, self._outputs, self._repeat, self._copies = kernel, outputs, None, True
         self._places: list[int] = []
 

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 BACKENDS = ("auto", "triton", "torch")
 PLANS = ("auto", "one_pass", "distinct", "table")
@@ -22,7 +22,7 @@ current = Settings()
 
 
 @contextlib.contextmanager
-def _changed(**setting) -> Iterator[None]:
+def _changed(**setting: Any) -> Iterator[None]:
     """Only this setting is put back at the end, so contexts of different settings may overlap."""
     global current
     before = {name: getattr(current, name) for name in setting}

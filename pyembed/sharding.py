@@ -3,15 +3,16 @@
 Each rank runs its own ids alone; in the backward the gradients of the weights are summed over ranks, as data parallelism does.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.experimental import register_sharding
 
 from .call import FRONT_END, HIDDEN, LEARNED, LOOKUPS, SCHEMA, TABLES, Call, HiddenQKV
+from .modes import local
 from .plans import one_pass
 
 STATISTICS = ("mean", "rstd")
@@ -40,25 +41,25 @@ def localise(call: Call) -> tuple[Call, Callable[[Any], Any]]:
     if fields["position_ids"] is None and fields["position"] is not None and any(p.is_shard(last) for p in placements):
         fields["position_ids"] = torch.arange(ids.shape[-1], device=ids.device)
     turns_by_token = fields["turn_ids"] is None
-    local = {"ids": ids.to_local()}
+    own: dict[str, Any] = {"ids": ids.to_local()}
     for name, value in fields.items():
         if name in IDS[1:] and value is not None:
-            local[name] = _share(value, ids, 0)
+            own[name] = _share(value, ids, 0)
         elif name in ("cos", "sin") and value is not None:
-            local[name] = _share(value, ids, 1) if turns_by_token else _held(value)
+            own[name] = _share(value, ids, 1) if turns_by_token else local(value)
         elif name not in IDS:
-            local[name] = _whole(name, value, ids)
-    fields |= local
+            own[name] = _whole(name, value, ids)
+    fields |= own
     distinct = None if any(p.is_shard() for p in placements) else call.distinct
     part = FRONT_END.rebuild([fields[name] for name in FRONT_END.names])
     part = part._replace(id_policy=call.id_policy, distinct=distinct, concat=call.concat)
 
-    def spread(x):
+    def spread(x: Tensor) -> DTensor:
         shape = torch.Size((*ids.shape, *x.shape[ids.dim() :]))
         strides = torch.empty(shape, device="meta").stride()
         return DTensor.from_local(x.contiguous(), mesh, placements, run_check=False, shape=shape, stride=strides)
 
-    def gather(found):
+    def gather(found: Any) -> Any:
         if isinstance(found, Tensor):
             return spread(found)
         hidden, *heads = map(spread, found)
@@ -67,12 +68,7 @@ def localise(call: Call) -> tuple[Call, Callable[[Any], Any]]:
     return part, gather
 
 
-def _held(tensor):
-    """What this rank holds of it."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _whole(name, value, ids):
+def _whole(name: str, value: Any, ids: DTensor) -> Any:
     """A weight as every rank needs it; its gradient is summed over ranks that have different ids."""
     if not isinstance(value, Tensor):
         return value
@@ -86,7 +82,7 @@ def _whole(name, value, ids):
     return value.redistribute(placements=[Replicate()] * len(grads)).to_local(grad_placements=grads)
 
 
-def _share(x, ids, trailing):
+def _share(x: Tensor, ids: DTensor, trailing: int) -> Tensor:
     """This rank's part of x, whose dimensions but the last `trailing` are the last ones of ids, or 1."""
     layouts = _layouts(x.shape[: x.dim() - trailing], ids)
     if isinstance(x, DTensor):
@@ -94,17 +90,17 @@ def _share(x, ids, trailing):
     return distribute_tensor(x, ids.device_mesh, layouts, src_data_rank=None).to_local()
 
 
-def _layouts(shape, ids, placements=None):
+def _layouts(shape: torch.Size, ids: Any, placements: Sequence[Placement] | None = None) -> list[Placement]:
     """Where x of this shape, broadcast against ids, lies when ids lie at their placements."""
-    found = []
+    found: list[Placement] = []
     for placement in ids.placements if placements is None else placements:
-        dim = len(shape) + placement.dim - len(ids.shape) if placement.is_shard() else -1
-        follows = dim >= 0 and shape[dim] == ids.shape[placement.dim]
+        dim = len(shape) + placement.dim - len(ids.shape) if isinstance(placement, Shard) else -1
+        follows = dim >= 0 and shape[dim] == ids.shape[dim - len(shape)]
         found.append(Shard(dim) if follows else Replicate())
     return found
 
 
-def _dims(fields, needs_alone=True):
+def _dims(fields: dict[str, Any], needs_alone: bool = True) -> list[Placement]:
     """Placements of ids, on one dimension of their mesh, where each rank needs nothing of the others; tables are whole."""
     ids = fields["ids"]
     if fields["seed"] is not None:  # dropout counts elements of the whole
@@ -124,30 +120,30 @@ def _dims(fields, needs_alone=True):
     return [Replicate(), *map(Shard, dims)]
 
 
-def _turns_by_place(fields):
+def _turns_by_place(fields: dict[str, Any]) -> bool:
     """Whether rows of turns are those of one sequence, out of several."""
     cos, turn_ids, shape = fields["cos"], fields["turn_ids"], fields["ids"].shape
     rows = cos.shape[:-1] if turn_ids is None else turn_ids.shape
     return len(shape) > 1 and rows.numel() == shape[-1]
 
 
-def _placed(fields, placement):
+def _placed(fields: dict[str, Any], placement: Placement) -> dict[str, Placement | None]:
     """Where each field lies when ids lie there; None for what is no tensor."""
-    ids, found = fields["ids"], {}
+    found: dict[str, Placement | None] = {}
     for name, value in fields.items():
         is_tensor = "Tensor" in SCHEMA[name] and value is not None
-        found[name] = None if not is_tensor else Replicate()
+        found[name] = Replicate() if is_tensor else None
         if is_tensor and name in IDS:
-            found[name] = placement if name == "ids" else _layouts(value.shape, ids, [placement])[0]
+            found[name] = placement if name == "ids" else _layouts(value.shape, fields["ids"], [placement])[0]
     return found
 
 
-def _rows(placement):
+def _rows(placement: Placement) -> Placement:
     """Of a tensor with a row for each token."""
     return Shard(0) if placement.is_shard() else placement
 
 
-def _sums(placement):
+def _sums(placement: Placement) -> Placement:
     return Partial() if placement.is_shard() else Replicate()
 
 

@@ -1,13 +1,16 @@
 """The modules without a projection: nn.Embedding, and its sum with positions."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch._jit_internal import is_scripting
 
 from ..call import Call, Terms, stock_forward
 from ..functional import embedding, why_no_kernel
 from ..ids import HasIdPolicy
 from ..plans.choice import Plan, why_torch
-from ..positions import make
+from ..positions import Sinusoidal, make
 from ..run import run
 from ..settings import policy_of
 from .known import COMBINES
@@ -23,7 +26,7 @@ class Embedding(nn.Embedding, HasIdPolicy):
     @stock_forward
     def forward(self, input: Tensor) -> Tensor:
         """input: ids (...) int32 or int64 -> (..., embedding_dim). IndexError: an id outside the table."""
-        if torch.jit.is_scripting():
+        if is_scripting():
             return nn.functional.embedding(
                 input, self.weight, self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse
             )
@@ -53,22 +56,28 @@ class TokenPositionEmbedding(HasIdPolicy):
     ValueError: another kind, or nothing to concatenate.
     """
 
+    _modules: dict[str, Any]  # read in place of attributes, which are slow
+    token: Embedding
+    position: nn.Embedding | Sinusoidal | None
+    segment: Embedding | None
+    dropout: nn.Dropout
+
     def __init__(
         self,
-        num_embeddings,
-        embedding_dim,
-        max_length,
-        position="learned",
-        combine="sum",
-        dropout=0.0,
-        padding_idx=None,
-        scale=None,
-        num_segments=0,
-        device=None,
-        dtype=None,
-    ):
+        num_embeddings: int,
+        embedding_dim: int,
+        max_length: int | None,
+        position: str | None = "learned",
+        combine: str = "sum",
+        dropout: float = 0.0,
+        padding_idx: int | None = None,
+        scale: float | None = None,
+        num_segments: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
-        factory = {"device": device, "dtype": dtype}
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         if combine not in COMBINES:
             raise ValueError(f"combine: expected one of {COMBINES}, got {combine!r}")
         if combine == "concat" and (position is None or num_segments):
@@ -82,22 +91,13 @@ class TokenPositionEmbedding(HasIdPolicy):
     def forward(self, ids: Tensor, position_ids: Tensor | None = None, segment_ids: Tensor | None = None) -> Tensor:
         """ids (..., T), position_ids and segment_ids (T,), (1, T) or like ids, None: 0 … T−1, and 0 -> hidden (..., T,
         embedding_dim)."""
-        modules = self._modules  # a module's attributes are slow
+        modules = self._modules
         token, position, segment, dropout = modules["token"], modules["position"], modules["segment"], modules["dropout"]
-        terms = Terms(
-            ids,
-            token.weight,
-            None if position is None else position.weight,
-            position_ids,
-            None if segment is None else segment.weight,
-            segment_ids,
-            None,
-            self.scale,
-            dropout.p if self.training else 0.0,
-            -1 if token.padding_idx is None else token.padding_idx,
-        )
+        positions, segments = None if position is None else position.weight, None if segment is None else segment.weight
+        rate, row = dropout.p if self.training else 0.0, -1 if token.padding_idx is None else token.padding_idx
+        terms = Terms(ids, token.weight, positions, position_ids, segments, segment_ids, None, self.scale, rate, row)
         policy = policy_of(self._id_policy or token._id_policy)
         return run(Call(terms, id_policy=policy, concat=self.combine == "concat"))
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"combine={self.combine!r}" + ("" if self.scale is None else f", scale={self.scale}")

@@ -1,7 +1,9 @@
 """The front end as a module: PyTorch's own submodules, so that weights, names and initial values stay, run in one pass."""
 
 import contextlib
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 import pyembed.settings as settings
@@ -42,32 +44,32 @@ class EmbeddingQKV(KeepsTable):
 
     def __init__(
         self,
-        num_embeddings,
-        embedding_dim,
-        num_heads,
+        num_embeddings: int,
+        embedding_dim: int,
+        num_heads: int,
         *,
-        num_kv_heads=None,
-        head_dim=None,
-        max_length=1024,
-        position="learned",
-        norm="layer",
-        bias=True,
-        eps=1e-5,
-        dropout=0.0,
-        padding_idx=None,
-        rotary=None,
-        scale=None,
-        num_segments=0,
-        qk_norm=None,
-        combine="sum",
-        position_offset=0,
-        heads_first=False,
-        batch_invariant=False,
-        device=None,
-        dtype=None,
-    ):
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        max_length: int | None = 1024,
+        position: str | None = "learned",
+        norm: str | None = "layer",
+        bias: bool = True,
+        eps: float = 1e-5,
+        dropout: float = 0.0,
+        padding_idx: int | None = None,
+        rotary: Rotary | None = None,
+        scale: float | None = None,
+        num_segments: int = 0,
+        qk_norm: str | None = None,
+        combine: str = "sum",
+        position_offset: int = 0,
+        heads_first: bool = False,
+        batch_invariant: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
-        factory = {"device": device, "dtype": dtype}
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         num_kv_heads = check_heads(num_heads, num_kv_heads)
         sizes = {"num_embeddings": num_embeddings, "embedding_dim": embedding_dim, "max_length": max_length}
         if max_length is None and str(position).startswith("sinusoidal"):
@@ -88,6 +90,7 @@ class EmbeddingQKV(KeepsTable):
         self.num_heads, self.num_kv_heads, self._head_dim = num_heads, num_kv_heads, head_dim
         self.token = nn.Embedding(num_embeddings, embedding_dim, padding_idx, **factory)
         if position == "rotary":
+            assert max_length is not None
             position, rotary = None, Rotary(head_dim, max_length, device=device) if rotary is None else rotary
         rows = max_length if max_length is None else max_length + position_offset
         self.register_module("position", make(position, rows, embedding_dim, **factory))
@@ -101,7 +104,7 @@ class EmbeddingQKV(KeepsTable):
             self.register_module(name, known.make_norm("qk_norm", qk_norm, head_dim, eps, bias, **factory))
         self.dropout = nn.Dropout(dropout)
 
-    def _set(self, scale, combine, position_offset, heads_first, batch_invariant):
+    def _set(self, scale: float | None, combine: str, position_offset: int, heads_first: bool, batch_invariant: bool) -> None:
         if not isinstance(position_offset, int) or position_offset < 0:
             raise ValueError(f"position_offset: expected an int of at least 0, got {position_offset}")
         if combine not in known.COMBINES:
@@ -119,24 +122,24 @@ class EmbeddingQKV(KeepsTable):
     @classmethod
     def from_modules(
         cls,
-        token,
-        position=None,
-        norm=None,
+        token: nn.Embedding,
+        position: nn.Embedding | Sinusoidal | None = None,
+        norm: nn.Module | None = None,
         *,
-        qkv,
-        num_heads,
-        num_kv_heads=None,
-        dropout=0.0,
-        rotary=None,
-        per_head=False,
-        scale=None,
-        segment=None,
-        query_norm=None,
-        key_norm=None,
-        combine="sum",
-        heads_first=False,
-        batch_invariant=False,
-    ):
+        qkv: nn.Module | tuple[nn.Linear, nn.Linear, nn.Linear] | list[nn.Linear],
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        dropout: float = 0.0,
+        rotary: Rotary | None = None,
+        per_head: bool = False,
+        scale: float | None = None,
+        segment: nn.Embedding | None = None,
+        query_norm: nn.Module | None = None,
+        key_norm: nn.Module | None = None,
+        combine: str = "sum",
+        heads_first: bool = False,
+        batch_invariant: bool = False,
+    ) -> "EmbeddingQKV":
         """A front end over modules that a model already has: it holds them, copies nothing, and trains what they hold.
 
         token, position, segment: nn.Embedding, or Gemma's and BART's, with scale or `offset`. norm: nn.LayerNorm, nn.RMSNorm
@@ -244,7 +247,7 @@ class EmbeddingQKV(KeepsTable):
             chosen = choose(known)
             return chosen._replace(seconds=weighed.seconds) if chosen.reason == weighed.reason else chosen
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         usual = {"num_kv_heads": self.num_heads, "scale": None, "combine": "sum", "position_offset": 0, "id_policy": None}
         usual |= {"heads_first": False, "batch_invariant": False}
         more = [f"{name}={getattr(self, name)!r}" for name, value in usual.items() if getattr(self, name) != value]

@@ -3,6 +3,7 @@
 import logging
 import threading
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ class KeepsTable(HoldsParts):
         call = self._call_of_no_ids()
         return nbytes(call._replace(terms=call.terms._replace(token=self._modules["token"].weight)), dtype)
 
-    def _call_of_no_ids(self):
+    def _call_of_no_ids(self) -> Call:
         """A Call for the weights alone."""
         return self._read_weights(torch.empty(0, dtype=torch.long, device=self._modules["token"].weight.device), None, None)
 
@@ -60,7 +61,7 @@ class KeepsTable(HoldsParts):
             return made.error
 
     @torch.no_grad()
-    def _make_table(self):
+    def _make_table(self) -> Table:
         foreign = self._foreign() or known.distributed(self._modules)
         if foreign:
             raise RuntimeError(f"table: expected modules that are no more than their weights, but {foreign}")
@@ -73,7 +74,7 @@ class KeepsTable(HoldsParts):
         self._table = made = Table(known.links(self._modules), call, dtype)
         return made
 
-    def drop_table(self):
+    def drop_table(self) -> None:
         """Gives the table's memory back, and makes it no more."""
         self._table, self._keeps_table, self._table_failed = None, False, False
 
@@ -115,7 +116,7 @@ class KeepsTable(HoldsParts):
             self._check(given)  # says what is wrong, if it is an argument
             raise
 
-    def _call_by_table(self, ids, position_ids, distinct, segment_ids):
+    def _call_by_table(self, ids: Tensor, position_ids: Tensor | None, distinct: Any, segment_ids: Tensor | None) -> Call:
         """A Call without norm and projection, which the table holds: in place of the weight it has N empty rows."""
         terms = self._terms(ids, position_ids, segment_ids)
         weight = terms.token.new_empty((self.num_heads + 2 * self.num_kv_heads) * self._head_dim, 0)
@@ -123,14 +124,14 @@ class KeepsTable(HoldsParts):
         epilogue = self._epilogue(terms.token)
         return Call(terms, Norm(), projection, epilogue, self._policy(), distinct=distinct)
 
-    def _check(self, call):
+    def _check(self, call: Call) -> None:
         """A call by the table, whose weights are not looked at."""
         check(call._replace(projection=None, norm=Norm()))
         check_epilogue(call)
         if call.id_policy == "raise":
             check_ranges(call)
 
-    def _current_table(self, call):
+    def _current_table(self, call: Call) -> Table | None:
         """The table, made if need be; None: it could not be, which is said once."""
         found = self._table
         if found is not None and found.is_current(*call.terms[:4:3]):
@@ -154,17 +155,17 @@ class KeepsTable(HoldsParts):
                 )  # fmt: skip
                 return None
 
-    def _check_table_dtype(self, dtype):
+    def _check_table_dtype(self, dtype: torch.dtype | None) -> None:
         own = self._modules["token"].weight.dtype
         if dtype not in (None, own, torch.float16, torch.bfloat16) or dtype and dtype.itemsize > own.itemsize:
             raise TypeError(f"dtype: expected torch.float16, torch.bfloat16 or None for {own}, got {dtype}")
 
-    def _refuses_plans(self):
+    def _refuses_plans(self) -> str | None:
         """Why one_pass alone can run a call; None: other plans can."""
         terms = self._terms(torch.empty(0), None, None)
         return refuses(Call(terms, id_policy=self._policy(), batch_invariant=self.batch_invariant))
 
-    def _refuses_table(self):
+    def _refuses_table(self) -> str | None:
         """Why no table can serve a call now; None: one can."""
         if torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
             return "gradients are wanted and a table has none; call it within torch.no_grad()"
@@ -177,9 +178,9 @@ class KeepsTable(HoldsParts):
             return "a compiler, torch.func or forward-mode AD is at work"
         return None
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "KeepsTable":
         self._table = None  # its memory need not wait for the next call
         return super()._apply(fn, recurse)
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_table": None}  # a copy makes its own

@@ -1,5 +1,7 @@
 """Modules whose forward is known: what they compute from which weights, so that a front end need not call them."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -12,28 +14,28 @@ COMBINES = ("sum", "concat")
 _STOCK = (nn.Embedding, nn.LayerNorm, nn.RMSNorm, nn.Linear)
 
 
-def is_conv1d(qkv):
+def is_conv1d(qkv: Any) -> bool:
     """Hugging Face's Conv1D, a linear map of weight (D, N)."""
     return type(qkv).__name__.removeprefix("Parametrized") == "Conv1D" and getattr(qkv.weight, "ndim", 0) == 2
 
 
-def is_llama_norm(norm):
+def is_llama_norm(norm: nn.Module) -> bool:
     """Hugging Face's RMSNorm of Llama and of the models that copied it: weight, and variance_epsilon."""
     return "variance_epsilon" in norm.__dict__ and "RMSNorm" in type(norm).__name__
 
 
-def is_gemma_norm(norm):
+def is_gemma_norm(norm: nn.Module) -> bool:
     """Hugging Face's RMSNorm of Gemma 1 to 3: rows are multiplied by 1 + weight, in fp32."""
     return type(norm).__name__ in ("GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm")
 
 
-def position_offset(position):
+def position_offset(position: nn.Module | None) -> int:
     """Rows of a table of positions before that of position 0, as OPT's and BART's have."""
     learned = isinstance(position, nn.Embedding) and "LearnedPositionalEmbedding" in type(position).__name__
     return getattr(position, "offset", 0) if learned else 0
 
 
-def scales_itself(token):
+def scales_itself(token: nn.Module) -> bool:
     """Gemma's and BART's token embeddings multiply their rows by embed_scale. Those with more weights do more."""
     named = "ScaledWordEmbedding" in type(token).__name__ and hasattr(token, "embed_scale")
     return named and len(list(token.parameters())) == 1
@@ -43,28 +45,29 @@ class OwnScale:
     """embed_scale of such a token embedding as a number. BART's is one; Gemma's is a tensor, rounded to its rows' dtype, and
     read when it has changed only: on a GPU to read it is to wait."""
 
-    def __init__(self, token):
-        self.seen = None
+    seen: Tensor | None = None
+    state: tuple[int, torch.dtype] | None = None
+    value = 1.0
+
+    def __init__(self, token: nn.Module) -> None:
         self.of(token)
 
-    def of(self, token):
+    def of(self, token: Any) -> float:
+        """embed_scale of token, as it is now."""
         scale = token.embed_scale
         if not isinstance(scale, torch.Tensor):
             return float(scale)
         if torch.compiler.is_compiling() or scale.is_meta:
-            return getattr(self, "value", 1.0)
+            return self.value
         state = (scale._version, token.weight.dtype)
         if self.seen is not scale or self.state != state:  # held, so that no other tensor can come to its address
             self.seen, self.state, self.value = scale, state, scale.to(token.weight.dtype).item()
         return self.value
 
 
-def is_stock(module):
-    """Whether it is called with what its class in PyTorch is called with."""
-    return _has_stock_forward(type(module))
-
-
-def _has_stock_forward(kind):
+def is_stock(module: nn.Module) -> bool:
+    """Whether its class computes what PyTorch's does."""
+    kind = type(module)
     return (
         kind in _STOCK
         or getattr(kind.forward, "is_stock", False)
@@ -72,15 +75,15 @@ def _has_stock_forward(kind):
     )
 
 
-def _is_known(name, part):
+def _is_known(name: str, part: nn.Module) -> bool:
     """Whether it is one of transformers' whose forward is known."""
     if "norm" in name:
         return is_llama_norm(part) or is_gemma_norm(part)
     known = {"qkv": is_conv1d, "position": position_offset, "token": scales_itself}
-    return name in known and known[name](part)
+    return name in known and bool(known[name](part))
 
 
-def foreign(modules):
+def foreign(modules: dict[str, Any]) -> str | None:
     """Why the parts must be called, since their weights are not all that they do; None: they are."""
     for name in NAMES:
         module = modules[name]
@@ -94,7 +97,7 @@ def foreign(modules):
         for part in module if isinstance(module, nn.ModuleList) else (module,):
             if part._forward_pre_hooks or part._forward_hooks or part._backward_pre_hooks or part._backward_hooks:
                 return f"{name} has hooks"
-            if not (_has_stock_forward(type(part)) or _is_known(name, part)) or "forward" in part.__dict__:
+            if not (is_stock(part) or _is_known(name, part)) or "forward" in part.__dict__:
                 return f"{name}, a {type(part).__name__}, has a forward of its own"
     query, key = modules["query_norm"], modules["key_norm"]
     if query is not None and not (_is_rms(query) and _is_rms(key) and _eps(query) == _eps(key)):
@@ -102,15 +105,15 @@ def foreign(modules):
     return None
 
 
-def _is_rms(norm):
+def _is_rms(norm: Any) -> bool:
     return not isinstance(norm, nn.LayerNorm) and norm.weight is not None
 
 
-def _eps(norm):
+def _eps(norm: Any) -> float | None:
     return norm.variance_epsilon if is_llama_norm(norm) else norm.eps
 
 
-def make_norm(name, kind, width, eps, bias, **factory):
+def make_norm(name: str, kind: str | None, width: int, eps: float, bias: bool, **factory: Any) -> nn.Module | None:
     """The module behind "layer" | "rms" | None. ValueError: another kind."""
     if kind == "layer":
         return nn.LayerNorm(width, eps, bias=bias, **factory)
@@ -121,7 +124,7 @@ def make_norm(name, kind, width, eps, bias, **factory):
     return None
 
 
-def distributed(modules):
+def distributed(modules: dict[str, Any]) -> str | None:
     """Why no table can be kept of weights that are spread over devices; None: they are not."""
     for name in NAMES if has_process_group() else ():
         for part in () if modules[name] is None else modules[name].modules():
@@ -130,7 +133,7 @@ def distributed(modules):
     return None
 
 
-def norm_of(norm: nn.Module | None, dtype: torch.dtype) -> Norm:
+def norm_of(norm: Any, dtype: torch.dtype) -> Norm:
     """The Norm that a module which is not foreign computes over rows of dtype."""
     if norm is None:
         return Norm()
@@ -142,7 +145,7 @@ def norm_of(norm: nn.Module | None, dtype: torch.dtype) -> Norm:
     return Norm(kind, weight, getattr(norm, "bias", None), eps)
 
 
-def projection(qkv: nn.Module, groups: int = 0, head_dim: int = 0) -> tuple[Tensor, Tensor | None]:
+def projection(qkv: Any, groups: int = 0, head_dim: int = 0) -> tuple[Tensor, Tensor | None]:
     """Weight (N, D), rows of query, key, value, and bias (N,) or None of qkv, whatever holds them.
 
     groups: in so many groups of heads, each its queries, its key and its value, lie the rows of qkv; 0: they lie as returned.
@@ -164,14 +167,14 @@ def projection(qkv: nn.Module, groups: int = 0, head_dim: int = 0) -> tuple[Tens
     return ungroup(weight, 0, groups, head_dim), None if bias is None else ungroup(bias, 0, groups, head_dim)
 
 
-def ungroup(x, dim, groups, head_dim):
+def ungroup(x: Tensor, dim: int, groups: int, head_dim: int) -> Tensor:
     """Columns or rows of (queries, key, value) of each group in turn -> those of all queries, all keys, all values."""
     x = x.unflatten(dim, (groups, -1, head_dim))
     axis = dim + 1 if dim >= 0 else dim - 1
     return torch.cat([part.flatten(axis - 1, axis + 1) for part in x.split([x.shape[axis] - 2, 1, 1], axis)], dim)
 
 
-def check_widths(modules, num_heads, num_kv_heads, combine):
+def check_widths(modules: dict[str, Any], num_heads: int, num_kv_heads: int, combine: str) -> int:
     """The width of a head. ValueError: parts that do not fit each other."""
     token, position, segment, norm, qkv, *head_norms = (modules[name] for name in NAMES)
     D, (weight, _) = token.embedding_dim, projection(qkv)
@@ -189,7 +192,7 @@ def check_widths(modules, num_heads, num_kv_heads, combine):
             f"qkv: expected a multiple of num_heads + 2·num_kv_heads ({num_heads} + 2·{num_kv_heads}) outputs, got "
             f"{weight.shape[0]}"
         )
-    rows = [linear.weight.shape[0] for linear in qkv] if isinstance(qkv, nn.ModuleList) else None
+    rows = [projection(linear)[0].shape[0] for linear in qkv] if isinstance(qkv, nn.ModuleList) else None
     if rows and rows != [h * head_dim for h in heads]:
         raise ValueError(f"qkv: expected outputs of query, key and value in the ratio {heads}, got {rows}")
     for name, head_norm in zip(("query_norm", "key_norm"), head_norms, strict=True):
@@ -197,23 +200,13 @@ def check_widths(modules, num_heads, num_kv_heads, combine):
     return head_dim
 
 
-def check_devices(modules):
-    """ValueError: a part whose weights are not where token's are."""
-    device = modules["token"].weight.device
-    for name in NAMES:
-        module = nn.Module() if modules[name] is None else modules[name]
-        for key, tensor in (*module.named_parameters(), *module.named_buffers()):
-            if tensor.device != device:
-                raise ValueError(f"{name}.{key}: expected device {device}, that of token; got {tensor.device}")
-
-
-def _check_norm(name, norm, width, meaning):
+def _check_norm(name: str, norm: nn.Module | None, width: int, meaning: str) -> None:
     shape = getattr(norm, "normalized_shape", getattr(getattr(norm, "weight", None), "shape", (width,)))
     if tuple(shape) != (width,):
         raise ValueError(f"{name}: expected normalized_shape {(width,)}, {meaning}; got {tuple(shape)}")
 
 
-def fitting(rotary, head_dim):
+def fitting(rotary: Any, head_dim: int) -> Rotary | None:
     """rotary, if it may turn heads of this width."""
     if rotary is not None and not isinstance(rotary, Rotary):
         raise TypeError(
@@ -225,7 +218,7 @@ def fitting(rotary, head_dim):
     return rotary
 
 
-def place_rows(position, position_ids, offset):
+def place_rows(position: Any, position_ids: Tensor, offset: int) -> Tensor:
     """Rows of a module of positions, of which that of position 0 is row `offset`."""
     if is_stock(position):
         return position(position_ids + offset if offset else position_ids)
@@ -237,7 +230,7 @@ def place_rows(position, position_ids, offset):
     return nn.functional.embedding(position_ids + offset, position.weight, position.padding_idx)
 
 
-def links(modules):
+def links(modules: dict[str, Any]) -> list[tuple[dict[str, Any], str, Any]]:
     """(dict, key, value) of all that a table depends on. RuntimeError: a weight that is computed at every access."""
     qkv = modules["qkv"]
     found = [(modules, name, modules[name]) for name in NAMES]
@@ -254,7 +247,7 @@ def links(modules):
     return found
 
 
-def called_projection(qkv, normed, groups, head_dim):
+def called_projection(qkv: nn.Module, normed: Tensor, groups: int, head_dim: int) -> Tensor:
     """Query, key and value of all heads, behind one another, by calling the module or modules that project."""
     projected = torch.cat([linear(normed) for linear in qkv], -1) if isinstance(qkv, nn.ModuleList) else qkv(normed)
     return ungroup(projected, -1, groups, head_dim) if groups else projected

@@ -12,18 +12,11 @@ from ..call import NO_EPILOGUE, Call, Called, DistinctIds, Epilogue, Norm, Proje
 from ..checks import check, check_query_biases
 from ..ids import HasIdPolicy
 from ..plans.choice import why_torch
+from ..positions import Sinusoidal
 from ..reference import with_query_biases
 from ..rotary import Rotary, turns
 from ..settings import policy_of
-from .known import (
-    NAMES,
-    OwnScale,
-    called_projection,
-    foreign,
-    norm_of,
-    place_rows,
-    projection,
-)
+from .known import NAMES, OwnScale, called_projection, foreign, norm_of, place_rows, projection
 
 PACK_TOKENS = 256  # below so many, packing a projection's rows costs more than one kernel saves
 
@@ -31,6 +24,16 @@ PACK_TOKENS = 256  # below so many, packing a projection's rows costs more than 
 class HoldsParts(HasIdPolicy):
     """A front end's modules, by the names of NAMES, dropout and rotary; most are None."""
 
+    _modules: dict[str, Any]  # read in place of attributes, which are slow
+    token: nn.Embedding
+    position: nn.Embedding | Sinusoidal | None
+    segment: nn.Embedding | None
+    norm: nn.Module | None
+    qkv: nn.Module
+    query_norm: nn.Module | None
+    key_norm: nn.Module | None
+    rotary: Rotary | None
+    dropout: nn.Dropout
     num_heads: int
     num_kv_heads: int
     _head_dim: int
@@ -65,7 +68,7 @@ class HoldsParts(HasIdPolicy):
             call = with_query_biases(call, *query_biases)
         return call
 
-    def _with_turns(self, call, rotary):
+    def _with_turns(self, call: Call, rotary: Any) -> Call:
         """rotary: (cos, sin) of this call; None: the front end's own."""
         terms = call.terms
         cos, sin, turn_ids, interleaved = turns(
@@ -76,7 +79,7 @@ class HoldsParts(HasIdPolicy):
         epilogue = call.epilogue._replace(cos=cos, sin=sin, turn_ids=turn_ids, interleaved=interleaved)
         return call._replace(terms=terms, epilogue=epilogue)
 
-    def _is_plain(self):
+    def _is_plain(self) -> bool:
         """Fast path: stock modules without hooks or further options, whose weights are plain parameters."""
         modules = self._modules
         token, position, norm, qkv = modules["token"], modules["position"], modules["norm"], modules["qkv"]
@@ -98,7 +101,7 @@ class HoldsParts(HasIdPolicy):
             )
         )
 
-    def _read_plain(self, ids, position_ids):
+    def _read_plain(self, ids: Tensor, position_ids: Tensor | None) -> Call:
         modules = self._modules
         token, position, norm, qkv = modules["token"], modules["position"], modules["norm"], modules["qkv"]
         table, padding_idx, linear, affine, eps = (
@@ -117,55 +120,43 @@ class HoldsParts(HasIdPolicy):
             self.batch_invariant,
         )
 
-    def _read_weights(self, ids, position_ids, segment_ids):
+    def _read_weights(self, ids: Tensor, position_ids: Tensor | None, segment_ids: Tensor | None) -> Call:
         """Of modules that are no more than their weights."""
         terms = self._terms(ids, position_ids, segment_ids)
         norm, epilogue = self._norm(terms.token), self._epilogue(terms.token)
         return Call(terms, norm, self._projection(), epilogue, self._policy(), self.batch_invariant)
 
-    def _terms(self, ids, position_ids, segment_ids):
+    def _terms(self, ids: Tensor, position_ids: Tensor | None, segment_ids: Tensor | None) -> Terms:
         token, segment = self._modules["token"], self._modules["segment"]
+        segments, row = None if segment is None else segment.weight, -1 if token.padding_idx is None else token.padding_idx
+        dropout = self._modules["dropout"].p if self._drops() else 0.0
         return Terms(
-            ids,
-            token.weight,
-            self._position(),
-            position_ids,
-            None if segment is None else segment.weight,
-            segment_ids,
-            scale=self._scale(),
-            dropout=self._modules["dropout"].p if self._drops() else 0.0,
-            padding_idx=-1 if token.padding_idx is None else token.padding_idx,
+            ids, token.weight, self._position(), position_ids, segments, segment_ids, None, self._scale(), dropout, row
         )
 
-    def _epilogue(self, token):
+    def _epilogue(self, token: Tensor) -> Epilogue:
         """Without rotary turns. token: its weight."""
         if self._modules["query_norm"] is None:
             return Epilogue(heads_first=self.heads_first)
         query, key = (norm_of(self._modules[name], token.dtype) for name in ("query_norm", "key_norm"))
         return Epilogue(query.weight, key.weight, head_eps=query.eps, heads_first=self.heads_first)
 
-    def _read_modules(self, ids, position_ids, segment_ids):
+    def _read_modules(self, ids: Tensor, position_ids: Tensor | None, segment_ids: Tensor | None) -> Call:
         """The modules themselves, to be called one after the other."""
+        called: Any = Called  # which stands where a field is declared a Tensor
         token, position, segment, norm, qkv, *head_norms = (self._modules[name] for name in NAMES)
         table = self._position()
-        rows = None if position is None else Called(position, partial(place_rows, position, offset=self.position_offset), table)
-        terms = Terms(
-            ids,
-            Called(token, weight=token.weight),
-            rows,
-            position_ids,
-            None if segment is None else Called(segment, weight=segment.weight),
-            segment_ids,
-            None,
-            self.scale,
-            self._modules["dropout"].p if self._drops() else 0.0,
-        )
+        rows = None if position is None else called(position, partial(place_rows, position, offset=self.position_offset), table)
+        query_norm, key_norm = (None if module is None else called(module) for module in head_norms)
+        segments = None if segment is None else called(segment, weight=segment.weight)
+        dropout, token = self._modules["dropout"].p if self._drops() else 0.0, called(token, weight=token.weight)
+        terms = Terms(ids, token, rows, position_ids, segments, segment_ids, None, self.scale, dropout)
         project = partial(called_projection, qkv, groups=self._groups, head_dim=self._head_dim)
         return Call(
             terms,
-            Norm() if norm is None else Norm("called", Called(norm)),
-            Projection(Called(qkv, project), None, self.num_heads, self.num_kv_heads),
-            Epilogue(*(None if module is None else Called(module) for module in head_norms), heads_first=self.heads_first),
+            Norm() if norm is None else Norm("called", called(norm)),
+            Projection(called(qkv, project), None, self.num_heads, self.num_kv_heads),
+            Epilogue(query_norm, key_norm, heads_first=self.heads_first),
             self._policy(),
             concat=self.combine == "concat",
         )
@@ -182,7 +173,7 @@ class HoldsParts(HasIdPolicy):
             raise RuntimeError(f"batch_invariant: expected modules that are no more than their weights, but {found}")
         return found
 
-    def _packs_for_nothing(self, ids):
+    def _packs_for_nothing(self, ids: Tensor) -> bool:
         """Whether packing the rows of query, key and value into one weight would cost more than one product saves; in a graph
         for any number of tokens: whether no kernel would use it."""
         packs = self._groups > 0 or isinstance(self._modules["qkv"], nn.ModuleList)
@@ -220,21 +211,14 @@ class HoldsParts(HasIdPolicy):
         return Projection(weight, bias, self.num_heads, self.num_kv_heads)
 
 
-def _is_plain(module, *kinds):
+def _is_plain(module: nn.Module | None, *kinds: type[nn.Module]) -> bool:
     """Whether it is of just that class, calls nothing else, and holds its weight as a parameter: attributes are slow."""
-    state = module.__dict__ if module is not None else None
-    return (
-        type(module) in kinds
-        and "weight" in state["_parameters"]
-        and not (
-            state["_forward_hooks"]
-            or state["_forward_pre_hooks"]
-            or state["_backward_hooks"]
-            or state["_backward_pre_hooks"]
-            or "forward" in state
-        )
-    )
+    if type(module) not in kinds:
+        return False
+    state = module.__dict__
+    hooks = state["_forward_hooks"] or state["_forward_pre_hooks"] or state["_backward_hooks"] or state["_backward_pre_hooks"]
+    return "weight" in state["_parameters"] and not (hooks or "forward" in state)
 
 
-def _only_looks_up(module):
+def _only_looks_up(module: nn.Embedding) -> bool:
     return module.max_norm is None and not module.scale_grad_by_freq and not module.sparse

@@ -89,7 +89,7 @@ class Plan(NamedTuple):
     reason: str
     seconds: dict[str, float]
 
-    def __str__(self):
+    def __str__(self) -> str:
         costs = ", ".join(f"{name} {seconds * 1e3:.3g} ms" for name, seconds in self.seconds.items())
         return f"{self.name}: {self.reason}" + (f" (predicted: {costs})" if costs else "")
 
@@ -104,9 +104,10 @@ MARGIN = 1.25  # by which `distinct` must be predicted to win: a prediction is n
 LAUNCHES = {"one_pass": (2, 12), "distinct": (8, 26), "table": (1, 1)}  # of a forward, of a forward and backward
 
 
-def _is_small(call, kernels):
+def _is_small(call: Call, kernels: bool) -> bool:
     """Whether a call has so little to compute, and no dense gradient of a large table to make (filling fresh memory with zeros
     would cost more than all else), that no plan can save time."""
+    assert call.projection is not None
     token, weight = call.terms.token, call.projection.weight
     if token.is_cuda:
         return call.terms.ids.numel() < LEAST_TOKENS
@@ -171,6 +172,7 @@ def backward_products(call: Call) -> int | None:
     gradient is wanted."""
     if not torch.is_grad_enabled():
         return None
+    assert call.projection is not None
     weight, bias = call.projection[:2]
     before = any(x is not None and x.requires_grad for x in (call.terms.token, call.terms.position, *call.norm[1:3]))
     wanted = before or weight.requires_grad or bias is not None and bias.requires_grad
@@ -184,6 +186,7 @@ def weigh(call: Call, distinct: int, has_table: bool = False) -> Plan:
     hidden, normed rows and the projection (into fresh memory, on a CPU), distinct and table gather their projections too, and
     a backward of distinct reads every gradient, whatever it is for.
     """
+    assert call.projection is not None
     ids, token, position, position_ids = call.terms[:4]
     M, (N, D), size = ids.numel(), call.projection.weight.shape, token.element_size()
     T, normed, products = call.terms.length, call.norm.kind != "none", backward_products(call)
@@ -191,7 +194,7 @@ def weigh(call: Call, distinct: int, has_table: bool = False) -> Plan:
     rate = measure(token.device, token.dtype)
     product = measure(token.device, product_dtype(token.device, token.dtype))
     trains = products is not None
-    passes, least = 1 + (products or 0), 1 + max(products, 1) if trains else 1
+    passes, least = 1 + (products or 0), 1 + max(products, 1) if products is not None else 1
     work = passes * 2.0 * N * D
     gather, fresh = size / rate.gather, size / rate.fresh
     grad = token.numel() * size if trains and token.requires_grad else 0  # the dense gradient of the table
@@ -203,26 +206,29 @@ def weigh(call: Call, distinct: int, has_table: bool = False) -> Plan:
         launches = {"one_pass": 0.0, "distinct": FIXED_SECONDS, "table": 0.0}
         new = fresh if M * N * size > CACHED_BYTES else gather
         seconds = {"one_pass": M * work / rate.flops + passes * M * (D * gather + width * new) + grad / rate.fresh}
-    moved = rows * (3 * D + N) + M * (2 * D + 2 * N) + N * D
+    moved: float = rows * (3 * D + N) + M * (2 * D + 2 * N) + N * D
     moved *= least * SCATTERED if trains else 1
     seconds["distinct"] = rows * work / product.flops + moved * gather + 2 * grad / rate.gather
     if has_table:
         seconds["table"] = M * (2 * D + 2 * N) * gather
     seconds = {name: value + launches[name] for name, value in seconds.items()}
     handicapped = {name: value * MARGIN if name == "distinct" else value for name, value in seconds.items()}
-    name = min(handicapped, key=handicapped.get)
-    wins = "" if name == min(seconds, key=seconds.get) else f"; distinct must promise to be {MARGIN} times as fast"
+    name = min(handicapped, key=handicapped.__getitem__)
+    wins = "" if name == min(seconds, key=seconds.__getitem__) else f"; distinct must promise to be {MARGIN} times as fast"
     return Plan(name, f"{M} tokens have {distinct} distinct ids and {places} positions{wins}", seconds)
 
 
 class _DistinctCount:
     """How many distinct ids the last batch of a table on a GPU had: copied to the host asynchronously, never waited for."""
 
-    def __init__(self):
-        self.tokens = self.distinct = self.pending = None
-        self.calls, self.expected = 0, {}
+    tokens = calls = 0
+    distinct: int | None = None
+    pending: tuple[Tensor, torch.cuda.Event, int] | None = None
 
-    def look(self, count, tokens):
+    def __init__(self) -> None:
+        self.expected: dict[tuple[int, torch.Size], int | None] = {}
+
+    def look(self, count: Tensor, tokens: int) -> None:
         """count (1,) on the device, of a batch of that many tokens."""
         if not tokens or self.pending is not None or torch.cuda.is_current_stream_capturing():
             return
@@ -233,7 +239,7 @@ class _DistinctCount:
             event.record()
         self.pending = host, event, tokens
 
-    def expect(self, tokens):
+    def expect(self, tokens: int) -> int | None:
         """Distinct ids among so many tokens, from the last batch seen: their number grows with the tokens' to the 0.64
         (Heaps' law, fitted to WikiText-2 in GPT-2's tokens). None: nothing was seen yet."""
         if self.pending is not None and not torch.cuda.is_current_stream_capturing() and self.pending[1].query():
@@ -249,18 +255,18 @@ EXPECTATIONS = 256  # kept of past calls, so that a checkpoint computes its forw
 COUNT_EVERY = 16  # calls by one_pass
 
 
-def _table_of(token):
+def _table_of(token: Tensor) -> Tensor:
     return token if token._base is None else token._base  # a DTensor's own tensor is a new view at each call
 
 
-def _count_distinct(ids, size):
+def _count_distinct(ids: Tensor, size: int) -> Tensor:
     """How many distinct rows of a table of `size` rows the ids on a GPU name: (1,) there."""
     module, running = launcher("distinct", ids)
     with running:
         return module.find(ids, size)[1]
 
 
-def _expected_distinct(ids, token):
+def _expected_distinct(ids: Tensor, token: Tensor) -> int | None:
     """What is known of the ids that this table is called with, without waiting; now and then they are counted."""
     count = _counts.setdefault(_table_of(token), _DistinctCount())
     call = ids.data_ptr(), ids.shape

@@ -3,6 +3,8 @@
 Kernels run it on a GPU (kernels/triton/distinct.py), PyTorch's operators on a CPU (distinct_cpu.py, which has the formula).
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -25,7 +27,7 @@ def front_end(call: Call, kernels: bool, observed: bool, grads: bool) -> HiddenQ
     return found if rest is NO_EPILOGUE else finish(found, rest)
 
 
-def _forward(call, rows, index, kernels):
+def _forward(call: Call, rows: Tensor | None, index: Tensor | None, kernels: bool) -> tuple[Tensor, ...]:
     """The last results: projected (·, N), of distinct positions and then of tokens; rows of the token table and each token's
     index (M,) among them, empty where they were given; count (1,) of the rows in use, where the device alone knows it."""
     ids = call.terms.ids
@@ -38,7 +40,7 @@ def _forward(call, rows, index, kernels):
     return *results, *found, count
 
 
-def _backward(call, grads, results, options, needs):
+def _backward(call: Call, grads: Any, results: Any, options: Any, needs: set[str]) -> dict[str, Tensor]:
     mean, rstd, projected, found_rows, found_index, count = results
     rows, index, kernels = options
     if rows is None:
@@ -50,8 +52,9 @@ def _backward(call, grads, results, options, needs):
         return module.backward(call, grads, mean, rstd, projected, rows, index, count, needs)
 
 
-def _empty(call, rows, index, kernels):
+def _empty(call: Call, rows: Tensor | None, index: Tensor | None, kernels: bool) -> tuple[Tensor, ...]:
     """Sizes that depend on the values of ids are new symbols."""
+    assert call.projection is not None
     ids, token = call.terms[:2]
     M, size = ids.numel(), torch.library.get_ctx().new_dynamic_size
     found: tuple[Tensor, ...] = (ids.new_empty(0), ids.new_empty(0))

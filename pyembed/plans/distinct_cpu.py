@@ -19,12 +19,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..call import Call, wide_dtype
+from ..call import Call, Norm, Terms, wide_dtype
 from ..memory import empty, empty_each
 from .rates import product_dtype
 
 FEW = 64  # tokens up to which the number of operators is what a call costs
 BLOCK_BYTES = 2 << 20  # of one block's largest tensor: a few of them fit in the last level of cache
+
+
+Parts = list[tuple[Tensor, Tensor | None, Tensor | None, Tensor]]
 
 
 class Block(NamedTuple):
@@ -41,20 +44,23 @@ class Batch:
     rows (U,) and index (M,) where they are known: the rows of the token table that were projected, and each token's among them.
     """
 
-    def __init__(self, ids: Tensor, position: Tensor | None, position_ids: Tensor | None, width: int, rows=None, index=None):
-        self.M, self.T = ids.numel(), ids.shape[-1] if ids.dim() else 1
-        self.ids = ids.reshape(-1)
-        self.rows, self.index = rows, index
+    place_index: Tensor | None = None
+
+    def __init__(self, terms: Terms, width: int, rows: Tensor | None = None, index: Tensor | None = None) -> None:
+        ids, _, position, position_ids, *_ = terms
+        self.M, self.T, self.ids = ids.numel(), terms.length, ids.reshape(-1)
         if index is None:
-            self.rows, self.index = torch.unique(self.ids, return_inverse=True)
-        self.place_rows = self.place_index = None
-        if position is not None and position_ids is None:
+            rows, index = torch.unique(self.ids, return_inverse=True)
+        self.rows, self.index = rows, index
+        if position is None:
+            self.place_rows = ids.new_empty(0)
+        elif position_ids is None:
             self.place_rows = torch.arange(self.T, device=ids.device)
-        elif position is not None and position_ids.numel() == self.T:
+        elif position_ids.numel() == self.T:
             self.place_rows = position_ids.reshape(-1)
-        elif position is not None:
+        else:
             self.place_rows, self.place_index = torch.unique(position_ids.reshape(-1), return_inverse=True)
-        self.P = 0 if self.place_rows is None else self.place_rows.numel()
+        self.P = self.place_rows.numel()
         self.step = max(1, BLOCK_BYTES // (4 * width))
 
     def blocks(self) -> Iterator[Block]:
@@ -84,7 +90,7 @@ class Batch:
             out.view(block.sequences, -1, out.shape[1]).add_(places[block.places])
         return out
 
-    def sum_places(self, block: Block, x: Tensor, table: Tensor):
+    def sum_places(self, block: Block, x: Tensor, table: Tensor) -> None:
         """table (P, n) += x (tokens, n), by position."""
         if self.place_index is not None:
             table.index_add_(0, self.place_index[block.tokens], x)
@@ -92,8 +98,9 @@ class Batch:
             table[block.places].add_(x.view(block.sequences, -1, x.shape[1]).sum(0))
 
     @cached_property
-    def order(self):
+    def order(self) -> tuple[Tensor, Tensor]:
         """Tokens in the order of their distinct rows, stable, and where each row's tokens begin."""
+        assert self.rows is not None
         counts = torch.bincount(self.index, minlength=self.rows.numel())
         return torch.argsort(self.index, stable=True), counts.cumsum(0) - counts
 
@@ -137,7 +144,9 @@ def inverse_deviation(hidden: Tensor, norm: str, eps: float) -> Tensor:
     return torch.linalg.vecdot(rows, rows).div_(rows.shape[1]).add_(eps).rsqrt_()[:, None]
 
 
-def expand(batch, token, places, parts, hidden, rstd, norm, eps, unit=1.0):
+def expand(
+    batch: Batch, token: Tensor, places: Tensor | None, parts: Parts, hidden: Tensor, rstd: Tensor, norm: Norm, unit: float = 1
+) -> None:
     """One pass over the tokens: hidden (M, D) and rstd (M,) are filled, and for each of parts — projected tokens, projected
     positions or None (both times unit), shift or None, out (M, n) — out is the projection. places (P, D): the rows of the
     batch's positions, or None."""
@@ -145,14 +154,15 @@ def expand(batch, token, places, parts, hidden, rstd, norm, eps, unit=1.0):
     for block in batch.blocks():
         h = batch.sum(block, token, batch.ids, places, hidden[block.tokens])
         scale = None
-        if norm != "none":
-            scale = inverse_deviation(h, norm, eps)
+        if norm.kind != "none":
+            scale = inverse_deviation(h, norm.kind, norm.eps)
             rstd[block.tokens, None] = scale
         for tokens, positions, offset, out in parts:
             out = out[block.tokens]
             in_place = out.dtype == wide == tokens.dtype
             x = batch.sum(block, tokens, batch.index, positions, out if in_place else out.new_empty(out.shape, dtype=wide))
             if scale is not None:
+                assert offset is not None
                 x = torch.addcmul(offset, x, scale, value=1 / unit, out=x)
             elif offset is not None:
                 x = torch.add(offset, x, alpha=1 / unit, out=x)
@@ -172,11 +182,12 @@ def split(buffer: Tensor, widths: list[int]) -> list[Tensor]:
 def forward(call: Call, rows: Tensor | None = None, index: Tensor | None = None) -> tuple[Tensor, ...]:
     """-> hidden (..., D), query, key and value (..., h, d_h), mean (0,), rstd (M,) or (0,), projected (P + U, N): of distinct
     positions, then of tokens, and the batch's rows (U,) and index (M,), which may be given. The epilogue is not applied."""
-    (ids, token, position, position_ids, *_), norm, projection = call.terms, call.norm, call.projection
+    (ids, token, position, *_), norm, projection = call.terms, call.norm, call.projection
     assert projection is not None
     weight, bias, heads, kv_heads = projection
     D, N, dtype = token.shape[1], weight.shape[0], token.dtype
-    batch = Batch(ids, position, position_ids, max(D, N), rows, index)
+    batch = Batch(call.terms, max(D, N), rows, index)
+    assert batch.rows is not None
     wide, P, head_dim = wide_dtype(dtype), batch.P, N // (heads + 2 * kv_heads)
     widths = [n * head_dim for n in (heads, kv_heads, kv_heads)]
     places = None if position is None else position.index_select(0, batch.place_rows)
@@ -193,28 +204,23 @@ def forward(call: Call, rows: Tensor | None = None, index: Tensor | None = None)
     for rows_of, table, out, offset in zip(weight.split(widths), split(projected, widths), results, offsets, strict=True):
         project(used, rows_of, table, product)
         parts.append((table[P:], table[:P] if P else None, offset, out.view(batch.M, rows_of.shape[0])))
-    expand(batch, token, places, parts, hidden.view(batch.M, D), rstd, norm.kind, norm.eps)
+    expand(batch, token, places, parts, hidden.view(batch.M, D), rstd, norm)
     return hidden, *results, rstd.new_empty(0), rstd, projected, batch.rows, batch.index
 
 
 def backward(
-    call: Call,
-    grads: list[Tensor | None],
-    rstd: Tensor,
-    projected: Tensor,
-    rows: Tensor,
-    index: Tensor,
-    needs: set[str],
+    call: Call, grads: list[Tensor | None], rstd: Tensor, projected: Tensor, rows: Tensor, index: Tensor, needs: set[str]
 ) -> dict[str, Tensor]:
     """Gradients of those fields of the call that are needed, by name.
 
     grads: of hidden, query, key and value, each or None; the others as forward returned them.
     """
-    (ids, token, position, position_ids, *_), norm, weight = call.terms, call.norm, call.projection.weight
+    assert call.projection is not None
+    (ids, token, position, *_), norm, weight = call.terms, call.norm, call.projection.weight
     (V, D), dtype, M = token.shape, token.dtype, ids.numel()
     N, needs_tables, found = weight.shape[0], not needs.isdisjoint(("token", "position")), {}
     grad_hidden, *grads_qkv = (None if g is None else g.reshape(M, g.shape[ids.dim() :].numel()) for g in grads)
-    batch = Batch(ids, position, position_ids, max(D, N), rows, index)
+    batch = Batch(call.terms, max(D, N), rows, index)
     wide, P, normed = wide_dtype(dtype), batch.P, norm.kind != "none"
     places = None if position is None else position.index_select(0, batch.place_rows)
 
@@ -223,7 +229,7 @@ def backward(
     if any(grad is not None for grad in grads_qkv):
         pull = torch.zeros(batch.M, dtype=wide) if normed and needs_tables else None
         product = wide if dtype == torch.float16 else product_dtype(weight.device, dtype)
-        grad_projected = torch.empty(P + batch.rows.numel(), N, dtype=product)
+        grad_projected = torch.empty(P + rows.numel(), N, dtype=product)
         grad_bias = torch.zeros(N, dtype=wide)
         widths = [heads * call.head_dim for heads in call.projection.groups]
         sums = zip(split(projected, widths), grad_projected.split(widths, 1), grad_bias.split(widths), strict=True)
@@ -234,7 +240,7 @@ def backward(
                 _project_backward(batch, grad.contiguous(), table, rstd, pull, *sum_of)
         if pull is not None:
             pull *= rstd.pow(3) / -D
-        used = token.index_select(0, batch.rows)
+        used = token.index_select(0, rows)
         used = centred(used if places is None else torch.cat([places, used]), norm.kind)
         gamma = 1.0 if norm.weight is None else norm.weight
         if "weight" in needs:
@@ -244,12 +250,12 @@ def backward(
             found["weight"] = grad_weight.to(dtype)
         if "bias" in needs:
             found["bias"] = grad_bias.to(dtype)
-        if "norm_bias" in needs:
+        if "norm_bias" in needs and norm.bias is not None:
             # Not grad_bias @ weight: a matrix-vector product adds up its rows one after the other, which loses digits.
             found["norm_bias"] = (weight * grad_bias[:, None]).sum(0).to(norm.bias.dtype)
         if needs_tables or "norm_weight" in needs:
             grad_rows = (grad_projected @ weight.to(product)).to(wide)
-            if "norm_weight" in needs:
+            if "norm_weight" in needs and norm.weight is not None:
                 found["norm_weight"] = (grad_rows * used).sum(0).to(norm.weight.dtype)
             grad_rows *= gamma
             if norm.kind == "layer":
@@ -263,16 +269,18 @@ def backward(
 
     if "token" in needs and grad_tokens is not None:
         found["token"] = empty(V, D, dtype=dtype).zero_()
-        found["token"][batch.rows] = grad_tokens.to(dtype)
+        found["token"][rows] = grad_tokens.to(dtype)
         if call.terms.padding_idx >= 0:
             found["token"][call.terms.padding_idx] = 0.0
-    if "position" in needs:
+    if "position" in needs and position is not None:
         grad_position = torch.zeros(position.shape, dtype=wide).index_add_(0, batch.place_rows, grad_places)
         found["position"] = grad_position.to(dtype)
     return found
 
 
-def _project_backward(batch, grad, table, rstd, pull, grad_table, grad_bias):
+def _project_backward(
+    batch: Batch, grad: Tensor, table: Tensor, rstd: Tensor, pull: Tensor | None, grad_table: Tensor, grad_bias: Tensor
+) -> None:
     """For query, key or value: fills grad_table (P + U, n), the gradient of its projected rows, adds to grad_bias (n,), and to
     pull (M,), where that is not None, grad · qkv before rstd."""
     P, wide, normed = batch.P, grad_bias.dtype, rstd.numel() > 0
@@ -289,7 +297,7 @@ def _project_backward(batch, grad, table, rstd, pull, grad_table, grad_bias):
     grad_table[P:] = batch.sum_tokens(grad, rstd if normed else None)
 
 
-def _sum_backward(batch, grad_hidden, token, places, pull, norm, grad_places):
+def _sum_backward(batch: Batch, grad_hidden, token, places, pull, norm, grad_places):
     """Gradient of the distinct tokens (U, D) through hidden and rstd; adds that of the positions to grad_places (P, D)."""
     wide = grad_places.dtype
     streamed = empty(batch.M, token.shape[1], dtype=wide) if pull is not None else grad_hidden.contiguous()

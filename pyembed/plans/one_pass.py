@@ -1,7 +1,7 @@
 """The `one_pass` plan: hidden, and the whole front end, each by one fused kernel, as the operators pyembed::embed and
 pyembed::embed_qkv. embed is differentiable any number of times, embed_qkv once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -36,7 +36,7 @@ def front_end(call: Call, observed: bool) -> HiddenQKV:
 
 
 def kernel_of(call: Call) -> Callable[[Call], tuple[Tensor, ...]] | None:
-    """The kernel that is all that runs such calls without gradients: call -> hidden, query, key, value, mean, rstd, or -> hidden.
+    """The kernel that is all that runs such calls without gradients: call -> hidden, query, key, value, mean, rstd; or hidden.
 
     None: a seed is drawn, a weight is cast, or operators follow."""
     if call.terms.dropout or call.projection is not None and autocast_dtype(call.terms.token) is not None:
@@ -46,16 +46,14 @@ def kernel_of(call: Call) -> Callable[[Call], tuple[Tensor, ...]] | None:
     return launch_hidden if call.projection is None else embed_qkv.without_gradients
 
 
-def _cast(call):
+def _cast(call: Call) -> Call:
     """Under autocast weight, bias and the second query's offset have its dtype, hidden and the norm keep theirs."""
-    projection, epilogue = call.projection, call.epilogue
-    dtype = autocast_dtype(call.terms.token)
-    if dtype is None:
+    projection, epilogue, dtype = call.projection, call.epilogue, autocast_dtype(call.terms.token)
+    if dtype is None or projection is None:
         return call
-    weight, bias, offset = (x if x is None else x.to(dtype) for x in (*projection[:2], epilogue.query_offset))
-    return call._replace(
-        projection=projection._replace(weight=weight, bias=bias), epilogue=epilogue._replace(query_offset=offset)
-    )
+    bias, offset = (x if x is None else x.to(dtype) for x in (projection.bias, epilogue.query_offset))
+    projection = projection._replace(weight=projection.weight.to(dtype), bias=bias)
+    return call._replace(projection=projection, epilogue=epilogue._replace(query_offset=offset))
 
 
 def normalises_heads(call: Call) -> bool:
@@ -69,7 +67,7 @@ def normalises_heads(call: Call) -> bool:
 launch_hidden = partial(launch, "embed", "embed")
 
 
-def _empty_embed(ids, token, *others):
+def _empty_embed(ids: Tensor, token: Tensor, *others: Any) -> Tensor:
     return token.new_empty(*ids.shape, token.shape[1])
 
 
@@ -78,15 +76,17 @@ embed = Operator("embed", f"({HIDDEN.schema}) -> Tensor", lambda *fields: launch
 
 # The backward is not given tables, which may have changed since the forward, but their sizes.
 _WITHOUT_TABLES = tuple(name for name in HIDDEN.names if name not in (*TABLES, "reports"))
-_BACKWARD_SCHEMA = ", ".join(f"{SCHEMA[name]} {name}" for name in _WITHOUT_TABLES)
+_FIELDS = ", ".join(f"{SCHEMA[name]} {name}" for name in _WITHOUT_TABLES)
+_BACKWARD_SCHEMA = f"(Tensor grad, {_FIELDS}, SymInt[] sizes) -> (Tensor, Tensor, Tensor)"
 
 
-def _terms(fields):
+def _terms(fields: Iterable[Any]) -> Terms:
     """Terms without tables."""
-    return Terms(**dict.fromkeys(TABLES), **dict(zip(_WITHOUT_TABLES, fields, strict=True)))
+    values: dict[str, Any] = dict.fromkeys(TABLES) | dict(zip(_WITHOUT_TABLES, fields, strict=True))
+    return Terms(**values)
 
 
-def _run_embed_backward(grad, *arguments):
+def _run_embed_backward(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """Gradients of tables of these sizes; 0: not wanted."""
     *fields, sizes = arguments
     module, running = launcher("embed_grad", grad)
@@ -95,26 +95,21 @@ def _run_embed_backward(grad, *arguments):
     return tuple(found[name] if size else grad.new_empty(0, grad.shape[-1]) for name, size in zip(TABLES, sizes, strict=True))
 
 
-def _empty_embed_backward(grad, *arguments):
+def _empty_embed_backward(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     *_, sizes = arguments
     return tuple(grad.new_empty(size, grad.shape[-1]) for size in sizes)
 
 
-embed_backward = Operator(
-    "embed_backward",
-    f"(Tensor grad, {_BACKWARD_SCHEMA}, SymInt[] sizes) -> (Tensor, Tensor, Tensor)",
-    _run_embed_backward,
-    _empty_embed_backward,
-)
+embed_backward = Operator("embed_backward", _BACKWARD_SCHEMA, _run_embed_backward, _empty_embed_backward)
 
 
-def _save_embed(ctx: Any, inputs, output):
+def _save_embed(ctx: Any, inputs: Any, output: Any) -> None:
     named = dict(zip(embed.names, inputs, strict=True))
     ctx.sizes = [0 if named[name] is None else named[name].shape[0] for name in TABLES]
     save_inputs(ctx, tuple(named[name] for name in _WITHOUT_TABLES))
 
 
-def _differentiate_embed(ctx, grad):
+def _differentiate_embed(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     refuse_tangents(grad)
     wanted, (fields, _) = dict(zip(embed.names, ctx.needs_input_grad, strict=True)), saved_inputs(ctx)
     sizes = [size if wanted[name] else 0 for name, size in zip(TABLES, ctx.sizes, strict=True)]
@@ -125,17 +120,17 @@ def _differentiate_embed(ctx, grad):
 embed.register_autograd(_save_embed, _differentiate_embed)
 
 
-def _save_embed_backward(ctx: Any, inputs, output):
+def _save_embed_backward(ctx: Any, inputs: Any, output: Any) -> None:
     _, *fields, ctx.sizes = inputs
     save_inputs(ctx, tuple(fields))
 
 
-def _differentiate_embed_backward(ctx, *grads):
+def _differentiate_embed_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
     """The backward is linear in grad: its transpose sums and drops, as the forward did, what comes for its gradients."""
     refuse_tangents(*grads)
     fields, _ = saved_inputs(ctx)
     terms, sizes = _terms(fields), dict(zip(TABLES, ctx.sizes, strict=True))
-    tables = dict(zip(TABLES, grads, strict=True))
+    tables: dict[str, Any] = dict(zip(TABLES, grads, strict=True))
     if not sizes["token"]:
         terms, tables["token"] = terms._replace(ids=torch.zeros_like(terms.ids)), grads[0].new_zeros(1, grads[0].shape[1])
     elif terms.padding_idx >= 0:
@@ -143,7 +138,7 @@ def _differentiate_embed_backward(ctx, *grads):
         tables["token"] = tables["token"].masked_fill((rows == terms.padding_idx)[:, None], 0.0)
     for table, ids_of in (("position", "position_ids"), ("segment", "segment_ids")):
         if not sizes[table]:
-            tables[table], terms = None, terms._replace(**{ids_of: None})
+            tables[table] = tables[ids_of] = None
     call = Call(terms._replace(**tables, padding_idx=-1), id_policy="trust")
     found = embed(*HIDDEN.flatten(call))
     return found, *(None for _ in fields), None
@@ -152,7 +147,7 @@ def _differentiate_embed_backward(ctx, *grads):
 embed_backward.register_autograd(_save_embed_backward, _differentiate_embed_backward)
 
 
-def _run_embed_qkv_backward(call, grads, statistics, options, needs):
+def _run_embed_qkv_backward(call: Call, grads: Any, statistics: Any, options: Any, needs: set[str]) -> dict[str, Tensor]:
     module, running = launcher("embed_grad", call.terms.token)
     with running:
         return module.embed_qkv_backward(call, grads, *statistics, needs)

@@ -8,7 +8,7 @@ interpreter. Kernels are imported at the first call, so that `import pyembed` wo
 import contextlib
 import functools
 import importlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -18,10 +18,11 @@ from torch.autograd import forward_ad, profiler
 from ..call import FRONT_END, LEARNED, TABLES, Call, HiddenQKV
 from ..ids import forget, look, report_of
 
+Function = Callable[..., Any]
 # Asked at every call: bound here, since each attribute on the way takes as long as the call.
 _dispatch_modes, _pre_dispatch_modes = torch._C._len_torch_dispatch_stack, torch._ops._len_torch_dispatch_stack_pre_dispatch
 _has_transforms, _tracing_state = torch._C._are_functorch_transforms_active, torch._C._get_tracing_state
-_is_profiled = torch.autograd._profiler_enabled
+_is_profiled = torch._C._autograd._profiler_enabled
 _is_batched = torch._C._functorch.is_legacy_batchedtensor  # as torch.autograd.grad(is_grads_batched=True) has gradients
 
 
@@ -62,7 +63,7 @@ def kernels(name: str) -> Any:
     return importlib.import_module(f"pyembed.kernels.{name}")
 
 
-def launcher(name: str, tensor: Tensor) -> tuple[Any, contextlib.AbstractContextManager]:
+def launcher(name: str, tensor: Tensor) -> tuple[Any, contextlib.AbstractContextManager[Any]]:
     """A module of pyembed.kernels for this tensor's device, and the context that its launches need. IndexError: the kernels
     that ran before met an id without a row; on a CPU, those of this call."""
     if is_compiled(tensor):
@@ -84,14 +85,14 @@ def launch(name: str, function: str, call: Call, *arguments: Any) -> Any:
         )
 
 
-def _without_autocast(device_type):
+def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
     """Products within an operator have the dtypes that it was given."""
     casts = torch.is_autocast_enabled(device_type)
     return torch.autocast(device_type, enabled=False) if casts else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
-def _interpreting(device):
+def _interpreting(device: torch.device) -> Iterator[None]:
     try:
         with kernels("interpreter").running(), _without_autocast(device.type):
             yield
@@ -104,18 +105,19 @@ def _interpreting(device):
 class Operator:
     """run(*arguments) as the operator pyembed::name, and as a plain call with the same gradients."""
 
-    def __init__(self, name: str, schema: str, run: Callable, fake: Callable):
+    def __init__(self, name: str, schema: str, run: Function, fake: Function) -> None:
         """schema: arguments and results as PyTorch writes them. fake: empty results, for tensors without values."""
         self._definition = torch.library.custom_op(f"pyembed::{name}", mutates_args=(), schema=schema)(run)
         self._definition.register_fake(fake)
-        self.op, self._run, self._function = getattr(torch.ops.pyembed, name).default, run, None
+        self.op, self._run = getattr(torch.ops.pyembed, name).default, run
+        self._function: Any = None  # the torch.autograd.Function of the plain call
         self.names = tuple(argument.name for argument in self.op._schema.arguments)
 
-    def register_autograd(self, save: Callable, backward: Callable) -> None:
+    def register_autograd(self, save: Function, backward: Function) -> None:
         """The same rules for the operator and for the plain call. save(ctx, inputs, output); backward(ctx, *gradients)."""
         self._definition.register_autograd(backward, setup_context=save)
 
-        def forward(ctx, *inputs):
+        def forward(ctx: Any, *inputs: Any) -> Any:
             outputs = self._run(*inputs)
             save(ctx, inputs, outputs)
             return outputs
@@ -123,7 +125,7 @@ class Operator:
         members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
         self._function = type(self.op._schema.name.rpartition(":")[2], (torch.autograd.Function,), members)
 
-    def __call__(self, *arguments, observed: bool | None = None):
+    def __call__(self, *arguments: Any, observed: bool | None = None) -> Any:
         """observed: whether the operator itself must run; None: it is found out, in a backward for example."""
         tensors = [value for value in arguments if isinstance(value, Tensor)]
         if observed is None:
@@ -135,13 +137,13 @@ class Operator:
         return self._run(*arguments)
 
 
-def save_inputs(ctx: Any, inputs: tuple, results: Iterable[Tensor] = ()) -> None:
+def save_inputs(ctx: Any, inputs: tuple[Any, ...], results: Iterable[Tensor] = ()) -> None:
     """Keeps an operator's inputs, and those of its results that its backward needs."""
     ctx.numbers = [None if isinstance(value, Tensor) else value for value in inputs]
     ctx.save_for_backward(*(value if isinstance(value, Tensor) else None for value in inputs), *results)
 
 
-def saved_inputs(ctx: Any) -> tuple[list, list[Tensor]]:
+def saved_inputs(ctx: Any) -> tuple[list[Any], list[Tensor]]:
     """-> inputs and results that save_inputs kept."""
     saved = ctx.saved_tensors
     tensors, results = saved[: len(ctx.numbers)], saved[len(ctx.numbers) :]
@@ -176,7 +178,7 @@ def empty_grad(call: Call, name: str, needed: bool) -> Tensor:
     return like.new_empty(like.shape if needed else 0)
 
 
-def _tensors(names):
+def _tensors(names: tuple[str, ...]) -> str:
     return ", ".join(["Tensor"] * len(names))
 
 
@@ -192,18 +194,14 @@ class FrontEnd:
     options, needs: names in LEARNED) -> {name: gradient}. empty(call, *options): the forward's results without values.
     """
 
-    def __init__(self, name: str, options: str, results: str, forward: Callable, backward: Callable, empty: Callable):
+    def __init__(self, name: str, options: str, results: str, forward: Function, backward: Function, empty: Function) -> None:
         self.without_gradients, self._backward, self._empty = forward, backward, empty
         kept, arguments = results.split(), ", ".join(filter(None, (FRONT_END.schema, options)))
         self.outputs = (*HiddenQKV._fields, *kept)
         self.forward = Operator(name, f"({arguments}) -> ({_tensors(self.outputs)})", self._run_forward, self._fake_forward)
         inputs = [*(f"Tensor? grad_{output}" for output in HiddenQKV._fields), *(f"Tensor {result}" for result in kept)]
-        self.backward = Operator(
-            f"{name}_backward",
-            f"({', '.join(inputs)}, {arguments}, bool[] needs) -> ({_tensors(LEARNED)})",
-            self._run_backward,
-            self._fake_backward,
-        )
+        schema = f"({', '.join(inputs)}, {arguments}, bool[] needs) -> ({_tensors(LEARNED)})"
+        self.backward = Operator(f"{name}_backward", schema, self._run_backward, self._fake_backward)
         self.forward.register_autograd(self._save, self._differentiate)
         self.backward.register_autograd(lambda ctx, inputs, output: None, refuse_double_backward)
 
@@ -213,26 +211,26 @@ class FrontEnd:
             return self.forward(*FRONT_END.flatten(call), *options, observed=observed)
         return self.without_gradients(call, *options)
 
-    def _call(self, arguments):
+    def _call(self, arguments: Any) -> tuple[Call, Any]:
         fields = len(FRONT_END.names)
         return FRONT_END.rebuild(arguments[:fields]), arguments[fields:]
 
-    def _run_forward(self, *arguments):
+    def _run_forward(self, *arguments: Any) -> tuple[Tensor, ...]:
         call, options = self._call(arguments)
         return self.without_gradients(call, *options)
 
-    def _fake_forward(self, *arguments):
+    def _fake_forward(self, *arguments: Any) -> tuple[Tensor, ...]:
         call, options = self._call(arguments)
         return self._empty(call, *options)
 
-    def _parts(self, arguments):
+    def _parts(self, arguments: Any) -> tuple[Any, Any, Call, Any, dict[str, bool]]:
         """Of the backward's arguments: gradients, results, the call, options, and {name: whether its gradient is needed}."""
         *arguments, needs = arguments
         grads, results, arguments = _split(arguments, len(HiddenQKV._fields), len(self.outputs))
         call, options = self._call(arguments)
         return grads, results, call, options, dict(zip(LEARNED, needs, strict=True))
 
-    def _run_backward(self, *arguments):
+    def _run_backward(self, *arguments: Any) -> tuple[Tensor, ...]:
         grads, results, call, options, needs = self._parts(arguments)
         found = self._backward(call, grads, results, options, {name for name, needed in needs.items() if needed})
         return tuple(
@@ -240,11 +238,11 @@ class FrontEnd:
             for name, needed in needs.items()
         )
 
-    def _fake_backward(self, *arguments):
+    def _fake_backward(self, *arguments: Any) -> tuple[Tensor, ...]:
         _, _, call, _, needs = self._parts(arguments)
         return tuple(empty_grad(call, name, needed) for name, needed in needs.items())
 
-    def _save(self, ctx, inputs, output):
+    def _save(self, ctx: Any, inputs: Any, output: Any) -> None:
         results = output[len(HiddenQKV._fields) :]
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*results)
@@ -253,7 +251,7 @@ class FrontEnd:
         unused = dict.fromkeys(("bias", "query_offset", "query_norm", "key_norm"))  # the user may change them meanwhile
         save_inputs(ctx, tuple((named | unused).values()), results)
 
-    def _differentiate(self, ctx, *grads):
+    def _differentiate(self, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         refuse_tangents(*grads)
         if ctx.has_head_norm:
             raise RuntimeError("pyembed::embed_qkv has no gradient of normalised heads: pyembed.functional.embed_qkv has")

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..call import Call, HiddenQKV, Norm, wide_dtype
+from ..call import Call, HiddenQKV, Norm, Projection, Terms, wide_dtype
 from ..memory import empty
 from ..reference import finish
-from .distinct_cpu import FEW, Batch, centred, expand, inverse_deviation, project, shift
+from .distinct_cpu import FEW, Batch, Parts, centred, expand, inverse_deviation, project, shift
 from .operators import launch
 
 CHUNK = 4096  # rows that are projected at a time
@@ -61,9 +61,13 @@ class Table:
     DoesNotFit, torch.OutOfMemoryError: no memory. ValueError: entries exceed dtype's range. RuntimeError: inference tensors.
     """
 
-    def __init__(self, links: list[tuple[dict, str, Any]], call: Call, dtype: torch.dtype | None = None):
-        token, position, self.norm = call.terms.token, call.terms.position, call.norm
-        self.token, self.position = token, position
+    shift: Tensor | None  # None: entries have it
+    _samples: list[tuple[Tensor, Tensor]] | None = None  # (view, copy) of what is compared before each call
+    _columns: list[tuple[Tensor, Tensor]]  # of the tables, compared by row
+
+    def __init__(self, links: list[tuple[dict[str, Any], str, Any]], call: Call, dtype: torch.dtype | None = None) -> None:
+        assert call.projection is not None
+        (_, self.token, self.position, *_), self.norm, token = call.terms, call.norm, call.terms.token
         self.dtype = token.dtype if dtype is None else dtype
         sources = [value for _, _, value in links if isinstance(value, Tensor)]
         size, room = nbytes(call, self.dtype), available(token.device)
@@ -81,13 +85,13 @@ class Table:
                 raise
             raise torch.OutOfMemoryError(str(error)) from error  # the CPU's allocator has no type of its own
 
-    def _build(self, weight, bias):
+    def _build(self, weight: Tensor, bias: Tensor | None) -> None:
         kind, norm_weight, norm_bias, eps = self.norm
         tables = [table for table in (self.position, self.token) if table is not None and len(table)]
         places = 0 if self.position is None else self.position.shape[0]
         wide, N = wide_dtype(self.token.dtype), weight.shape[0]
         self.projected = self.token.new_empty(places + self.token.shape[0], N, dtype=self.dtype)
-        self.shift = shift(weight, bias, norm_bias)
+        added = shift(weight, bias, norm_bias)
         self.unit, largest, lost, start = 1.0, 0.0, 0.0, 0
         if self.dtype == torch.float16 and self.position is not None:
             # No entry exceeds the product of two norms (Cauchy, Schwarz): a power of two that brings all of them into range.
@@ -103,7 +107,7 @@ class Table:
                     used *= norm_weight
                 exact = project(used, weight, torch.empty(len(rows), N, dtype=wide, device=rows.device))
                 if self.position is None:
-                    exact = exact.add_(self.shift) if rstd is None else torch.addcmul(self.shift, exact, rstd)
+                    exact = exact.add_(added) if rstd is None else torch.addcmul(added, exact, rstd)
                 exact *= self.unit
                 entries = self.projected[start : start + len(rows)].copy_(exact)
                 start += len(rows)
@@ -113,16 +117,14 @@ class Table:
         if not math.isfinite(lost):
             raise ValueError(f"dtype: expected one that holds entries up to {largest:.3g}, got {self.dtype}")
         self._tokens, self._positions = self.projected[places:], self.projected[:places] if places else None
-        self.norm = Norm(kind, eps=eps)
-        if self.position is None:  # nothing is left to be applied
-            self.norm, self.shift = Norm(), None
+        # Without positions nothing is left to be applied.
+        self.norm, self.shift = (Norm(), None) if self.position is None else (Norm(kind, eps=eps), added)
         # In place of the weight in calls: N rows, and nothing in them.
         self._rows = self.token.new_empty(N, 0)
         self.error = lost / largest if largest else 0.0
 
-    def _sample(self, sources):
-        """Sets (view, copy) of what is compared before each call, and of the tables' columns that are compared by row."""
-        self._samples = self._columns = None
+    def _sample(self, sources: list[Tensor]) -> None:
+        """Sets what is compared before each call, where that costs no wait."""
         if self.token.device.type != "cpu":
             return
         tables = [t for t in (self.token, self.position) if t is not None]
@@ -149,8 +151,8 @@ class Table:
             return False
         if not positions or ids.numel() == 0:
             return True
-        rows = slice(ids.shape[-1] if ids.dim() else 1) if position_ids is None else position_ids.reshape(-1)
-        return all(torch.equal(view[rows], copy[rows]) for view, copy in positions)
+        places = slice(ids.shape[-1] if ids.dim() else 1) if position_ids is None else position_ids.reshape(-1)
+        return all(torch.equal(view[places], copy[places]) for view, copy in positions)
 
     def look_up(self, call: Call, kernels: bool) -> HiddenQKV:
         """The front end of call's ids (..., T) and epilogue. IndexError: an id or position without a row. kernels: by Triton,
@@ -167,30 +169,34 @@ class Table:
         found = launch("expand", "look_up", call._replace(epilogue=fused), self.projected, self.shift, 1 / self.unit)
         return finish(HiddenQKV(*found), rest)
 
-    def _gather(self, call):
+    def _gather(self, call: Call) -> HiddenQKV:
         """By PyTorch's operators, without the epilogue."""
-        (ids, _, _, position_ids, *_), (kind, _, _, eps) = call.terms, self.norm
+        (ids, _, _, position_ids, *_), projection = call.terms, call.projection
+        assert projection is not None
         flat, shape, D, N = ids.reshape(-1), ids.shape, self.token.shape[1], self.projected.shape[1]
         if flat.numel() <= FEW or self.token.is_cuda:
-            return _split(*self._gather_few(flat, call.terms.length, position_ids), shape, call.projection)
+            hidden, qkv = self._gather_few(flat, call.terms.length, position_ids)
+            return _split(hidden, qkv, shape, projection)
         dtype, M = self.token.dtype, flat.numel()
-        batch = Batch(ids, None, None, max(D, N), index=flat)
+        batch = Batch(Terms(ids, self.token), max(D, N), index=flat)
         places, positions = self.position, self._positions
         if position_ids is not None and position_ids.numel() < M:
+            assert places is not None and positions is not None
             places, positions = (table.index_select(0, position_ids.reshape(-1)) for table in (places, positions))
         elif position_ids is not None:
             batch.place_index = position_ids.reshape(-1)
         hidden, qkv = empty(*shape, D, dtype=dtype), empty(*shape, N, dtype=dtype)
-        rstd = None if kind == "none" else self.shift.new_empty(M)
-        parts = [(self._tokens, positions, self.shift, qkv.view(M, N))]
-        expand(batch, self.token, places, parts, hidden.view(M, D), rstd, kind, eps, self.unit)
-        return _split(hidden, qkv, shape, call.projection)
+        rstd = self.token.new_empty(0 if self.norm.kind == "none" else M, dtype=wide_dtype(dtype))
+        parts: Parts = [(self._tokens, positions, self.shift, qkv.view(M, N))]
+        expand(batch, self.token, places, parts, hidden.view(M, D), rstd, self.norm, self.unit)
+        return _split(hidden, qkv, shape, projection)
 
-    def _gather_few(self, flat, T, position_ids):
+    def _gather_few(self, flat: Tensor, T: int, position_ids: Tensor | None) -> tuple[Tensor, Tensor]:
         """hidden (M, D) and qkv (M, N) without blocks: for a few tokens the number of operators is what counts."""
         hidden, x = self.token.index_select(0, flat), self._tokens.index_select(0, flat)
         if self.position is None or not len(flat):
             return hidden, x.to(hidden.dtype)
+        assert self._positions is not None and self.shift is not None
         if x.dtype != self.shift.dtype:
             x = x.to(self.shift.dtype)
         rows = slice(T) if position_ids is None else position_ids.reshape(-1)
@@ -205,14 +211,14 @@ class Table:
         return hidden, x if x.dtype == hidden.dtype else x.to(hidden.dtype)
 
 
-def _split(hidden, qkv, shape, projection):
+def _split(hidden: Tensor, qkv: Tensor, shape: torch.Size, projection: Projection) -> HiddenQKV:
     """hidden (M, D) and qkv (M, N) as results for ids of this shape."""
     groups = projection.groups
     heads = qkv.view(*shape, sum(groups), qkv.shape[-1] // sum(groups))
     return HiddenQKV(hidden.view(*shape, hidden.shape[-1]), *torch.split_with_sizes(heads, groups, -2))
 
 
-def _spread(tensor):
+def _spread(tensor: Tensor) -> Tensor:
     """A short vector whole; of others SAMPLES elements, each of another row and column, from one end to the other."""
     if tensor.dim() == 1 and len(tensor) <= WHOLE:
         return tensor.detach()
@@ -221,6 +227,6 @@ def _spread(tensor):
     return tensor.detach().as_strided((count,), (step,), tensor.storage_offset())
 
 
-def _bits(tensor):
+def _bits(tensor: Tensor) -> Tensor:
     """To compare NaN with itself."""
     return tensor.detach().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])

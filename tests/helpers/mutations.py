@@ -293,7 +293,7 @@ MUTATIONS = [
     Mutation(OPERATORS, "        if all(grad is None for grad in outputs):\n", "        if False:\n", OPS),
     Mutation(OPERATORS, "        if ctx.has_head_norm:\n", "        if False:\n", ENDS + " -k operator"),
     Mutation(OPERATORS, "        refuse_tangents(*grads)\n        if", "        if", OPS + " -k tangents"),
-    Mutation(OPERATORS, "(named | unused).values()", "named.values()", QKV + " -k changed_meanwhile"),
+    Mutation(OPERATORS, "(named | unused).values()", "named.values()", QKV + " -k changed_between"),
     Mutation(OPERATORS, "ctx.set_materialize_grads(False)", "pass", QKV + " -k single_output"),
     Mutation(OPERATORS, "        ctx.mark_non_differentiable(*results)\n", "", OPS + " -k opcheck"),
     Mutation(OPERATORS, "empty_grad(call, name, needed).zero_()", "empty_grad(call, name, needed)", QKV + " -k empty"),
