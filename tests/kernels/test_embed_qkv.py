@@ -131,7 +131,7 @@ def test_eps(eps):
 @pytest.mark.sample
 @pytest.mark.parametrize("norm", ["layer", "rms"])
 @pytest.mark.parametrize("position", ["learned", None])
-@pytest.mark.parametrize("centre", [0.0, 5.0])
+@pytest.mark.parametrize("centre", [full(0.0), 5.0])
 @pytest.mark.parametrize("dtype", [d for d in DTYPES if d.itemsize == 2])
 @pytest.mark.parametrize("D, bias, affine", [(40, True, True), (70, False, True), (136, True, False)])
 def test_folded(D, bias, affine, dtype, norm, position, centre, monkeypatch):
