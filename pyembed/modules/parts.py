@@ -212,12 +212,16 @@ class HoldsParts(HasIdPolicy):
 
 
 def _is_plain(module: nn.Module | None, *kinds: type[nn.Module]) -> bool:
-    """Whether it is of just that class, calls nothing else, and holds its weight as a parameter: attributes are slow."""
-    if type(module) not in kinds:
+    """Whether it is of just that class, calls nothing else, and holds weight and bias as parameters: attributes are slow."""
+    kind = type(module)
+    if kind not in kinds:
         return False
     state = module.__dict__
+    parameters = state["_parameters"]
+    if "weight" not in parameters or kind in (nn.Linear, nn.LayerNorm) and "bias" not in parameters:
+        return False
     hooks = state["_forward_hooks"] or state["_forward_pre_hooks"] or state["_backward_hooks"] or state["_backward_pre_hooks"]
-    return "weight" in state["_parameters"] and not (hooks or "forward" in state)
+    return not (hooks or "forward" in state)
 
 
 def _only_looks_up(module: nn.Embedding) -> bool:
