@@ -205,8 +205,8 @@ LOOKUPS = (
     Lookup("turn_ids", "cos", "position_ids", "rotary"),
 )
 # What a backward by kernels has gradients of; the norms of heads are PyTorch's where a gradient is wanted.
-LEARNED = ("token", "position", "segment", "norm_weight", "norm_bias", "weight", "bias", "query_offset")
-TABLES = LEARNED[:3]
+TABLES = ("token", "position", "segment")
+LEARNED = (*TABLES, "norm_weight", "norm_bias", "weight", "bias", "query_offset")
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -134,11 +134,11 @@ class KeepsTable(HoldsParts):
     def _current_table(self, call: Call) -> Table | None:
         """The table, made if need be; None: it could not be, which is said once."""
         found = self._table
-        if found is not None and found.is_current(*call.terms[:4:3]):
+        if found is not None and found.is_current(call.terms.ids, call.terms.position_ids):
             return found
         with _building:
             found = self._table  # another thread may have made it meanwhile
-            if found is not None and found.is_current(*call.terms[:4:3]) or self._table_failed:
+            if found is not None and found.is_current(call.terms.ids, call.terms.position_ids) or self._table_failed:
                 return found
             try:
                 made = self._make_table()

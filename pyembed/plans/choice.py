@@ -173,8 +173,8 @@ def backward_products(call: Call) -> int | None:
     if not torch.is_grad_enabled():
         return None
     assert call.projection is not None
-    weight, bias = call.projection[:2]
-    before = any(x is not None and x.requires_grad for x in (call.terms.token, call.terms.position, *call.norm[1:3]))
+    (weight, bias, *_), terms, norm = call.projection, call.terms, call.norm
+    before = any(x is not None and x.requires_grad for x in (terms.token, terms.position, norm.weight, norm.bias))
     wanted = before or weight.requires_grad or bias is not None and bias.requires_grad
     return before + weight.requires_grad if wanted else None
 
@@ -187,7 +187,7 @@ def weigh(call: Call, distinct: int, has_table: bool = False) -> Plan:
     a backward of distinct reads every gradient, whatever it is for.
     """
     assert call.projection is not None
-    ids, token, position, position_ids = call.terms[:4]
+    ids, token, position, position_ids, *_ = call.terms
     M, (N, D), size = ids.numel(), call.projection.weight.shape, token.element_size()
     T, normed, products = call.terms.length, call.norm.kind != "none", backward_products(call)
     places = 0 if position is None else T if position_ids is None else min(position_ids.numel(), position.shape[0])

@@ -23,7 +23,7 @@ def front_end(call: Call, kernels: bool, observed: bool, grads: bool) -> HiddenQ
     *outputs, count = distinct_qkv(call, *given, kernels, observed=observed, grads=grads)
     if kernels:
         remember_count(call.terms.token, count, call.terms.ids.numel())
-    found = HiddenQKV(*outputs[:4])
+    found = HiddenQKV._make(outputs[: len(HiddenQKV._fields)])
     return found if rest is NO_EPILOGUE else finish(found, rest)
 
 
@@ -55,7 +55,7 @@ def _backward(call: Call, grads: Any, results: Any, options: Any, needs: set[str
 def _empty(call: Call, rows: Tensor | None, index: Tensor | None, kernels: bool) -> tuple[Tensor, ...]:
     """Sizes that depend on the values of ids are new symbols."""
     assert call.projection is not None
-    ids, token = call.terms[:2]
+    ids, token, *_ = call.terms
     M, size = ids.numel(), torch.library.get_ctx().new_dynamic_size
     found: tuple[Tensor, ...] = (ids.new_empty(0), ids.new_empty(0))
     if rows is None:

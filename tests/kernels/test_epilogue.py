@@ -94,6 +94,12 @@ def test_fused_norms_of_heads(dtype, folds, head_dim, interleaved, monkeypatch):
         assert_no_worse(name, ours[name], eager[name], oracle[name])
 
 
+@pytest.mark.usefixtures("triton")
+def test_norms_of_heads_are_pytorchs_where_they_learn():
+    found = assert_right(epilogue_case(torch.float32, norms=True, B=1, T=3))
+    assert found["grad of query_norm"].any() and found["grad of key_norm"].any()
+
+
 def test_the_operator_has_no_gradient_of_normalised_heads():
     """It is not to be had silently: embed_qkv asks for it only where none is wanted."""
     case = epilogue_case(torch.float32, norms=True)

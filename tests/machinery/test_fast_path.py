@@ -18,7 +18,7 @@ import pyembed
 import pyembed.functional as F
 from pyembed import positions, reference, run
 from pyembed.modules import parts
-from pyembed.plans import distinct_cpu, one_pass
+from pyembed.plans import distinct_cpu, operators
 
 pytestmark = pytest.mark.skipif(DEVICE == "cuda", reason="calls on a CPU")
 V, D, L, H = 40, 32, 16, 4
@@ -575,7 +575,7 @@ def patched(name):
 def with_hook(name, register):
     hooks = {
         "register_forward_hook": lambda module, inputs, output: 2 * output,
-        "register_forward_pre_hook": lambda module, inputs: inputs,
+        "register_forward_pre_hook": lambda module, inputs: (2 * inputs[0],),
         "register_full_backward_hook": lambda module, grads, outputs: tuple(None if x is None else 3 * x for x in grads),
         "register_full_backward_pre_hook": lambda module, grads: tuple(3 * x for x in grads),
     }
@@ -608,7 +608,7 @@ CHANGES = {
     "frequencies": on("token.scale_grad_by_freq", True),
     "a hooked projection": with_hook("qkv", "register_forward_hook"),
     "a hooked table": with_hook("token", "register_forward_hook"),
-    "hooked inputs": with_hook("norm", "register_forward_pre_hook"),
+    "hooked inputs": with_hook("qkv", "register_forward_pre_hook"),
     "hooked gradients": with_hook("qkv", "register_full_backward_hook"),
     "hooked gradients of outputs": with_hook("norm", "register_full_backward_pre_hook"),
     **{f"another forward of {name}": patched(name) for name in ("token", "position", "norm", "qkv")},
@@ -658,8 +658,8 @@ CONTEXTS = {
 def test_what_was_asked_for_is_done(first, second, remembered, monkeypatch):
     """Each context in turn, and none between: nothing found in one serves another."""
     front, ids, ways = fronts(), torch.tensor([[5, 7]]), []
-    launcher, forward = one_pass.launcher, distinct_cpu.forward
-    monkeypatch.setattr(one_pass, "launcher", lambda *args: ways.append("kernels") or launcher(*args))
+    launcher, forward = operators.launcher, distinct_cpu.forward
+    monkeypatch.setattr(operators, "launcher", lambda *args: ways.append("kernels") or launcher(*args))
     monkeypatch.setattr(distinct_cpu, "forward", lambda *args: ways.append("distinct") or forward(*args))
     for name in (None, first, None, second, first):
         context, tolerance = (contextlib.nullcontext, EXACT) if name is None else CONTEXTS[name]
@@ -714,6 +714,28 @@ def test_ids_are_looked_at_in_every_call(backend, plan, by_modules, remembered):
             with pyembed.id_policy("zero"):
                 front(ids)
                 assert torch.equal(front(torch.tensor([[V, 7]])).hidden[0, 0], front.position.weight[0])
+
+
+@pytest.mark.parametrize("backend, plan", [("auto", "auto"), ("auto", "distinct"), ("triton", "one_pass")])
+def test_gradients_come_and_go(backend, plan, remembered):
+    """By the grad mode, and by what is frozen meanwhile: the composition's in every call."""
+    front, ids = fronts(), torch.tensor([[5, 7]])
+    contexts = {"no_grad": torch.no_grad, "grad": torch.enable_grad, "inference_mode": torch.inference_mode}
+    for step, name in enumerate(("no_grad", "grad", "inference_mode", "grad", "frozen", "grad", "no_grad", "frozen")):
+        front.requires_grad_(name != "frozen")
+        with contexts.get(name, torch.enable_grad)():
+            results = []
+            for function in (front, lambda ids: stock(front, ids)):
+                with pyembed.backend(backend), pyembed.plan(plan):
+                    outputs = function(ids)
+                front.zero_grad()
+                loss = sum((x * x.detach().cos()).sum() for x in outputs)
+                assert loss.requires_grad == (name == "grad") and outputs[1].is_inference() == (name == "inference_mode")
+                if name == "grad":
+                    loss.backward()
+                results.append([*outputs, *(p.grad for p in front.parameters() if p.grad is not None)])
+        assert remembered() == (step in (3, 5, 6, 7))
+        torch.testing.assert_close(*results, **CLOSE)
 
 
 REFUSED_BY_DISTINCT = {

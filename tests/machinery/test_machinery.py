@@ -28,7 +28,7 @@ from pyembed import functional as F
 from pyembed import reference, rotary
 from pyembed.call import Call, Epilogue, Norm, Projection, Terms
 from pyembed.modules import parts
-from pyembed.plans import choice, one_pass
+from pyembed.plans import choice, one_pass, operators
 
 BACKENDS = ["torch", "triton"]
 RUNS = [(backend, plan) for backend in BACKENDS for plan in ("one_pass", "distinct")]
@@ -260,8 +260,9 @@ def test_checkpoint(name, backend, plan, use_reentrant):
 
 def test_selective_checkpoint(monkeypatch):
     """What a policy saves is not computed twice."""
-    module, ran, launcher = make("EmbeddingQKV"), [], one_pass.launcher
-    monkeypatch.setattr(one_pass, "launcher", lambda name, tensor: ran.append(name) or launcher(name, tensor))
+    module, ran, launcher = make("EmbeddingQKV"), [], operators.launcher
+    for plans in (operators, one_pass):
+        monkeypatch.setattr(plans, "launcher", lambda name, tensor: ran.append(name) or launcher(name, tensor))
     saved = functools.partial(create_selective_checkpoint_contexts, [torch.ops.pyembed.embed_qkv.default])
     with pyembed.backend("triton"):
         plain = results(module, lambda: module(IDS))

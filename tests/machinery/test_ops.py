@@ -15,8 +15,6 @@ from pyembed import functional as F
 from pyembed.call import FRONT_END, HIDDEN, LEARNED, Call, Epilogue, Norm, Projection, Terms
 from pyembed.plans import one_pass
 
-OPTIONS = (True, False)  # of embed_qkv: absent rows are reported, sums need not be batch invariant
-
 
 def draw(*shape, dtype=torch.float32, requires_grad=True):
     return torch.randn(*shape, dtype=dtype, device=DEVICE, requires_grad=requires_grad)
@@ -48,13 +46,13 @@ def leaves_of(call):
 
 @pytest.mark.parametrize("norm", [full("layer"), "rms", full("none")])
 def test_opcheck_embed_qkv(norm):
-    opcheck(one_pass.embed_qkv.forward.op, (*FRONT_END.flatten(inputs(norm=norm)), *OPTIONS))
+    opcheck(one_pass.embed_qkv.forward.op, FRONT_END.flatten(inputs(norm=norm)))
     call = inputs(norm=norm, requires_grad=False)
-    *outputs, mean, rstd = one_pass.embed_qkv(call, *OPTIONS, observed=False)
+    *outputs, mean, rstd = one_pass.embed_qkv(call, observed=False)
     grads = [torch.randn_like(output) for output in outputs]
     learned = {name: value is not None for name, value in call.named().items() if name in LEARNED}
     assert [learned[name] for name in LEARNED] == [True, True, False, norm != "none", norm == "layer", True, True, False]
-    backward, arguments = one_pass.embed_qkv.backward.op, (mean, rstd, *FRONT_END.flatten(call), *OPTIONS)
+    backward, arguments = one_pass.embed_qkv.backward.op, (mean, rstd, *FRONT_END.flatten(call))
     opcheck(backward, (*grads, *arguments, [learned[name] for name in LEARNED]))
     opcheck(backward, (None, None, *grads[2:], *arguments, [False] * len(LEARNED)))
 
@@ -64,14 +62,14 @@ def test_opcheck_embed():
     segment, seed = draw(2, 6), torch.tensor([7], device=DEVICE)
     every = Terms(ids, token, position, None, segment, ids % 2, seed, 2.0, 0.5, 1)
     for terms in (Terms(ids, token, position), Terms(ids, token, padding_idx=1), every):
-        opcheck(one_pass.embed.op, (*HIDDEN.flatten(Call(terms)), True))
+        opcheck(one_pass.embed.op, HIDDEN.flatten(Call(terms)))
     given = {"ids": ids, "segment_ids": ids % 2, "seed": seed, "scale": 2.0, "dropout": 0.5, "padding_idx": -1}
     given |= {"grad": torch.randn(2, 5, 6, device=DEVICE), "position_ids": None, "sizes": [7, 5, 2]}
     opcheck(one_pass.embed_backward.op, tuple(given[name] for name in one_pass.embed_backward.names))
 
 
 def test_opcheck_terms_and_epilogue():
-    opcheck(one_pass.embed_qkv.forward.op, (*FRONT_END.flatten(with_all_terms(inputs())), *OPTIONS))
+    opcheck(one_pass.embed_qkv.forward.op, FRONT_END.flatten(with_all_terms(inputs())))
 
 
 @pytest.mark.full
@@ -84,7 +82,7 @@ def test_gradcheck(norm):
     assert len(leaves) == 6 + {"layer": 2, "rms": 1, "none": 0}[norm]
 
     def function(*_):
-        return one_pass.embed_qkv(call, *OPTIONS, observed=None)[:4]
+        return one_pass.embed_qkv(call, observed=None)[:4]
 
     assert torch.autograd.gradcheck(function, leaves, fast_mode=True)
 
@@ -97,14 +95,14 @@ def test_gradcheck_embed():
 
     def function(token, position, segment):
         terms = Terms(ids, token, position, places, segment, ids % 2, seed, 2.0, 0.5)
-        return one_pass.embed(*HIDDEN.flatten(Call(terms)), True)
+        return one_pass.embed(*HIDDEN.flatten(Call(terms)))
 
     assert torch.autograd.gradcheck(function, (token, position, segment), fast_mode=True)
 
 
 def test_second_derivatives_are_refused():
     call = inputs()
-    _, query, *_ = one_pass.embed_qkv(call, *OPTIONS, observed=None)
+    _, query, *_ = one_pass.embed_qkv(call, observed=None)
     (grad,) = torch.autograd.grad(query.square().sum(), call.terms.token, create_graph=True)
     with pytest.raises(RuntimeError):
         grad.sum().backward()
@@ -243,11 +241,11 @@ def test_views_that_are_to_be_negated():
     def negated(x):
         return x.to(torch.complex64).mul(1j).conj().imag if torch.is_tensor(x) and x.is_floating_point() else x
 
-    arguments = (*FRONT_END.flatten(inputs()), *OPTIONS)
+    arguments = FRONT_END.flatten(inputs())
     tensors = [negated(x) for x in arguments]
     assert tensors[one_pass.embed_qkv.forward.names.index("token")].is_neg()
     with torch.no_grad():
-        found, expected = (one_pass.embed_qkv.forward(*given, observed=False) for given in (tensors, map(plain, tensors)))
+        found, expected = (one_pass.embed_qkv.forward(*given) for given in (tensors, map(plain, tensors)))
         for a, b in zip(found, expected, strict=True):
             torch.testing.assert_close(a, b)
 

@@ -360,9 +360,9 @@ def operators(rank, n, folder):
             segment_ids = spread(places % 2, of_ids)
             terms = Terms(spread(ids, of_ids), token, position, where, segment, segment_ids, None, 2.0, 0.0, 3)
             call = Call(terms, Norm("layer", *norm, 1e-5), Projection(w, b, 8, 4), Epilogue(cos=cos, sin=sin))
-            out = one_pass.embed_qkv(call, True, False, observed=None)[:4]
+            out = one_pass.embed_qkv(call, observed=None)[:4]
             if not has_turns:
-                out = *out, one_pass.embed(*HIDDEN.flatten(call), True)
+                out = *out, one_pass.embed(*HIDDEN.flatten(call))
             torch.autograd.backward(out, [spread(grad, of_grads) for grad in grads[: len(out)]])
             return out, [leaf.grad for leaf in held]
 

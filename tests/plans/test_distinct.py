@@ -9,7 +9,7 @@ from numerics import Case
 
 import pyembed
 from pyembed import functional as F
-from pyembed import memory, reference
+from pyembed import memory, positions, reference
 from pyembed.call import FRONT_END
 from pyembed.plans import distinct_cpu
 from pyembed.plans.distinct import distinct_qkv
@@ -130,6 +130,29 @@ def test_rows_that_cancel_lose_digits(backend):
     assert smaller > 500
     wrong, eps = (ours - exact).abs().amax() / exact.abs().amax(), torch.finfo(torch.float32).eps
     assert wrong <= 4 * smaller * eps
+
+
+IDS = torch.tensor([[3, 1, 3], [0, 1, 4]])
+REFUSED = {
+    "token rows are scaled": {"scale": 2.0},
+    "segments are added": {"segment": torch.randn(2, 8), "segment_ids": IDS % 2},
+    "positions are computed, not looked up": {"position": positions.sinusoidal_steps(8)},
+    "dropout comes between sum and norm": {"dropout": 0.5},
+    "batch_invariant wants one order of sums": {"batch_invariant": True},
+    "id_policy 'zero' is PyTorch's operators' alone": {"id_policy": "zero"},
+}
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("why", REFUSED)
+def test_refused_calls(why, backend):
+    """Forced, it says why; where plans are chosen, another runs them."""
+    token, weight = torch.randn(5, 8), torch.randn(24, 8)
+    with pyembed.backend(backend):
+        with pytest.raises(RuntimeError, match=f"^plan: 'distinct' cannot run here: {why}$"):
+            F.embed_qkv(IDS, token, weight, num_heads=2, **REFUSED[why])
+        with pyembed.plan("auto"):
+            assert F.embed_qkv(IDS, token, weight, num_heads=2, **REFUSED[why]).query.shape == (2, 3, 2, 4)
 
 
 def test_bad_ids_are_named():
