@@ -7,13 +7,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import settings
-from .call import Call, DistinctIds, Epilogue, HiddenQKV, Norm, Projection, Terms
+from .call import NO_EPILOGUE, Call, DistinctIds, Epilogue, HiddenQKV, Norm, Projection, Terms
 from .checks import check, check_integers, check_query_biases, check_ranges, check_shape, padding_row
 from .ids import apply_policy
 from .plans.choice import ZEROS, takes, why_torch
 from .reference import look_up_or_zero, with_query_biases
 from .rotary import Rotary, turns
-from .run import run
+from .run import TENSORS, run
 from .settings import policy_of
 
 __all__ = ["embed", "embed_qkv", "embedding"]
@@ -39,19 +39,23 @@ def embedding(
     it was changed. IndexError: there is one. TypeError, ValueError: other arguments.
     """
     policy = settings.current.id_policy if id_policy is None else policy_of(id_policy)
-    if max_norm is None and not (scale_grad_by_freq or sparse) and _is_plain_lookup(ids, weight, padding_idx, policy):
-        with contextlib.suppress(IndexError, RuntimeError, TypeError):  # below is said what is wrong
-            return torch.embedding(weight, ids, -1 if padding_idx is None else padding_idx)
+    has_options = max_norm is not None or scale_grad_by_freq or sparse
+    if not has_options and _is_plain_lookup(ids, weight, padding_idx, policy):
+        row = -1 if padding_idx is None else padding_idx
+        if ids.is_cpu and settings.current.backend != "triton":
+            with contextlib.suppress(IndexError, RuntimeError, TypeError):  # below is said what is wrong
+                return torch.embedding(weight, ids, row)
+        elif takes(weight) and why_torch(weight) is None:
+            return run(Call(Terms(ids, weight, None, None, None, None, None, None, 0.0, row), id_policy=policy))
     why = why_no_kernel(ids, weight, max_norm, scale_grad_by_freq, sparse, policy)
     if why is None and why_torch(weight) is None:
         return run(Call(Terms(ids, weight, padding_idx=_row(padding_idx, weight)), id_policy=policy))
-    has_side_effects = max_norm is not None or scale_grad_by_freq or sparse
 
     def look_up(ids: Tensor) -> Tensor:
         return torch.nn.functional.embedding(ids, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
 
     try:
-        if policy == "zero" and has_side_effects:  # no other row may be looked up in place of an absent one
+        if policy == "zero" and has_options:  # no other row may be looked up in place of an absent one
             there = (ids >= 0) & (ids < weight.shape[0])
             return weight.new_zeros(*ids.shape, weight.shape[1]).index_put((there,), look_up(ids[there]))
         if policy == "zero":
@@ -66,14 +70,12 @@ def embedding(
 
 
 def _is_plain_lookup(ids: Tensor, weight: Tensor, padding_idx: int | None, policy: str) -> bool:
-    """Whether PyTorch's operator on CPU tensors is all that a lookup needs."""
+    """Fast path: whether a lookup is no more than one operator."""
     return (
         type(ids) is Tensor
-        and isinstance(weight, Tensor)
-        and ids.is_cpu
-        and weight.is_cpu
+        and type(weight) in TENSORS
+        and ids.is_cpu == weight.is_cpu
         and policy in ("raise", "trust")
-        and settings.current.backend != "triton"
         and (padding_idx is None or 0 <= padding_idx < weight.shape[0])
         and not torch.compiler.is_compiling()
     )
@@ -187,15 +189,17 @@ def embed_qkv(
     Under autocast, weight and bias are cast to its dtype, which query, key and value have, and hidden and the norm keep theirs.
     id_policy and errors as in embed.
     """
-    cos, sin, turn_ids, interleaved = turns(rotary, ids, position_ids)
+    epilogue = NO_EPILOGUE
+    if rotary is not None or query_norm is not None or key_norm is not None or heads_first or not head_eps >= 0:
+        epilogue = Epilogue(query_norm, key_norm, None, *turns(rotary, ids, position_ids), head_eps, heads_first)
     row = -1 if padding_idx is None else _row(padding_idx, token)
-    if position is None and turn_ids is not None:
+    if position is None and epilogue.turn_ids is not None:
         position_ids = None  # which the rotary tables alone look up
     call = Call(
         Terms(ids, token, position, position_ids, segment, segment_ids, None, scale, dropout, row),
         Norm("none" if norm is None else norm, norm_weight, norm_bias, eps),
         Projection(weight, bias, num_heads, num_heads if num_kv_heads is None else num_kv_heads),
-        Epilogue(query_norm, key_norm, None, cos, sin, turn_ids, interleaved, head_eps, heads_first),
+        epilogue,
         settings.current.id_policy if id_policy is None else policy_of(id_policy),
         batch_invariant,
         distinct,

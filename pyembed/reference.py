@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .call import Call, Called, Epilogue, HiddenQKV, Norm, Projection, Terms, places, rows_of, wide_dtype
+from .call import NO_EPILOGUE, Call, Called, Epilogue, HiddenQKV, Norm, Projection, Terms, places, rows_of, wide_dtype
 from .rotary import Rotary, turns
 
 
@@ -84,11 +84,10 @@ def compose(call: Call) -> Tensor | HiddenQKV:
     if epilogue.cos is not None and epilogue.query_norm is None and epilogue.query_offset is None:
         # Query and key together: half the operators. Not by split, whose views could not be changed in place.
         turned, value = rotate(qkv.narrow(-2, 0, query_heads + heads), epilogue), qkv.narrow(-2, query_heads + heads, heads)
-        query, key = turned.narrow(-2, 0, query_heads), turned.narrow(-2, query_heads, heads)
-        epilogue = epilogue._replace(cos=None, sin=None)
-    else:
-        query, key, value = torch.split_with_sizes(qkv, (query_heads, heads, heads), -2)
-    return finish(HiddenQKV(hidden, query, key, value), epilogue)
+        found = HiddenQKV(hidden, turned.narrow(-2, 0, query_heads), turned.narrow(-2, query_heads, heads), value)
+        return finish(found, Epilogue(heads_first=True)) if epilogue.heads_first else found
+    found = HiddenQKV(hidden, *torch.split_with_sizes(qkv, (query_heads, heads, heads), -2))
+    return found if epilogue is NO_EPILOGUE else finish(found, epilogue)
 
 
 def finish(found: HiddenQKV, epilogue: Epilogue) -> HiddenQKV:

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._C._dynamo.guards import GlobalStateGuard, TensorGuards
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 from . import settings
 from .call import NO_EPILOGUE, SCHEMA, Call, Called, DistinctIds, HiddenQKV
@@ -22,7 +24,7 @@ from .ids import apply_policy, look, report_of
 from .modes import autocast_dtype, can_read, has_process_group, is_dtensor
 from .plans import distinct, one_pass
 from .plans.choice import NO_BF16, settle, weigh_now, why_composed
-from .plans.operators import is_compiled, is_observed, is_strange, kernels
+from .plans.operators import is_compiled, is_observed, is_profiled, is_strange, kernels
 from .reference import compose
 
 Runner = Callable[[Call], Any]
@@ -56,7 +58,8 @@ def _getter(classes, wanted):
 
 def run(call: Call) -> Any:
     """hidden (..., T, D) of a call without a projection, else HiddenQKV. Errors: those of checks.py, and of a forced plan."""
-    if is_observed():
+    # Asked first, so that a compiler sees no more of this; of all other observers the guards tell, since tensors differ there.
+    if is_compiling() or is_profiled() or forward_ad._current_level >= 0:
         return _run_first(call, None)
     terms, norm, projection, epilogue, policy, invariant, given, concat = call
     if projection is None:
@@ -99,6 +102,8 @@ _KNOWN = frozenset((*TENSORS, *NUMBERS, type(None), Called))
 
 def _run_first(call, home):
     """A call of a new signature. home: its kind, key and tensors, where its runner is kept; None: it is not kept."""
+    if is_observed():
+        home = None
     if _is_distributed(call):
         from .sharding import localise  # which imports torch.distributed.tensor
 

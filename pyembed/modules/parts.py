@@ -52,9 +52,9 @@ class HoldsParts(HasIdPolicy):
         query_biases: Any = None,
     ) -> Call:
         """What forward(...) is to compute."""
-        if segment_ids is None and self._is_plain():
-            call = self._read_plain(ids, position_ids)
-        elif self._foreign() or self._packs_for_nothing(ids):
+        if distinct is None and segment_ids is None and query_biases is None and self._is_plain():
+            return self._read_plain(ids, position_ids, rotary)
+        if self._foreign() or self._packs_for_nothing(ids):
             call = self._read_modules(ids, position_ids, segment_ids)
         else:
             call = self._read_weights(ids, position_ids, segment_ids)
@@ -101,12 +101,18 @@ class HoldsParts(HasIdPolicy):
             )
         )
 
-    def _read_plain(self, ids: Tensor, position_ids: Tensor | None) -> Call:
-        modules = self._modules
+    def _read_plain(self, ids: Tensor, position_ids: Tensor | None, rotary: Any) -> Call:
+        modules: dict[str, Any] = self._modules
         token, position, norm, qkv = modules["token"], modules["position"], modules["norm"], modules["qkv"]
         table, padding_idx, linear, affine, eps = (
             token._parameters["weight"], token.padding_idx, qkv._parameters, norm._parameters, norm.eps,
         )  # fmt: skip
+        epilogue = Epilogue(heads_first=True) if self.heads_first else NO_EPILOGUE
+        if rotary is not None or modules["rotary"] is not None:
+            turned = turns(self._own_rotary(ids.device) if rotary is None else rotary, ids, position_ids)
+            epilogue = Epilogue(None, None, None, *turned, 0.0, self.heads_first)
+            if position is None and epilogue.turn_ids is not None:
+                position_ids = None  # which the rotary tables alone look up
         position = None if position is None else position._parameters["weight"]
         dropout = modules["dropout"].p if token.training else 0.0
         row = -1 if padding_idx is None else padding_idx
@@ -115,7 +121,7 @@ class HoldsParts(HasIdPolicy):
             Terms(ids, table, position, position_ids, None, None, None, None, dropout, row),
             Norm("layer" if type(norm) is nn.LayerNorm else "rms", affine["weight"], affine.get("bias"), eps),
             Projection(linear["weight"], linear["bias"], self.num_heads, self.num_kv_heads),
-            Epilogue(heads_first=True) if self.heads_first else NO_EPILOGUE,
+            epilogue,
             settings.current.id_policy if self._id_policy is None else self._id_policy,
             self.batch_invariant,
         )

@@ -13,17 +13,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._autograd import _profiler_enabled
 from torch.autograd import forward_ad, profiler
 
 from ..call import FRONT_END, LEARNED, TABLES, Call, HiddenQKV
 from ..ids import forget, look, report_of
 
 Function = Callable[..., Any]
-# Asked at every call: bound here, since each attribute on the way takes as long as the call.
-_dispatch_modes, _pre_dispatch_modes = torch._C._len_torch_dispatch_stack, torch._ops._len_torch_dispatch_stack_pre_dispatch
-_has_transforms, _tracing_state = torch._C._are_functorch_transforms_active, torch._C._get_tracing_state
-_is_profiled = torch._C._autograd._profiler_enabled
 _is_batched = torch._C._functorch.is_legacy_batchedtensor  # as torch.autograd.grad(is_grads_batched=True) has gradients
+
+
+def is_profiled() -> bool:
+    """Whether PyTorch's profiler is at work, in this thread or in all."""
+    return profiler._is_profiler_enabled or _profiler_enabled()
 
 
 def is_observed() -> bool:
@@ -32,13 +34,12 @@ def is_observed() -> bool:
     A TorchFunctionMode, which torch.set_default_device is too, and a bare ExecutionTraceObserver are not asked."""
     return bool(
         torch.compiler.is_compiling()
-        or _dispatch_modes()
-        or _pre_dispatch_modes()
-        or _has_transforms()
-        or _tracing_state() is not None
+        or torch._C._len_torch_dispatch_stack()
+        or torch._ops._len_torch_dispatch_stack_pre_dispatch()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
         or forward_ad._current_level >= 0
-        or _is_profiled()
-        or profiler._is_profiler_enabled  # of all threads
+        or is_profiled()
     )
 
 

@@ -42,6 +42,26 @@ def test_scale(dtype, norm):
     case.check(F.embed_qkv)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_segments_without_a_row(backend):
+    ids, kinds = torch.tensor([[4, 0, 1]], device=DEVICE), torch.tensor([[3, 1, -1]], device=DEVICE)
+    token, segment = torch.randn(5, 8, device=DEVICE), torch.randn(3, 8, device=DEVICE)
+    there = torch.tensor([[[0.0], [1.0], [0.0]]], device=DEVICE)
+    expected = {"clamp": token[ids] + segment[kinds.clamp(0, 2)], "zero": token[ids] + there * segment[1]}
+    weight = torch.randn(12, 8, device=DEVICE)
+    for policy, hidden in expected.items():
+        with pyembed.backend(backend), pyembed.id_policy(policy):
+            assert torch.equal(F.embed(ids, token, segment=segment, segment_ids=kinds), hidden)
+            found = F.embed_qkv(ids, token, weight, num_heads=1, segment=segment, segment_ids=kinds)
+        assert torch.equal(found.hidden, hidden)
+
+
+def test_segment_ids_without_segments_are_refused():
+    for position in ("learned", "rotary"):
+        with pytest.raises(ValueError, match="segment_ids: expected None where there is no table of segments"):
+            pyembed.EmbeddingQKV(9, 16, 2, position=position)(torch.tensor([[1]]), segment_ids=torch.tensor([[0]]))
+
+
 @pytest.mark.usefixtures("triton")
 @pytest.mark.parametrize("norm", ["layer", "rms", None])
 def test_many_terms_of_many_programs(norm, monkeypatch):

@@ -395,11 +395,19 @@ def test_lookups(name, is_plain_lookup):
         assert torch.equal(*grads)
 
 
-def test_lookups_by_kernels(is_plain_lookup):
-    weight = torch.randn(V, D)
-    with pyembed.backend("triton"):
-        assert torch.equal(F.embedding(ONE, weight), weight[ONE]) and is_plain_lookup() == [False]
-    assert torch.equal(F.embedding(ONE, weight), weight[ONE]) and is_plain_lookup() == [True]
+def test_lookups_by_kernels(is_plain_lookup, monkeypatch):
+    """Bits and gradients of PyTorch's, before and after it."""
+    weight, launched, launcher = torch.randn(V, D, requires_grad=True), [], operators.launcher
+    monkeypatch.setattr(operators, "launcher", lambda *args: launched.append(args) or launcher(*args))
+    for backend in ("auto", "triton", "torch", "triton", "auto"):
+        for given in ({}, {"padding_idx": 5}, {"padding_idx": 5 - V}):
+            launched.clear()
+            with pyembed.backend(backend):
+                found = F.embedding(ONE, weight, **given)
+                assert len(launched) == (backend == "triton")
+            (grad,) = torch.autograd.grad(found.square().sum(), weight)
+            assert torch.equal(found, weight[ONE]) and grad.any() == (not given)
+    is_plain_lookup()
     with pyembed.id_policy("clamp"):
         assert torch.equal(F.embedding(ONE + V, weight), weight[V - 1 :][None]) and is_plain_lookup() == [False]
 
@@ -414,6 +422,7 @@ WRONG_LOOKUPS = {
     "a number": {"ids": 5},
     "ids on meta": {"ids": zeros(1, device="meta")},
     "a table on meta": {"weight": torch.ones(V, D, device="meta")},
+    "a table of no dimension": {"weight": torch.ones(()), "padding_idx": 0},
     "a table of one dimension": {"weight": torch.ones(V)},
     "a table of three dimensions": {"weight": torch.ones(V, D, 2)},
     "a table without rows": {"weight": torch.ones(0, D)},
@@ -424,12 +433,18 @@ WRONG_LOOKUPS = {
 }
 
 
+@pytest.mark.parametrize("backend", ["auto", "triton"])
 @pytest.mark.parametrize("case", WRONG_LOOKUPS)
-def test_wrong_lookups_have_the_same_errors(case, monkeypatch):
-    arguments = {"ids": ONE, "weight": torch.randn(V, D)} | WRONG_LOOKUPS[case]
-    fast = message_of(lambda: F.embedding(**arguments))
-    monkeypatch.setattr(F, "_is_plain_lookup", lambda *args: False)
-    assert message_of(lambda: F.embedding(**arguments)) == fast and "expected" in fast[1]
+def test_wrong_lookups_have_the_same_errors(case, backend, monkeypatch):
+    """Also after a right one."""
+    right = {"ids": ONE, "weight": torch.randn(V, D)}
+    arguments = right | WRONG_LOOKUPS[case]
+    with pyembed.backend(backend):
+        fast = [message_of(lambda: F.embedding(**arguments))]
+        F.embedding(**right)
+        fast.append(message_of(lambda: F.embedding(**arguments)))
+        monkeypatch.setattr(F, "_is_plain_lookup", lambda *args: False)
+        assert {*fast} == {message_of(lambda: F.embedding(**arguments))} and "expected" in fast[0][1]
 
 
 # A call like one before it

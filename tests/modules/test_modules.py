@@ -75,6 +75,30 @@ def test_equals_stock_modules(options, backend):
         torch.testing.assert_close(ours[name], parameter.grad, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_positions_with_an_offset_or_beside_tokens(backend):
+    ids, places = torch.randint(11, (3, 7), device=DEVICE), torch.randint(12, (3, 7), device=DEVICE)
+    options = {"max_length": 12, "device": DEVICE}
+    later, beside = (EmbeddingQKV(11, 16, 4, **options, **o) for o in ({"position_offset": 2}, {"combine": "concat"}))
+    for given, rows in ((None, torch.arange(7, device=DEVICE)), (places, places)):
+        for front in (later, beside):
+            token, position = front.token(ids), front.position(rows + front.position_offset)
+            hidden = token + position if front is later else torch.cat([token, position.expand_as(token)], -1)
+            with pyembed.backend(backend):
+                found = front(ids, given)
+            assert torch.equal(found.hidden, hidden)
+            projected = torch.cat([x.flatten(-2) for x in found[1:]], -1)
+            torch.testing.assert_close(projected, front.qkv(front.norm(hidden)))
+
+
+def test_a_padding_row_of_positions_gets_no_gradient():
+    """As nn.Embedding has it: the module is called."""
+    parts = nn.Embedding(11, 16), nn.Embedding(12, 16, padding_idx=1), nn.LayerNorm(16)
+    front = EmbeddingQKV.from_modules(*parts, qkv=nn.Linear(16, 48), num_heads=4).to(DEVICE)
+    front(torch.randint(11, (3, 7), device=DEVICE)).query.square().sum().backward()
+    assert front.position.weight.grad.any(1).tolist() == [True, False, *[True] * 5, *[False] * 5]
+
+
 class Conv1D(nn.Module):
     """The layout of Hugging Face's Conv1D: weight (inputs, outputs)."""
 
