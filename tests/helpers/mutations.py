@@ -136,7 +136,7 @@ MUTATIONS = [
         "pyembed/checks.py", "if query_norm is not None or rotary is not None:", "if query_norm is not None:", ENDS + " -k bad"
     ),
     Mutation("pyembed/checks.py", "if not 0 <= dropout <= 1:", "if dropout < 0:", TERMS + " -k bad"),
-    Mutation("pyembed/planner.py", 'return "token rows are scaled"', "return None", TERMS + " " + ENDS),
+    Mutation("pyembed/planner.py", 'return "token rows are scaled"', "return None", TERMS + " -k refuses"),
     Mutation(KERNELS + "tiles.py", "first = absent & (came == 0)", "first = absent", IDS + " -k several_launches"),
     Mutation(KERNELS + "embed_grad.py", "embed(ids, token, terms, 0.0)", "embed(ids, token, terms)", IDS + " -k loss"),
     Mutation(KERNELS + "tiles.py", "period, rows, report, 3)", "period, rows, report, 1)", IDS + " -k report"),
