@@ -289,6 +289,32 @@ def test_hooks_of_positions_with_an_offset():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "terms, why",
+    [
+        ({"scale": 2.0}, "token rows are scaled"),
+        ({"segment": torch.randn(2, 4), "segment_ids": None}, "segments are added"),
+        ({"dropout": 0.5}, "dropout comes between sum and norm"),
+    ],
+    ids=["scale", "segment", "dropout"],
+)
+def test_distinct_refuses(terms, why, backend):
+    """Terms that it does not compute."""
+    terms = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in terms.items()}
+    ids, token, weight = (
+        torch.tensor([[0, 1]], device=DEVICE),
+        torch.randn(3, 4, device=DEVICE),
+        torch.randn(12, 4, device=DEVICE),
+    )
+    with (
+        pyembed.backend(backend),
+        pyembed.plan("distinct"),
+        pytest.raises(RuntimeError, match=f"'distinct' cannot run here: {why}"),
+    ):
+        F.embed_qkv(ids, token, weight, num_heads=1, **terms)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_bad_terms(backend):
     ids, token, segment = torch.tensor([[0, 1]]), torch.randn(3, 4), torch.randn(2, 4)
     bad = {
