@@ -9,7 +9,7 @@ functional.py. Operators, gradients, checks of ids, id policies and sharding go 
 """
 
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -48,6 +48,12 @@ class Called:
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         return self.function(*inputs)
+
+
+def stock_forward(forward: Any) -> Any:
+    """Marks the forward of a module that does no more than apply its weight, so that it need not be called."""
+    forward.is_stock = True
+    return forward
 
 
 class Terms(NamedTuple):
@@ -130,19 +136,10 @@ class Call(NamedTuple):
 
     @property
     def head_dim(self) -> int:
+        """Width of a head."""
         assert self.projection is not None
-        return self.projection.weight.shape[0] // sum(self.projection.groups)
-
-    def head_shapes(self) -> list[tuple[int, ...]]:
-        """Shapes of query, key and value."""
-        assert self.projection is not None
-        shape, width, shapes = tuple(self.terms.ids.shape), self.head_dim, []
-        for heads in self.projection.groups:
-            first = self.epilogue.heads_first
-            shapes.append((*shape[:-1], heads, *shape[-1:], width) if first else (*shape, heads, width))
-        if self.epilogue.query_offset is not None:
-            shapes[0] = (2, *shapes[0])
-        return shapes
+        weight, _, heads, kv_heads = self.projection
+        return weight.shape[0] // (heads + 2 * kv_heads)
 
     def empty_outputs(self) -> tuple[Tensor, ...]:
         """hidden, query, key, value, mean (M,) or (0,), rstd (M,) or (0,): what the kernels fill and a fake call returns.
@@ -150,21 +147,24 @@ class Call(NamedTuple):
         Query, key and value have the dtype of weight, which differs from token's under autocast.
         """
         assert self.projection is not None
-        (ids, token), kind, weight = self.terms[:2], self.norm.kind, self.projection.weight
-        return (
-            token.new_empty(*ids.shape, token.shape[1]),
-            *(weight.new_empty(shape) for shape in self.head_shapes()),
-            token.new_empty(ids.numel() if kind == "layer" else 0, dtype=wide_dtype(token.dtype)),
-            token.new_empty(ids.numel() if kind != "none" else 0, dtype=wide_dtype(token.dtype)),
-        )
+        (ids, token, *_), kind, (weight, _, heads, kv_heads) = self.terms, self.norm.kind, self.projection
+        shape, M, wide = tuple(ids.shape), ids.numel(), torch.promote_types(token.dtype, torch.float32)
+        width, qkv = weight.shape[0] // (heads + 2 * kv_heads), list[Tensor]()
+        for n in (heads, kv_heads, kv_heads):
+            own = (*shape[:-1], n, *shape[-1:], width) if self.epilogue.heads_first else (*shape, n, width)
+            second = self.epilogue.query_offset is not None and not qkv
+            qkv.append(weight.new_empty((2, *own) if second else own))
+        statistics = (token.new_empty(M if kind in kinds else 0, dtype=wide) for kinds in (("layer",), ("layer", "rms")))
+        return token.new_empty(*shape, token.shape[1]), *qkv, *statistics
 
     def named(self) -> dict[str, Any]:
         """Every field of the parts by its name as an operator's argument."""
         return dict(zip(NAMES, self.values(), strict=True))
 
     def values(self) -> tuple[Any, ...]:
-        """The fields of all parts, in order."""
-        return (*self.terms, *self.norm, *(self.projection or _NO_PROJECTION), *self.epilogue)
+        """The fields of all parts, and the options of operators, in the order of NAMES."""
+        terms, norm, projection, epilogue, policy, invariant, *_ = self
+        return terms + norm + (projection or _NO_PROJECTION) + epilogue + (policy != "trust", invariant)
 
 
 _NO_PROJECTION = (None,) * len(Projection._fields)
@@ -181,6 +181,8 @@ def _schema_types() -> Iterator[tuple[str, str]]:
         for field, hint in typing.get_type_hints(part).items():
             kind, *optional = typing.get_args(hint) or (hint,)
             yield f"norm_{field}" if part is Norm else field, types[kind] + "?" * len(optional)
+    yield "reports", "bool"  # whether ids without a row are to raise an error
+    yield "batch_invariant", "bool"
 
 
 SCHEMA = dict(_schema_types())
@@ -227,38 +229,30 @@ def rows_of(table: Tensor | Called) -> int:
 
 
 class Layout:
-    """The fields of a Call's first parts as named arguments of an operator, so that a graph which shows it can be read.
+    """Fields of a Call as named arguments of an operator, so that a graph which shows it can be read.
 
     Tensors come first: DTensor's cache of sharding decisions ignores what stands before the first number.
     """
 
-    def __init__(self, *parts: Any) -> None:
-        self._parts = parts
-        fields = NAMES[: sum(len(part._fields) for part in parts)]
+    def __init__(self, *fields: str):
         self.names = tuple(sorted(fields, key=lambda name: "Tensor" not in SCHEMA[name]))  # stable
         self.schema = ", ".join(f"{SCHEMA[name]} {name}" for name in self.names)
-        self._tensors = sum("Tensor" in SCHEMA[name] for name in self.names)
-        self._order = tuple(map(NAMES.index, self.names))
-        self._places = tuple(map(self.names.index, fields))
+        self._places = tuple(map(NAMES.index, self.names))
 
     def flatten(self, call: Call) -> tuple[Any, ...]:
         """The call's fields, in the order of names."""
         values = call.values()
-        return tuple([values[place] for place in self._order])
+        return tuple([values[place] for place in self._places])
 
-    def tensors(self, call: Call) -> tuple[Tensor | None, ...]:
-        """Its tensors in that order, None where there is none."""
-        return self.flatten(call)[: self._tensors]
-
-    def rebuild(self, flat: tuple[Any, ...], **options: Any) -> Call:
-        """The Call whose fields flat are; options: its other fields."""
-        values, parts, start = [flat[place] for place in self._places], [], 0
-        for part in self._parts:
-            end = start + len(part._fields)
-            parts.append(part(*values[start:end]))
-            start = end
-        return Call(*parts, **options)
+    def rebuild(self, flat: Sequence[Any]) -> Call:
+        """The Call of these fields; those that the layout lacks are None, as is a projection without a weight."""
+        named = dict.fromkeys(NAMES) | dict(zip(self.names, flat, strict=True))
+        values = iter(named.values())
+        terms, norm, projection, epilogue = (part(*(next(values) for _ in part._fields)) for part in PARTS)
+        policy = "raise" if named["reports"] else "trust"
+        has_projection = projection.weight is not None
+        return Call(terms, norm, projection if has_projection else None, epilogue, policy, bool(named["batch_invariant"]))
 
 
-HIDDEN = Layout(Terms)
-FRONT_END = Layout(*PARTS)
+HIDDEN = Layout(*Terms._fields, "reports")
+FRONT_END = Layout(*NAMES)

@@ -23,7 +23,7 @@ def check(call: Call, cast: torch.dtype | None = None) -> None:
     if call.projection is not None:
         _check_front_end(call, call.projection)
     _check_alike(fields, cast)
-    _check_positions(call, fields)
+    _check_positions(call)
     check_distinct(call.distinct, call.terms.ids)
 
 
@@ -182,12 +182,12 @@ def _tensor(value: Any) -> Any:
     return value.weight if isinstance(value, Called) else value
 
 
-def _check_positions(call: Call, fields: dict[str, Any]) -> None:
+def _check_positions(call: Call) -> None:
     """Shapes of ids beside ids, and tables long enough for 0 … T−1."""
     terms, epilogue = call.terms, call.epilogue
     if terms.position_ids is not None and terms.position is None:
         raise ValueError("position_ids: expected None where there is no table of positions, got a Tensor")
-    for _, _, name, tensor in _lookups(fields):
+    for _, _, name, tensor in _lookups(call):
         if tensor is not terms.ids:
             _check_like_ids(name, tensor, terms.ids)
     for name, table, ids in (("position", terms.position, terms.position_ids), ("rotary", epilogue.cos, epilogue.turn_ids)):
@@ -199,10 +199,11 @@ def _check_positions(call: Call, fields: dict[str, Any]) -> None:
             raise IndexError(f"ids: {needs}, {name} has {rows} rows")
 
 
-def _lookups(fields: dict[str, Any]) -> Iterator[tuple[Any, str, str, Tensor]]:
+def _lookups(call: Call) -> Iterator[tuple[Any, str, str, Tensor]]:
     """(table, its name, name of ids, ids) of the tables that the call looks up by given ids."""
     for lookup in LOOKUPS:
-        ids, table = fields[lookup.ids], fields[lookup.table]
+        part = call.epilogue if lookup.table == "cos" else call.terms
+        ids, table = getattr(part, lookup.ids), getattr(part, lookup.table)
         if ids is not None and table is not None:
             yield table, lookup.table_name, lookup.ids_name, ids
 
@@ -233,9 +234,13 @@ def check_query_biases(query_biases: Any, call: Call) -> None:
 
 def check_ranges(call: Call) -> None:
     """IndexError that names the first id outside its table, its place and the table's size; where looking costs no wait."""
-    if not can_read(call.terms.ids):
-        return
-    for table, of, name, ids in _lookups(call.named()):
+    if can_read(call.terms.ids):
+        compare_ranges(call)
+
+
+def compare_ranges(call: Call) -> None:
+    """check_ranges of ids that are known to be readable."""
+    for table, of, name, ids in _lookups(call):
         _check_range(name, ids, of, rows_of(table))
 
 

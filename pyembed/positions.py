@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .call import stock_forward
 from .checks import check_integers, padding_row
 from .modes import can_read
 from .reference import sinusoids
@@ -133,6 +134,7 @@ class Sinusoidal(nn.Module):
     def _steps(self) -> Tensor:
         return sinusoidal_steps(self.weight.shape[1], self.base, self.convention)
 
+    @stock_forward
     def forward(self, position_ids: Tensor) -> Tensor:
         """position_ids (...) int32 or int64 -> (..., embedding_dim) in dtype."""
         if self.is_table:

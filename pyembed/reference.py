@@ -72,7 +72,7 @@ def compose(call: Call) -> Tensor | HiddenQKV:
     hidden = compose_hidden(call)
     if call.projection is None:
         return hidden
-    (weight, bias, *_), (query_heads, heads, _) = call.projection, call.projection.groups
+    weight, bias, query_heads, heads = call.projection
     normed = normalise(hidden, call.norm)
     if isinstance(weight, Called):
         qkv = weight(normed)

@@ -17,7 +17,7 @@ from torch._C._dynamo.guards import GlobalStateGuard, TensorGuards
 
 from . import settings
 from .call import NO_EPILOGUE, SCHEMA, Call, Called, DistinctIds, HiddenQKV
-from .checks import check, check_distinct, check_ranges
+from .checks import check, check_distinct, check_ranges, compare_ranges
 from .ids import apply_policy, look, report_of
 from .modes import autocast_dtype, can_read, has_process_group, is_dtensor
 from .plans import distinct, one_pass
@@ -152,7 +152,7 @@ def _runner_of(call, observed):
         def runner(call):
             return inner(apply_policy(call))
 
-        return runner if call.distinct is None else _checked(runner)
+        return runner if call.distinct is None else _checked(runner, False)
     return _runner_of_plan(call, observed)
 
 
@@ -164,9 +164,9 @@ def _runner_of_plan(call, observed):
     plan = settle(call)
     if plan is not None and plan.name == "one_pass":
         return one
-    other = partial(distinct.front_end, kernels=composed is None, observed=observed)
+    other = partial(distinct.front_end, kernels=composed is None, observed=observed, grads=_wants_grad(call))
     if call.distinct is not None or composed is None and _must_check(call):
-        other = _checked(other)
+        other = _checked(other, composed is None and _must_check(call))
     if plan is not None:
         return other
     return lambda call: (other if weigh_now(call).name == "distinct" else one)(call)
@@ -179,7 +179,7 @@ def _composition_runner(call):
     position = call.terms.position
     is_lenient = isinstance(position, Called) or position is not None and not position.is_floating_point()
     must_check = is_lenient and call.terms.position_ids is not None and _must_check(call)
-    return _checked(compose) if must_check or call.distinct is not None else compose
+    return _checked(compose, must_check) if must_check or call.distinct is not None else compose
 
 
 def _kernel_runner(call, observed):
@@ -188,10 +188,22 @@ def _kernel_runner(call, observed):
     if call.projection is not None and autocast_dtype(token) == torch.bfloat16 and not token.is_cuda:
         raise TypeError(f"autocast: {NO_BF16}")
     runner: Runner = partial(function, observed=observed)
-    wants_grad = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in call.values())
-    if not observed and not wants_grad and is_compiled(token) and one_pass.is_one_launch(call):
-        runner = _Launch(1 if call.projection is None else 4)
-    return _checked(runner) if _must_check(call) or call.distinct is not None else runner
+    kernel = None if observed or _wants_grad(call) else one_pass.kernel_of(call)
+    if kernel is not None:
+        outputs = 1 if call.projection is None else len(HiddenQKV._fields)
+        runner = _Launch(kernel, outputs) if is_compiled(token) else _launched(kernel, outputs)
+    must_check = _must_check(call)
+    return _checked(runner, must_check) if must_check or call.distinct is not None else runner
+
+
+def _launched(kernel, outputs):
+    if outputs == 1:
+        return kernel
+    return lambda call: HiddenQKV(*kernel(call)[:outputs])
+
+
+def _wants_grad(call):
+    return torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in call.values())
 
 
 def _must_check(call):
@@ -199,11 +211,14 @@ def _must_check(call):
     return call.id_policy == "raise" and can_read(call.terms.ids)
 
 
-def _checked(runner):
+def _checked(runner, ranges):
+    """runner after checks of values that nothing else makes: of given distinct ids, and the ranges of ids."""
+
     def checked(call):
-        check_distinct(call.distinct, call.terms.ids)
-        if call.id_policy == "raise":
-            check_ranges(call)
+        if call.distinct is not None:
+            check_distinct(call.distinct, call.terms.ids)
+        if ranges:
+            compare_ranges(call)
         return runner(call)
 
     return checked
@@ -232,8 +247,8 @@ def _has_schema_types(call):
 class _Launch:
     """Calls that are one launch of a compiled kernel: the first records it, the others make outputs and repeat it."""
 
-    def __init__(self, outputs: int):
-        self._outputs, self._repeat, self._copies = outputs, None, True
+    def __init__(self, kernel: Runner, outputs: int):
+        self._kernel, self._outputs, self._repeat, self._copies = kernel, outputs, None, True
         self._places: list[int] = []
 
     def __call__(self, call):
@@ -250,7 +265,8 @@ class _Launch:
         else:
             self._places = [place for place, value in enumerate(values) if isinstance(value, Tensor)]
             with launch.recorded() as launches:
-                outputs = one_pass.outputs(call)
+                outputs = self._kernel(call)
+                outputs = (outputs,) if self._outputs == 1 else outputs
             inputs = (*(values[place] for place in self._places), words)
             self._repeat = launch.replay(launches, inputs, outputs, self._outputs)
             found = outputs[: self._outputs]

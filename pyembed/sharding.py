@@ -51,15 +51,9 @@ def localise(call: Call) -> tuple[Call, Callable[[Any], Any]]:
         elif name not in IDS:
             own[name] = _whole(name, value, ids)
     fields |= own
-    part = FRONT_END.rebuild(
-        tuple(fields[name] for name in FRONT_END.names),
-        id_policy=call.id_policy,
-        batch_invariant=call.batch_invariant,
-        distinct=None if any(p.is_shard() for p in placements) else call.distinct,
-        concat=call.concat,
-    )
-    if call.projection is None:
-        part = part._replace(projection=None)
+    distinct = None if any(p.is_shard() for p in placements) else call.distinct
+    part = FRONT_END.rebuild([fields[name] for name in FRONT_END.names])
+    part = part._replace(id_policy=call.id_policy, distinct=distinct, concat=call.concat)
 
     def spread(x: Tensor) -> DTensor:
         shape = torch.Size((*ids.shape, *x.shape[ids.dim() :]))
@@ -156,13 +150,13 @@ def _sums(placement: Placement) -> Placement:
 
 @register_sharding(torch.ops.pyembed.embed.default)
 def _shard_embed(*arguments: Any) -> Shardings:
-    fields = dict(zip(HIDDEN.names, arguments, strict=False))
-    return [([p], [*_placed(fields, p).values(), None]) for p in _dims(fields, needs_alone=False)]
+    fields = dict(zip(HIDDEN.names, arguments, strict=True))
+    return [([p], [*_placed(fields, p).values()]) for p in _dims(fields, needs_alone=False)]
 
 
 @register_sharding(torch.ops.pyembed.embed_backward.default)
 def _shard_embed_backward(grad: Any, *arguments: Any) -> Shardings:
-    names = [name for name in HIDDEN.names if name not in TABLES]
+    names = [name for name in HIDDEN.names if name not in (*TABLES, "reports")]
     *values, sizes = arguments
     fields = dict(zip(names, values, strict=True))
     by_name = dict(zip(TABLES, sizes, strict=True))
@@ -172,11 +166,10 @@ def _shard_embed_backward(grad: Any, *arguments: Any) -> Shardings:
 
 @register_sharding(torch.ops.pyembed.embed_qkv.default)
 def _shard_embed_qkv(*arguments: Any) -> Shardings:
-    fields = dict(zip(FRONT_END.names, arguments, strict=False))
+    fields = dict(zip(FRONT_END.names, arguments, strict=True))
     outputs = one_pass.embed_qkv.outputs
     return [
-        ([_rows(p) if name in STATISTICS else p for name in outputs], [*_placed(fields, p).values(), None, None])
-        for p in _dims(fields)
+        ([_rows(p) if name in STATISTICS else p for name in outputs], [*_placed(fields, p).values()]) for p in _dims(fields)
     ]
 
 

@@ -17,7 +17,8 @@ def contiguous(part):
 
 def period(terms: Terms) -> int:
     """After how many tokens the positions repeat."""
-    return terms.length if terms.position_ids is None else terms.position_ids.numel()
+    ids, position_ids = terms.ids, terms.position_ids
+    return position_ids.numel() if position_ids is not None else ids.shape[-1] if ids.dim() else 1
 
 
 def places(terms: Terms) -> int:

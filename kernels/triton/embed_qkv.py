@@ -337,20 +337,21 @@ def embed_qkv(
     terms, norm, projection, epilogue = call[:4]
     assert projection is not None
     hidden, query, key, value, mean, rstd = outputs = call.empty_outputs()
-    weight, groups, head_dim = projection.weight, projection.groups, call.head_dim
-    M, (V, D), N = terms.ids.numel(), terms.token.shape, weight.shape[0]
+    weight, _, heads, kv_heads = projection
+    M, (V, D), N, head_dim = terms.ids.numel(), terms.token.shape, weight.shape[0], value.shape[-1]
     if M == 0 or N == 0 or D == 0:
         return outputs
     device, layer, normed = tuning.device_of(weight), norm.kind == "layer", norm.kind != "none"
     folds, tiles, options, runs = configure(
-        M, N, D, groups, hidden.dtype, weight.dtype, device, normed, needs(epilogue, head_dim), folds, tiles,
-        call.batch_invariant,
+        M, N, D, (heads, kv_heads, kv_heads), hidden.dtype, weight.dtype, device, normed, needs(epilogue, head_dim), folds,
+        tiles, call.batch_invariant,
     )  # fmt: skip
-    ends, pairs = epilogue_arguments(epilogue, terms.length, head_dim)
+    T = terms.ids.shape[-1] if terms.ids.dim() else 1
+    ends, pairs = epilogue_arguments(epilogue, T, head_dim)
     ids, token = tuning.dense(terms.ids, terms.token)
     inputs = ids, terms_arguments(terms, report), token
     stored = hidden, (query, key, value), (mean if layer else None, rstd if normed else None), ends
-    shape = (M, period(terms), V, places(terms), groups[0] * head_dim, groups[1] * head_dim, runs)
+    shape = (M, period(terms), V, places(terms), heads * head_dim, kv_heads * head_dim, runs)
     options = {"PRECISION": tuning.precision(weight.dtype), **pairs, **options}
     grid = (tuning.cdiv(M, tiles.BLOCK_M) * runs,)
     with on_device(token):

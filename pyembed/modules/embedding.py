@@ -6,14 +6,14 @@ import torch
 from torch import Tensor, nn
 from torch._jit_internal import is_scripting
 
-from ..call import Call, Terms
+from ..call import Call, Terms, stock_forward
 from ..functional import embedding, why_no_kernel
 from ..ids import HasIdPolicy
 from ..plans.choice import Plan, why_torch
 from ..positions import Sinusoidal, make
 from ..run import run
 from ..settings import policy_of
-from .known import COMBINES, stock_forward
+from .known import COMBINES
 
 
 class Embedding(nn.Embedding, HasIdPolicy):

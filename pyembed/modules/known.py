@@ -1,20 +1,17 @@
 """Modules whose forward is known: what they compute from which weights, so that a front end need not call them."""
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..call import Norm, wide_dtype
 from ..modes import has_process_group, is_dtensor
-from ..positions import Sinusoidal
 from ..rotary import Rotary
 
-Forward = TypeVar("Forward", bound=Callable[..., Tensor])
 NAMES = ("token", "position", "segment", "norm", "qkv", "query_norm", "key_norm")
 COMBINES = ("sum", "concat")
-_STOCK = (nn.Embedding, nn.LayerNorm, nn.RMSNorm, nn.Linear, Sinusoidal)
+_STOCK = (nn.Embedding, nn.LayerNorm, nn.RMSNorm, nn.Linear)
 
 
 def is_conv1d(qkv: Any) -> bool:
@@ -76,12 +73,6 @@ def is_stock(module: nn.Module) -> bool:
         or getattr(kind.forward, "is_stock", False)
         or any(kind.forward is stock.forward for stock in _STOCK if issubclass(kind, stock))
     )
-
-
-def stock_forward(forward: Forward) -> Forward:
-    """Marks a forward of ours that computes what its namesake in PyTorch does."""
-    vars(forward)["is_stock"] = True
-    return forward
 
 
 def _is_known(name: str, part: nn.Module) -> bool:
@@ -254,20 +245,6 @@ def links(modules: dict[str, Any]) -> list[tuple[dict[str, Any], str, Any]]:
             if home is not None:
                 found.append((home, name, home[name]))
     return found
-
-
-def is_plain(module: nn.Module | None, *kinds: type[nn.Module]) -> bool:
-    """Whether it is of just that class, calls nothing else, and holds its weight as a parameter: attributes are slow."""
-    if type(module) not in kinds:
-        return False
-    state = module.__dict__
-    hooks = state["_forward_hooks"] or state["_forward_pre_hooks"] or state["_backward_hooks"] or state["_backward_pre_hooks"]
-    return "weight" in state["_parameters"] and not (hooks or "forward" in state)
-
-
-def only_looks_up(module: nn.Embedding) -> bool:
-    """Whether it is without max_norm, scale_grad_by_freq and sparse."""
-    return module.max_norm is None and not module.scale_grad_by_freq and not module.sparse
 
 
 def called_projection(qkv: nn.Module, normed: Tensor, groups: int, head_dim: int) -> Tensor:

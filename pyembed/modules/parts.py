@@ -16,7 +16,7 @@ from ..positions import Sinusoidal
 from ..reference import with_query_biases
 from ..rotary import Rotary, turns
 from ..settings import policy_of
-from .known import NAMES, OwnScale, called_projection, foreign, is_plain, norm_of, only_looks_up, place_rows, projection
+from .known import NAMES, OwnScale, called_projection, foreign, norm_of, place_rows, projection
 
 PACK_TOKENS = 256  # below so many, packing a projection's rows costs more than one kernel saves
 
@@ -89,14 +89,14 @@ class HoldsParts(HasIdPolicy):
             and not (self.position_offset or self._groups)
             and modules["segment"] is None
             and modules["query_norm"] is None
-            and is_plain(qkv, nn.Linear)
-            and is_plain(norm, nn.LayerNorm, nn.RMSNorm)
-            and is_plain(token, nn.Embedding)
-            and only_looks_up(token)
+            and _is_plain(qkv, nn.Linear)
+            and _is_plain(norm, nn.LayerNorm, nn.RMSNorm)
+            and _is_plain(token, nn.Embedding)
+            and _only_looks_up(token)
             and (
                 position is None
-                or is_plain(position, nn.Embedding)
-                and only_looks_up(position)
+                or _is_plain(position, nn.Embedding)
+                and _only_looks_up(position)
                 and position.padding_idx is None
             )
         )
@@ -209,3 +209,20 @@ class HoldsParts(HasIdPolicy):
     def _projection(self) -> Projection:
         weight, bias = projection(self._modules["qkv"], self._groups, self._head_dim)
         return Projection(weight, bias, self.num_heads, self.num_kv_heads)
+
+
+def _is_plain(module: nn.Module | None, *kinds: type[nn.Module]) -> bool:
+    """Whether it is of just that class, calls nothing else, and holds weight and bias as parameters: attributes are slow."""
+    kind = type(module)
+    if kind not in kinds:
+        return False
+    state = module.__dict__
+    parameters = state["_parameters"]
+    if "weight" not in parameters or kind in (nn.Linear, nn.LayerNorm) and "bias" not in parameters:
+        return False
+    hooks = state["_forward_hooks"] or state["_forward_pre_hooks"] or state["_backward_hooks"] or state["_backward_pre_hooks"]
+    return not (hooks or "forward" in state)
+
+
+def _only_looks_up(module: nn.Embedding) -> bool:
+    return module.max_norm is None and not module.scale_grad_by_freq and not module.sparse

@@ -8,32 +8,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..call import Call, Epilogue, HiddenQKV, wide_dtype
+from ..call import NO_EPILOGUE, Call, HiddenQKV, wide_dtype
 from ..reference import finish
 from . import distinct_cpu
 from .choice import remember_count
-from .operators import FrontEnd, launcher, report
+from .operators import FrontEnd, launch, launcher
 
 
-def front_end(call: Call, kernels: bool, observed: bool) -> HiddenQKV:
+def front_end(call: Call, kernels: bool, observed: bool, grads: bool) -> HiddenQKV:
     """The whole call; the part of the epilogue that the plan cannot do follows by PyTorch's operators."""
     given = (None, None) if call.distinct is None else (call.distinct.ids, call.distinct.inverse.reshape(-1))
-    fused, rest = call.epilogue.split_turns() if kernels else (Epilogue(), call.epilogue)
+    fused, rest = call.epilogue.split_turns() if kernels else (NO_EPILOGUE, call.epilogue)
     call = call._replace(epilogue=fused)
-    *outputs, count = distinct_qkv(call, *given, kernels, call.id_policy != "trust", observed=observed)
+    *outputs, count = distinct_qkv(call, *given, kernels, observed=observed, grads=grads)
     if kernels:
         remember_count(call.terms.token, count, call.terms.ids.numel())
-    return finish(HiddenQKV(*outputs[:4]), rest)
+    found = HiddenQKV(*outputs[:4])
+    return found if rest is NO_EPILOGUE else finish(found, rest)
 
 
-def _forward(call: Call, rows: Tensor | None, index: Tensor | None, kernels: bool, reports: bool) -> tuple[Tensor, ...]:
+def _forward(call: Call, rows: Tensor | None, index: Tensor | None, kernels: bool) -> tuple[Tensor, ...]:
     """The last results: projected (·, N), of distinct positions and then of tokens; rows of the token table and each token's
     index (M,) among them, empty where they were given; count (1,) of the rows in use, where the device alone knows it."""
     ids = call.terms.ids
     if kernels:
-        module, running = launcher("distinct", call.terms.token)
-        with running:
-            *results, found_rows, found_index, count = module.forward(call, rows, index, report(call, reports))
+        *results, found_rows, found_index, count = launch("distinct", "forward", call, rows, index)
     else:
         *results, found_rows, found_index = distinct_cpu.forward(call, rows, index)
         count = ids.new_empty(0, dtype=torch.int32)
@@ -43,7 +42,7 @@ def _forward(call: Call, rows: Tensor | None, index: Tensor | None, kernels: boo
 
 def _backward(call: Call, grads: Any, results: Any, options: Any, needs: set[str]) -> dict[str, Tensor]:
     mean, rstd, projected, found_rows, found_index, count = results
-    rows, index, kernels, _ = options
+    rows, index, kernels = options
     if rows is None:
         rows, index = found_rows, found_index
     if not kernels:
@@ -53,7 +52,7 @@ def _backward(call: Call, grads: Any, results: Any, options: Any, needs: set[str
         return module.backward(call, grads, mean, rstd, projected, rows, index, count, needs)
 
 
-def _empty(call: Call, rows: Tensor | None, index: Tensor | None, kernels: bool, reports: bool) -> tuple[Tensor, ...]:
+def _empty(call: Call, rows: Tensor | None, index: Tensor | None, kernels: bool) -> tuple[Tensor, ...]:
     """Sizes that depend on the values of ids are new symbols."""
     assert call.projection is not None
     ids, token = call.terms[:2]
@@ -72,7 +71,7 @@ def _empty(call: Call, rows: Tensor | None, index: Tensor | None, kernels: bool,
 
 distinct_qkv = FrontEnd(
     "distinct_qkv",
-    "Tensor? rows, Tensor? index, bool kernels, bool reports",
+    "Tensor? rows, Tensor? index, bool kernels",
     "mean rstd projected found_rows found_index count",
     _forward,
     _backward,

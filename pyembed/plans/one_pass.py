@@ -1,7 +1,8 @@
 """The `one_pass` plan: hidden, and the whole front end, each by one fused kernel, as the operators pyembed::embed and
 pyembed::embed_qkv. embed is differentiable any number of times, embed_qkv once."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from ..call import HIDDEN, SCHEMA, TABLES, Call, Epilogue, HiddenQKV, Terms
 from ..modes import autocast_dtype
 from ..reference import finish
-from .operators import FrontEnd, Operator, launcher, refuse_tangents, report, save_inputs, saved_inputs
+from .operators import FrontEnd, Operator, launch, launcher, refuse_tangents, save_inputs, saved_inputs
 
 
 def with_seed(call: Call) -> Call:
@@ -22,7 +23,7 @@ def with_seed(call: Call) -> Call:
 
 def hidden(call: Call, observed: bool) -> Tensor:
     """hidden (..., T, D) of a call without a projection."""
-    return embed(*HIDDEN.flatten(with_seed(call)), call.id_policy != "trust", observed=observed)
+    return embed(*HIDDEN.flatten(with_seed(call)), observed=observed)
 
 
 def front_end(call: Call, observed: bool) -> HiddenQKV:
@@ -30,22 +31,19 @@ def front_end(call: Call, observed: bool) -> HiddenQKV:
     call, rest = with_seed(_cast(call)), None
     if call.epilogue.query_norm is not None and not normalises_heads(call):
         call, rest = call._replace(epilogue=Epilogue()), call.epilogue
-    found = HiddenQKV(*embed_qkv(call, call.id_policy != "trust", call.batch_invariant, observed=observed)[:4])
+    found = HiddenQKV(*embed_qkv(call, observed=observed)[:4])
     return found if rest is None else finish(found, rest)
 
 
-def is_one_launch(call: Call) -> bool:
-    """Whether one kernel is all that runs without gradients: no seed is drawn, no weight is cast, no operator follows."""
+def kernel_of(call: Call) -> Callable[[Call], tuple[Tensor, ...]] | None:
+    """The kernel that is all that runs such calls without gradients: call -> hidden, query, key, value, mean, rstd; or hidden.
+
+    None: a seed is drawn, a weight is cast, or operators follow."""
     if call.terms.dropout or call.projection is not None and autocast_dtype(call.terms.token) is not None:
-        return False
-    return call.epilogue.query_norm is None or normalises_heads(call)
-
-
-def outputs(call: Call) -> tuple[Tensor, ...]:
-    """All that the launch of such a call fills."""
-    if call.projection is None:
-        return (hidden(call, observed=False),)
-    return embed_qkv(call, call.id_policy != "trust", call.batch_invariant, observed=False)
+        return None
+    if call.epilogue.query_norm is not None and not normalises_heads(call):
+        return None
+    return launch_hidden if call.projection is None else embed_qkv.without_gradients
 
 
 def _cast(call: Call) -> Call:
@@ -66,23 +64,18 @@ def normalises_heads(call: Call) -> bool:
     return is_tile and not wanted and autocast_dtype(call.terms.token) is None
 
 
-def _run_embed(*arguments: Any) -> Tensor:
-    *fields, reports = arguments
-    call = HIDDEN.rebuild(tuple(fields))
-    module, running = launcher("embed", call.terms.token)
-    with running:
-        return module.embed(call.terms, report(call, reports))
+launch_hidden = partial(launch, "embed", "embed")
 
 
 def _empty_embed(ids: Tensor, token: Tensor, *others: Any) -> Tensor:
     return token.new_empty(*ids.shape, token.shape[1])
 
 
-embed = Operator("embed", f"({HIDDEN.schema}, bool reports) -> Tensor", _run_embed, _empty_embed)
+embed = Operator("embed", f"({HIDDEN.schema}) -> Tensor", lambda *fields: launch_hidden(HIDDEN.rebuild(fields)), _empty_embed)
 
 
 # The backward is not given tables, which may have changed since the forward, but their sizes.
-_WITHOUT_TABLES = tuple(name for name in HIDDEN.names if name not in TABLES)
+_WITHOUT_TABLES = tuple(name for name in HIDDEN.names if name not in (*TABLES, "reports"))
 _FIELDS = ", ".join(f"{SCHEMA[name]} {name}" for name in _WITHOUT_TABLES)
 _BACKWARD_SCHEMA = f"(Tensor grad, {_FIELDS}, SymInt[] sizes) -> (Tensor, Tensor, Tensor)"
 
@@ -146,18 +139,12 @@ def _differentiate_embed_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
     for table, ids_of in (("position", "position_ids"), ("segment", "segment_ids")):
         if not sizes[table]:
             tables[table] = tables[ids_of] = None
-    call = Call(terms._replace(**tables, padding_idx=-1))
-    found = embed(*HIDDEN.flatten(call), False)
+    call = Call(terms._replace(**tables, padding_idx=-1), id_policy="trust")
+    found = embed(*HIDDEN.flatten(call))
     return found, *(None for _ in fields), None
 
 
 embed_backward.register_autograd(_save_embed_backward, _differentiate_embed_backward)
-
-
-def _run_embed_qkv(call: Call, reports: bool, batch_invariant: bool) -> tuple[Tensor, ...]:
-    module, running = launcher("embed_qkv", call.terms.token)
-    with running:
-        return module.embed_qkv(call._replace(batch_invariant=batch_invariant), report(call, reports))
 
 
 def _run_embed_qkv_backward(call: Call, grads: Any, statistics: Any, options: Any, needs: set[str]) -> dict[str, Tensor]:
@@ -167,10 +154,5 @@ def _run_embed_qkv_backward(call: Call, grads: Any, statistics: Any, options: An
 
 
 embed_qkv = FrontEnd(
-    "embed_qkv",
-    "bool reports, bool batch_invariant",
-    "mean rstd",
-    _run_embed_qkv,
-    _run_embed_qkv_backward,
-    lambda call, *options: call.empty_outputs(),
+    "embed_qkv", "", "mean rstd", partial(launch, "embed_qkv", "embed_qkv"), _run_embed_qkv_backward, Call.empty_outputs
 )

@@ -72,10 +72,17 @@ def launcher(name: str, tensor: Tensor) -> tuple[Any, contextlib.AbstractContext
     return kernels("interpreter").load(name), _interpreting(tensor.device)
 
 
-def report(call: Call, reports: bool) -> tuple[Tensor, int]:
-    """Where kernels note an absent row, and the length of sequences, by which it is named. reports: an error follows."""
-    shape = call.terms.ids.shape
-    return report_of(call.terms.token.device, reports), shape[-1] if shape else 1
+def launch(name: str, function: str, call: Call, *arguments: Any) -> Any:
+    """function(call, *arguments, report) of a module of pyembed.kernels; of hidden alone, function(terms, report).
+
+    report: where kernels note an absent row, and the length of sequences, by which it is named."""
+    ids, token, *_ = call.terms
+    words, shape = report_of(token.device, call.id_policy != "trust"), ids.shape
+    module, running = launcher(name, token)
+    with running:
+        return getattr(module, function)(
+            call if call.projection else call.terms, *arguments, (words, shape[-1] if shape else 1)
+        )
 
 
 def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
@@ -119,9 +126,11 @@ class Operator:
         self._function = type(self.op._schema.name.rpartition(":")[2], (torch.autograd.Function,), members)
 
     def __call__(self, *arguments: Any, observed: bool | None = None) -> Any:
-        """observed: whether the operator itself must run; None: as is_observed says, in a backward for example."""
+        """observed: whether the operator itself must run; None: it is found out, in a backward for example."""
         tensors = [value for value in arguments if isinstance(value, Tensor)]
-        if (is_observed() if observed is None else observed) or not all(map(is_plain, tensors)):
+        if observed is None:
+            observed = is_observed() or not all(map(is_plain, tensors))
+        if observed:
             return self.op(*arguments)
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
             return self._function.apply(*arguments)
@@ -176,14 +185,14 @@ def _tensors(names: tuple[str, ...]) -> str:
 class FrontEnd:
     """A plan's two operators: pyembed::name, over a Call's fields and the plan's own options, and its backward.
 
-    options: the schema of the plan's own arguments; results: names of what the forward returns behind hidden, query, key and
+    options: the schema of the plan's own arguments, if any; results: what the forward returns behind hidden, query, key and
     value, for the backward alone. forward(call, *options) -> all of these. backward(call, gradients of the four, results,
     options, needs: names in LEARNED) -> {name: gradient}. empty(call, *options): the forward's results without values.
     """
 
     def __init__(self, name: str, options: str, results: str, forward: Function, backward: Function, empty: Function) -> None:
-        self._forward, self._backward, self._empty, self._fields = forward, backward, empty, len(FRONT_END.names)
-        kept, arguments = results.split(), f"{FRONT_END.schema}, {options}"
+        self.without_gradients, self._backward, self._empty = forward, backward, empty
+        kept, arguments = results.split(), ", ".join(filter(None, (FRONT_END.schema, options)))
         self.outputs = (*HiddenQKV._fields, *kept)
         self.forward = Operator(name, f"({arguments}) -> ({_tensors(self.outputs)})", self._run_forward, self._fake_forward)
         inputs = [*(f"Tensor? grad_{output}" for output in HiddenQKV._fields), *(f"Tensor {result}" for result in kept)]
@@ -192,16 +201,19 @@ class FrontEnd:
         self.forward.register_autograd(self._save, self._differentiate)
         self.backward.register_autograd(lambda ctx, inputs, output: None, refuse_double_backward)
 
-    def __call__(self, call: Call, *options: Any, observed: bool) -> tuple[Tensor, ...]:
-        """The forward of a call."""
-        return self.forward(*FRONT_END.flatten(call), *options, observed=observed)
+    def __call__(self, call: Call, *options: Any, observed: bool, grads: bool = True) -> tuple[Tensor, ...]:
+        """The forward of a call. grads: whether a gradient may be wanted."""
+        if observed or grads:
+            return self.forward(*FRONT_END.flatten(call), *options, observed=observed)
+        return self.without_gradients(call, *options)
 
     def _call(self, arguments: Any) -> tuple[Call, Any]:
-        return FRONT_END.rebuild(arguments[: self._fields]), arguments[self._fields :]
+        fields = len(FRONT_END.names)
+        return FRONT_END.rebuild(arguments[:fields]), arguments[fields:]
 
     def _run_forward(self, *arguments: Any) -> tuple[Tensor, ...]:
         call, options = self._call(arguments)
-        return self._forward(call, *options)
+        return self.without_gradients(call, *options)
 
     def _fake_forward(self, *arguments: Any) -> tuple[Tensor, ...]:
         call, options = self._call(arguments)

@@ -20,7 +20,7 @@ from ..call import Call, HiddenQKV, Norm, Projection, Terms, wide_dtype
 from ..memory import empty
 from ..reference import finish
 from .distinct_cpu import FEW, Batch, Parts, centred, expand, inverse_deviation, project, shift
-from .operators import launcher, report
+from .operators import launch
 
 CHUNK = 4096  # rows that are projected at a time
 COLUMN = 1 / math.pi  # of a table that is compared
@@ -166,10 +166,7 @@ class Table:
         if not kernels:
             return finish(self._gather(call), call.epilogue)
         fused, rest = call.epilogue.split_turns()
-        module, running = launcher("expand", self.token)
-        with running:
-            told = report(call, call.id_policy != "trust")
-            found = module.look_up(call._replace(epilogue=fused), self.projected, self.shift, 1 / self.unit, told)
+        found = launch("expand", "look_up", call._replace(epilogue=fused), self.projected, self.shift, 1 / self.unit)
         return finish(HiddenQKV(*found), rest)
 
     def _gather(self, call: Call) -> HiddenQKV:

@@ -33,7 +33,7 @@ IDS, CAST, FUNCTIONS = (f"tests/machinery/test_{name}.py" for name in ("ids", "a
 FAST, LAUNCHES, OPS = (f"tests/machinery/test_{name}.py" for name in ("fast_path", "launches", "ops"))
 EMBEDDING, MODULES = (f"tests/modules/test_{name}.py" for name in ("embedding", "modules"))
 SAMES, PLANNER = (f"tests/plans/test_{name}.py" for name in ("distinct", "planner"))
-SECOND, PARALLEL = (f"tests/machinery/test_{name}.py" for name in ("second_calls", "parallel"))
+PARALLEL = "tests/machinery/test_parallel.py"
 RUN, ONE_PASS, OPERATORS = (f"pyembed/{name}.py" for name in ("run", "plans/one_pass", "plans/operators"))
 CHOICE, PARTS = "pyembed/plans/choice.py", "pyembed/modules/parts.py"
 KNOWN, KEEPS = "pyembed/modules/known.py", "pyembed/modules/keeps_table.py"
@@ -236,17 +236,17 @@ MUTATIONS = [
     Mutation(KERNELS + "launch.py", "if len(names) < len(given):", "if False:", LAUNCHES + " -k two_places"),
     Mutation(KERNELS + "launch.py", "if len(memory) >= KINDS:", "if False:", LAUNCHES + " -k bounded"),
     # The signature of a call, what is kept under it, and what repeats a launch.
-    Mutation(RUN, "key = (current, policy,", "key = (policy,", SECOND),
-    Mutation(RUN, "policy, invariant, concat,", "invariant, concat,", SECOND),
-    Mutation(RUN, "policy, invariant, concat,", "policy, concat,", SECOND),
-    Mutation(RUN, "policy, invariant, concat,", "policy, invariant,", SECOND),
-    Mutation(RUN, "terms.ids.shape, kind.numbers(values))", "terms.ids.shape)", SECOND),
-    Mutation(RUN, "kind = _kinds.get(classes)", "kind = _kinds.get(len(classes))", SECOND),
-    Mutation(RUN, "guard.check(*tensors) and state.check()", "state.check()", SECOND),
-    Mutation(RUN, "guard.check(*tensors) and state.check()", "guard.check(*tensors)", SECOND),
-    Mutation(RUN, "key += (torch.backends.cuda.matmul.fp32_precision, *map(", "key += (*map(", SECOND),
+    Mutation(RUN, "key = (current, policy,", "key = (policy,", FAST),
+    Mutation(RUN, "policy, invariant, concat,", "invariant, concat,", FAST),
+    Mutation(RUN, "policy, invariant, concat,", "policy, concat,", FAST),
+    Mutation(RUN, "policy, invariant, concat,", "policy, invariant,", FAST),
+    Mutation(RUN, "terms.ids.shape, kind.numbers(values))", "terms.ids.shape)", FAST),
+    Mutation(RUN, "kind = _kinds.get(classes)", "kind = _kinds.get(len(classes))", FAST),
+    Mutation(RUN, "guard.check(*tensors) and state.check()", "state.check()", FAST),
+    Mutation(RUN, "guard.check(*tensors) and state.check()", "guard.check(*tensors)", FAST),
+    Mutation(RUN, "key += (torch.backends.cuda.matmul.fp32_precision, *map(", "key += (*map(", FAST),
     Mutation(RUN, "return tensor.data_ptr() % 16 if", "return 0 if", LAUNCHES + " -k address"),
-    Mutation(RUN, "tensors += tuple(weight for weight in weights if weight is not None)", "pass", SECOND),
+    Mutation(RUN, "tensors += tuple(weight for weight in weights if weight is not None)", "pass", FAST),
     Mutation(RUN, "    if is_observed():\n", "    if False:\n", LAUNCHES + " -k profiler"),
     Mutation(RUN, "type(tensor) in TENSORS and not is_strange(tensor) for", "True for", LAUNCHES + " -k many"),
     Mutation(RUN, "not keeps or not _has_schema_types(call)", "not keeps", LAUNCHES + " -k eps"),
@@ -293,7 +293,7 @@ MUTATIONS = [
     Mutation(OPERATORS, "        if all(grad is None for grad in outputs):\n", "        if False:\n", OPS),
     Mutation(OPERATORS, "        if ctx.has_head_norm:\n", "        if False:\n", ENDS + " -k operator"),
     Mutation(OPERATORS, "        refuse_tangents(*grads)\n        if", "        if", OPS + " -k tangents"),
-    Mutation(OPERATORS, "(named | unused).values()", "named.values()", QKV + " -k changed_meanwhile"),
+    Mutation(OPERATORS, "(named | unused).values()", "named.values()", QKV + " -k changed_between"),
     Mutation(OPERATORS, "ctx.set_materialize_grads(False)", "pass", QKV + " -k single_output"),
     Mutation(OPERATORS, "        ctx.mark_non_differentiable(*results)\n", "", OPS + " -k opcheck"),
     Mutation(OPERATORS, "empty_grad(call, name, needed).zero_()", "empty_grad(call, name, needed)", QKV + " -k empty"),

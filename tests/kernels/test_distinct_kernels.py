@@ -127,7 +127,7 @@ def test_opcheck():
     case = Case(torch.float32, DEVICE, heads=1)
     case.parameters = {k: v.requires_grad_() for k, v in case.parameters.items()}
     utilities = ("test_schema", "test_autograd_registration", "test_faketensor")
-    arguments = (*FRONT_END.flatten(case.call()), None, None, True, True)
+    arguments = (*FRONT_END.flatten(case.call()), None, None, True)
     torch.library.opcheck(distinct_qkv.forward.op, arguments, test_utils=utilities)
 
 

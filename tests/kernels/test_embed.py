@@ -108,5 +108,5 @@ def test_an_id_without_a_row_is_nan_by_the_kernel(bad):
         Terms(fine, token, segment=others, segment_ids=ids),
     ]
     for terms in calls:
-        hidden = one_pass.embed(*HIDDEN.flatten(Call(terms)), False)
+        hidden = one_pass.embed(*HIDDEN.flatten(Call(terms, id_policy="trust")))
         assert hidden[0, 1].isnan().all() and hidden[0, ::2].isfinite().all()

@@ -131,7 +131,7 @@ def test_eps(eps):
 @pytest.mark.sample
 @pytest.mark.parametrize("norm", ["layer", "rms"])
 @pytest.mark.parametrize("position", ["learned", None])
-@pytest.mark.parametrize("centre", [0.0, 5.0])
+@pytest.mark.parametrize("centre", [full(0.0), 5.0])
 @pytest.mark.parametrize("dtype", [d for d in DTYPES if d.itemsize == 2])
 @pytest.mark.parametrize("D, bias, affine", [(40, True, True), (70, False, True), (136, True, False)])
 def test_folded(D, bias, affine, dtype, norm, position, centre, monkeypatch):
@@ -197,6 +197,23 @@ def test_single_output_used(used, device):
     assert found["ours"].keys() == found["eager"].keys()  # what is not reached has no gradient, as in eager
     for name, grad in found["oracle"].items():
         assert_no_worse(name, found["ours"][name], found["eager"][name], grad)
+
+
+def test_what_is_changed_between_forward_and_backward(device):
+    """A bias, since the backward needs no values of it; a weight not, and an error says so, as eager's does."""
+    case = Case(torch.float32, device)
+    expected = case.run(F.embed_qkv)
+    for name, allowed in {"bias": True, "weight": False, "norm_weight": False}.items():
+        leaves = {k: p.detach().clone().requires_grad_() for k, p in case.parameters.items()}
+        outputs = F.embed_qkv(case.ids, **leaves, **case.options)
+        with torch.no_grad():
+            leaves[name].zero_()
+        if allowed:
+            for key, grad in zip(leaves, torch.autograd.grad(list(outputs), list(leaves.values()), case.grads), strict=True):
+                assert torch.equal(grad, expected[f"grad of {key}"]), key
+        else:
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                torch.autograd.grad(list(outputs), list(leaves.values()), case.grads)
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (3, 0), (0,)])

@@ -100,7 +100,7 @@ def test_the_operator_has_no_gradient_of_normalised_heads():
     case.parameters = p = {k: v.requires_grad_() for k, v in case.parameters.items()}
     call = case.call(epilogue=Epilogue(p["query_norm"], p["key_norm"], head_eps=1e-6))
     for observed in (False, True):
-        outputs = one_pass.embed_qkv(call, True, False, observed=observed)
+        outputs = one_pass.embed_qkv(call, observed=observed)
         with pytest.raises(RuntimeError, match="no gradient of normalised heads"):
             outputs[1].sum().backward()
 

@@ -18,6 +18,7 @@ import pyembed
 import pyembed.functional as F
 from pyembed import positions, reference, run
 from pyembed.modules import parts
+from pyembed.plans import distinct_cpu, one_pass
 
 pytestmark = pytest.mark.skipif(DEVICE == "cuda", reason="calls on a CPU")
 V, D, L, H = 40, 32, 16, 4
@@ -654,13 +655,18 @@ CONTEXTS = {
 @pytest.mark.sample
 @pytest.mark.parametrize("first", CONTEXTS)
 @pytest.mark.parametrize("second", CONTEXTS)
-def test_what_was_asked_for_is_done(first, second, remembered):
+def test_what_was_asked_for_is_done(first, second, remembered, monkeypatch):
     """Each context in turn, and none between: nothing found in one serves another."""
-    front, ids = fronts(), torch.tensor([[5, 7]])
+    front, ids, ways = fronts(), torch.tensor([[5, 7]]), []
+    launcher, forward = one_pass.launcher, distinct_cpu.forward
+    monkeypatch.setattr(one_pass, "launcher", lambda *args: ways.append("kernels") or launcher(*args))
+    monkeypatch.setattr(distinct_cpu, "forward", lambda *args: ways.append("distinct") or forward(*args))
     for name in (None, first, None, second, first):
         context, tolerance = (contextlib.nullcontext, EXACT) if name is None else CONTEXTS[name]
+        ways.clear()
         with context():
             equals_stock(front, ids, **tolerance)
+        assert ways == ([name] * 2 if name in ("kernels", "distinct") else [])
     remembered()
     front(ids)
     with CONTEXTS[first][0]():
@@ -695,14 +701,46 @@ def test_ids_are_looked_at_in_every_call(backend, plan, by_modules, remembered):
             assert remembered()
             for a, b in zip(front(ids), good, strict=True):
                 assert torch.equal(a, b)
-        with pyembed.id_policy("clamp"):
-            for wrong, near in ([[5, 7]], [[5, 7]]), ([[5, V]], [[5, V - 1]]), ([[-1, 7]], [[0, 7]]):
-                for a, b in zip(front(torch.tensor(wrong)), front(torch.tensor(near)), strict=True):
-                    assert torch.equal(a, b)
+        for own in (False, True):
+            front.id_policy = "clamp" if own else None
+            with contextlib.nullcontext() if own else pyembed.id_policy("clamp"):
+                for wrong, near in ([[5, 7]], [[5, 7]]), ([[5, V]], [[5, V - 1]]), ([[-1, 7]], [[0, 7]]):
+                    for a, b in zip(front(torch.tensor(wrong)), front(torch.tensor(near)), strict=True):
+                        assert torch.equal(a, b)
+        front.id_policy = None
+        with pytest.raises(IndexError, match=f"got {V}"):
+            front(torch.tensor([[5, V]]))
         if plan != "distinct":
             with pyembed.id_policy("zero"):
                 front(ids)
                 assert torch.equal(front(torch.tensor([[V, 7]])).hidden[0, 0], front.position.weight[0])
+
+
+REFUSED_BY_DISTINCT = {
+    "a scale": on("scale", 2.0),
+    "dropout": dropping,
+    "batch_invariant": on("batch_invariant", True),
+    "'zero'": on("id_policy", "zero"),
+    "positions are computed": on("position", lambda: positions.Sinusoidal(None, D)),
+    "autocast": None,
+}
+
+
+@pytest.mark.parametrize("name", REFUSED_BY_DISTINCT)
+def test_a_plan_refuses_in_every_call(name):
+    """Also after calls that it could run, which it can again then."""
+    front, ids, change = fronts(), torch.tensor([[5, 7]]), REFUSED_BY_DISTINCT[name]
+    before = copy.deepcopy(front)
+    if change is not None:
+        change(front)
+    with pyembed.plan("distinct"):
+        good = before(ids)
+        with torch.autocast("cpu", enabled=change is None):
+            for _ in range(2):
+                with pytest.raises(RuntimeError, match="plan: 'distinct' cannot run here: "):
+                    front(ids)
+        for a, b in zip(before(ids), good, strict=True):
+            assert torch.equal(a, b)
 
 
 def test_given_distinct_ids_are_looked_at_in_every_call():

@@ -16,7 +16,7 @@ from torch.nn.utils import parametrizations, parametrize
 import pyembed
 from pyembed import functional as F
 from pyembed.call import TABLES, Terms
-from pyembed.plans import choice, one_pass
+from pyembed.plans import choice, one_pass, operators
 
 BACKENDS = ["torch", "triton"]
 IDS = torch.tensor([[0, 5, 5], [1, 2, 5]], device=DEVICE)
@@ -611,8 +611,8 @@ def test_a_table_of_another_tensor_class(backend):
 )
 def test_explain_says_what_runs(options, name, why, monkeypatch):
     calls = []
-    launcher = one_pass.launcher
-    monkeypatch.setattr(one_pass, "launcher", lambda *a: calls.append(a) or launcher(*a))
+    launcher = operators.launcher
+    monkeypatch.setattr(operators, "launcher", lambda *a: calls.append(a) or launcher(*a))
     module = pyembed.Embedding(6, 3, **options).to(DEVICE)
     with pyembed.backend("triton"):
         plan = module.explain(IDS)
