@@ -18,7 +18,7 @@ def _register(plan: FrontEnd, rows: Callable[[dict[str, Any]], int]) -> None:
 
     def count(operator: Operator, results: tuple[str, ...]) -> None:
         @register_flop_formula(getattr(torch.ops.pyembed, operator.op._schema.name.rpartition(":")[2]))
-        def formula(*shapes, out_shape=None, **options):
+        def formula(*shapes: Any, out_shape: Any = None, **options: Any) -> int:
             named = dict(zip(operator.names, shapes, strict=False)) | dict(zip(results, out_shape, strict=False))
             return _products(named) * 2 * rows(named) * math.prod(named["weight"])
 

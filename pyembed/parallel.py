@@ -25,6 +25,8 @@ from .modules.front_end import EmbeddingQKV
 from .plans.choice import Plan
 from .run import run
 
+Layout = Shard | Replicate
+
 
 class ColwiseQKV(ParallelStyle):
     """Tensor parallelism of an EmbeddingQKV: parallelize_module(front, mesh, ColwiseQKV()), with a 1-D mesh of n ranks.
@@ -48,8 +50,8 @@ class ColwiseQKV(ParallelStyle):
         self,
         *,
         shard_vocabulary: bool = False,
-        input_layouts: Shard | Replicate | None = None,
-        hidden_layouts: Shard | Replicate | None = None,
+        input_layouts: Layout | None = None,
+        hidden_layouts: Layout | None = None,
         use_local_output: bool = True,
     ) -> None:
         super().__init__()
@@ -90,14 +92,14 @@ class ColwiseQKV(ParallelStyle):
         module.__class__ = type(f"Colwise{type(module).__name__}", (_Colwise, type(module)), {})
         return module
 
-    def _spread(self, part, mesh, layout, layouts=None):
+    def _spread(self, part: nn.Module, mesh: DeviceMesh, layout: Layout, layouts: dict[str, Layout] | None = None) -> None:
         for name, parameter in list(part.named_parameters(recurse=False)):
             placements = [(layouts or {}).get(name, layout)]
             found = distribute_tensor(parameter.detach(), mesh, placements, src_data_rank=self.src_data_rank)
             part.register_parameter(name, nn.Parameter(found, parameter.requires_grad))
         part.register_load_state_dict_pre_hook(_distribute_loaded)
 
-    def _split(self, qkv, mesh, widths):
+    def _split(self, qkv: nn.Module, mesh: DeviceMesh, widths: list[int]) -> None:
         dims = {"weight": 1 if known.is_conv1d(qkv) else 0, "bias": 0}
         for name in [name for name, _ in qkv.named_parameters(recurse=False)]:
             parametrize.register_parametrization(qkv, name, _Rows(widths, dims[name], mesh, self.src_data_rank), unsafe=True)
@@ -121,7 +123,7 @@ class _Rows(nn.Module):
         return torch.cat([local(share) for share in shares], self.dim)
 
 
-def _pack_saved(module, state, prefix, _):
+def _pack_saved(module: Any, state: dict[str, Any], prefix: str, _: Any) -> None:
     """state_dict hook: packs the three DTensors again, so that the keys are those without a mesh."""
     for name, held in module.parametrizations.items():
         shares = [state.pop(f"{prefix}parametrizations.{name}.original{i}") for i in range(3)]
@@ -130,7 +132,7 @@ def _pack_saved(module, state, prefix, _):
         state[prefix + name] = DTensor.from_local(packed, mesh, [Replicate()] * mesh.ndim, run_check=False)
 
 
-def _distribute_loaded(module, state, prefix, *_):
+def _distribute_loaded(module: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """load_state_dict hook: shards the given tensors, whole or sharded otherwise, as this module's parameters are."""
     for name, held in module.parametrizations.items() if parametrize.is_parametrized(module) else ():
         packed = state.pop(prefix + name, None)
@@ -289,13 +291,13 @@ class _Sum(torch.autograd.Function):
     be non-zero, so that only these are communicated; None: all rows."""
 
     @staticmethod
-    def forward(ctx, x, rows, group, summed):
+    def forward(ctx: Any, x: Tensor, rows: Tensor | None, group: Any, summed: bool) -> Tensor:
         ctx.rows, ctx.group = rows, group
         return _sum(x, group) if summed else x.view_as(x)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.rows is None:
             return _sum(grad, ctx.group), None, None, None
         rows = ctx.rows.reshape(-1).clamp(0, grad.shape[0] - 1)
@@ -303,7 +305,7 @@ class _Sum(torch.autograd.Function):
         return grad, None, None, None
 
 
-def _sum(x, group):
+def _sum(x: Tensor, group: Any) -> Tensor:
     return collectives.wait_tensor(collectives.all_reduce(x.contiguous(), "sum", group))
 
 
@@ -311,10 +313,10 @@ class _Once(torch.autograd.Function):
     """The identity of a tensor that every rank has; its gradient is kept on rank 0 and zero on the others, to count once."""
 
     @staticmethod
-    def forward(ctx, x, rank):
+    def forward(ctx: Any, x: Tensor, rank: int) -> Tensor:
         ctx.rank = rank
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad if ctx.rank == 0 else torch.zeros_like(grad), None

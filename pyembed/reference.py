@@ -133,9 +133,8 @@ def rotate(x: Tensor, epilogue: Epilogue) -> Tensor:
     parts = [torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)]
     if interleaved:
         parts = [torch.stack(parts, -1).flatten(-2)]
-    if 2 * half < heads.shape[-1]:
-        parts.append(heads[..., 2 * half :])
-    return torch.cat(parts, -1).view(x.shape)
+    rest = [heads[..., 2 * half :]] if 2 * half < heads.shape[-1] else []
+    return torch.cat([*parts, *rest], -1).view(x.shape)
 
 
 ROWS = 32  # of a product of invariant_linear

@@ -2,6 +2,7 @@
 position."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -78,9 +79,9 @@ def turns(rotary: Rotary | tuple[Tensor, Tensor] | None, ids: Tensor, position_i
     if not isinstance(ids, Tensor):
         raise TypeError(f"ids: expected a Tensor, got {type(ids).__name__}")
     if not isinstance(rotary, Rotary):
-        cos, sin = _checked_pair(rotary, ids)
-        half = cos.shape[-1] // 2
-        return cos[..., :half].to(torch.float32), sin[..., :half].to(torch.float32), None, False
+        pair = _checked_pair(rotary, ids)
+        half = pair[0].shape[-1] // 2
+        return pair[0][..., :half].to(torch.float32), pair[1][..., :half].to(torch.float32), None, False
     tables = rotary._buffers  # a module's attributes are slow
     cos, sin = tables["cos"], tables["sin"]
     assert cos is not None and sin is not None
@@ -90,7 +91,7 @@ def turns(rotary: Rotary | tuple[Tensor, Tensor] | None, ids: Tensor, position_i
     return cos, sin, position_ids, rotary.interleaved
 
 
-def _checked_pair(rotary, ids):
+def _checked_pair(rotary: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
     if not isinstance(rotary, tuple | list) or len(rotary) != 2 or not all(isinstance(table, Tensor) for table in rotary):
         raise TypeError(f"rotary: expected a pyembed.Rotary or a (cos, sin) pair of Tensors, got {type(rotary).__name__}")
     (cos, sin), T = rotary, ids.shape[-1] if ids.dim() else 1

@@ -15,6 +15,7 @@ from .call import FRONT_END, HIDDEN, LEARNED, LOOKUPS, SCHEMA, TABLES, Call, Hid
 from .modes import local
 from .plans import one_pass
 
+Shardings = list[tuple[list[Placement], list[Placement | None]]]  # of results, and of arguments
 STATISTICS = ("mean", "rstd")
 IDS = tuple(lookup.ids for lookup in LOOKUPS)
 
@@ -148,13 +149,13 @@ def _sums(placement: Placement) -> Placement:
 
 
 @register_sharding(torch.ops.pyembed.embed.default)
-def _shard_embed(*arguments):
+def _shard_embed(*arguments: Any) -> Shardings:
     fields = dict(zip(HIDDEN.names, arguments, strict=True))
     return [([p], [*_placed(fields, p).values()]) for p in _dims(fields, needs_alone=False)]
 
 
 @register_sharding(torch.ops.pyembed.embed_backward.default)
-def _shard_embed_backward(grad, *arguments):
+def _shard_embed_backward(grad: Any, *arguments: Any) -> Shardings:
     names = [name for name in HIDDEN.names if name not in (*TABLES, "reports")]
     *values, sizes = arguments
     fields = dict(zip(names, values, strict=True))
@@ -164,7 +165,7 @@ def _shard_embed_backward(grad, *arguments):
 
 
 @register_sharding(torch.ops.pyembed.embed_qkv.default)
-def _shard_embed_qkv(*arguments):
+def _shard_embed_qkv(*arguments: Any) -> Shardings:
     fields = dict(zip(FRONT_END.names, arguments, strict=True))
     outputs = one_pass.embed_qkv.outputs
     return [
@@ -173,7 +174,7 @@ def _shard_embed_qkv(*arguments):
 
 
 @register_sharding(torch.ops.pyembed.embed_qkv_backward.default)
-def _shard_embed_qkv_backward(*arguments):
+def _shard_embed_qkv_backward(*arguments: Any) -> Shardings:
     named = dict(zip(one_pass.embed_qkv.backward.names, arguments, strict=True))
     fields = {name: named[name] for name in FRONT_END.names}
     placements = _dims(fields)

@@ -174,9 +174,7 @@ class KeepsTable(HoldsParts):
         refused = self._foreign() or self._refuses_plans() or known.distributed(self._modules)
         if refused:
             return refused
-        if not is_plain_eager():
-            return "a compiler, torch.func or forward-mode AD is at work"
-        return None
+        return None if is_plain_eager() else "a compiler, torch.func or forward-mode AD is at work"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "KeepsTable":
         self._table = None  # its memory need not wait for the next call

@@ -297,10 +297,12 @@ def _project_backward(
     grad_table[P:] = batch.sum_tokens(grad, rstd if normed else None)
 
 
-def _sum_backward(batch: Batch, grad_hidden, token, places, pull, norm, grad_places):
+def _sum_backward(
+    batch: Batch, grad: Tensor | None, token: Tensor, places: Tensor | None, pull: Tensor | None, norm: str, grad_places: Tensor
+) -> Tensor:
     """Gradient of the distinct tokens (U, D) through hidden and rstd; adds that of the positions to grad_places (P, D)."""
     wide = grad_places.dtype
-    streamed = empty(batch.M, token.shape[1], dtype=wide) if pull is not None else grad_hidden.contiguous()
+    streamed = grad.contiguous() if grad is not None and pull is None else empty(batch.M, token.shape[1], dtype=wide)
     for block in batch.blocks():
         g = streamed[block.tokens]
         if pull is not None:
@@ -308,8 +310,8 @@ def _sum_backward(batch: Batch, grad_hidden, token, places, pull, norm, grad_pla
             if norm == "layer":
                 g -= g.mean(1, keepdim=True)
             g *= pull[block.tokens, None]
-            if grad_hidden is not None:
-                g += grad_hidden[block.tokens]
+            if grad is not None:
+                g += grad[block.tokens]
         if batch.P:
             batch.sum_places(block, g.to(wide), grad_places)
     return batch.sum_tokens(streamed)

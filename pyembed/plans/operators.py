@@ -183,10 +183,6 @@ def _tensors(names: tuple[str, ...]) -> str:
     return ", ".join(["Tensor"] * len(names))
 
 
-def _split(arguments, first, second):
-    return arguments[:first], arguments[first:second], tuple(arguments[second:])
-
-
 class FrontEnd:
     """A plan's two operators: pyembed::name, over a Call's fields and the plan's own options, and its backward.
 
@@ -227,9 +223,9 @@ class FrontEnd:
     def _parts(self, arguments: Any) -> tuple[Any, Any, Call, Any, dict[str, bool]]:
         """Of the backward's arguments: gradients, results, the call, options, and {name: whether its gradient is needed}."""
         *arguments, needs = arguments
-        grads, results, arguments = _split(arguments, len(HiddenQKV._fields), len(self.outputs))
-        call, options = self._call(arguments)
-        return grads, results, call, options, dict(zip(LEARNED, needs, strict=True))
+        first, second = len(HiddenQKV._fields), len(self.outputs)
+        call, options = self._call(tuple(arguments[second:]))
+        return arguments[:first], arguments[first:second], call, options, dict(zip(LEARNED, needs, strict=True))
 
     def _run_backward(self, *arguments: Any) -> tuple[Tensor, ...]:
         grads, results, call, options, needs = self._parts(arguments)
