@@ -74,6 +74,7 @@ def _is_plain_lookup(ids: Tensor, weight: Tensor, padding_idx: int | None, polic
     return (
         type(ids) is Tensor
         and type(weight) in TENSORS
+        and weight.dim() == 2
         and ids.is_cpu == weight.is_cpu
         and policy in ("raise", "trust")
         and (padding_idx is None or 0 <= padding_idx < weight.shape[0])

@@ -213,7 +213,7 @@ MUTATIONS = [
     Mutation(PARTS, 'return not (hooks or "forward" in state)', "return not hooks", FAST + " -k what_more_than"),
     Mutation(PARTS, "    if kind not in kinds:\n", "    if not isinstance(module, kinds):\n", FAST + " -k what_more_than"),
     Mutation(PARTS, 'if "weight" not in parameters or kind', "if kind", FAST + " -k no_parameters"),
-    Mutation(PARTS, "if self.heads_first else NO_EPILOGUE,", "if False else NO_EPILOGUE,", FAST + " -k what_more_than"),
+    Mutation(PARTS, "Epilogue(heads_first=True) if self.heads_first else", "", FAST + " -k what_more_than"),
     Mutation(PARTS, "and self.scale is None\n", "\n", FAST + " -k what_more_than"),
     Mutation(PARTS, "            and _only_looks_up(token)\n", "", FAST + " -k what_more_than"),
     Mutation(PARTS, "                and position.padding_idx is None\n", "", FAST + " -k what_more_than"),
@@ -221,12 +221,13 @@ MUTATIONS = [
     Mutation(PARTS, "and not (self.position_offset or self._groups)", "and not self.position_offset", MODULES),
     Mutation(PARTS, 'and modules["query_norm"] is None\n', "\n", ENDS + " -k modules"),
     Mutation(PARTS, 'self.combine == "sum"\n            and ', "", MODULES + " -k beside_tokens"),
-    Mutation(PARTS, "if segment_ids is None and self._is_plain():", "if self._is_plain():", TERMS + " -k without_segments"),
+    Mutation(
+        PARTS, "segment_ids is None and query_biases is None and", "query_biases is None and", TERMS + " -k without_segments"
+    ),
     Mutation(PARTS, 'modules["dropout"].p if token.training else 0.0', 'modules["dropout"].p', MODULES),
     Mutation(PARTS, "terms = terms._replace(position_ids=None)", "pass", ROTARY + " -k one_shot"),
     Mutation("pyembed/functional.py", 'and policy in ("raise", "trust")', "and policy", IDS + " -k embedding"),
     Mutation("pyembed/functional.py", "or 0 <= padding_idx < weight.shape[0])", "or True)", EMBEDDING + " -k is_torchs"),
-    Mutation("pyembed/functional.py", '        and settings.current.backend != "triton"\n', "", EMBEDDING + " -k explain_says"),
     Mutation(
         "pyembed/reference.py",
         "cos, sin = torch.embedding(cos, ids), torch.embedding(sin, ids)",
@@ -248,7 +249,7 @@ MUTATIONS = [
     Mutation(RUN, "= (current, policy, invariant", "= (policy, invariant", FAST + " -k asked_for"),
     Mutation(RUN, "policy, invariant, concat,", "invariant, concat,", FAST),
     Mutation(RUN, "policy, invariant, concat,", "policy, concat,", FAST),
-    Mutation(RUN, "policy, invariant, concat,", "policy, invariant,", FAST),
+    Mutation(RUN, "policy, invariant, concat,", "policy, invariant,", MODULES + " -k of_the_same_tables"),
     Mutation(RUN, "terms.ids.shape, kind.numbers(values))", "terms.ids.shape)", FAST),
     Mutation(RUN, "kind = _kinds.get(classes)", "kind = _kinds.get(len(classes))", FAST),
     Mutation(RUN, "guard.check(*tensors) and state.check()", "state.check()", FAST),
@@ -296,8 +297,8 @@ MUTATIONS = [
     Mutation(ONE_PASS, "elif terms.padding_idx >= 0:", "elif False:", EMBEDDING + " -k double_backward"),
     Mutation(OPERATORS, "tensor.is_neg() or ", "", OPS + " -k views"),
     Mutation(OPERATORS, " or _is_batched(tensor)", "", EMBEDDING + " -k batched"),
-    Mutation(OPERATORS, "        or _dispatch_modes()\n", "", LAUNCHES + " -k modes"),
-    Mutation(OPERATORS, "        or _pre_dispatch_modes()\n", "", LAUNCHES + " -k tracers"),
+    Mutation(OPERATORS, "        or torch._C._len_torch_dispatch_stack()\n", "", LAUNCHES + " -k modes"),
+    Mutation(OPERATORS, "        or torch._ops._len_torch_dispatch_stack_pre_dispatch()\n", "", LAUNCHES + " -k tracers"),
     Mutation(OPERATORS, "return type(tensor) in (Tensor, nn.Parameter) and not", "return not", PARALLEL),
     Mutation(OPERATORS, "reached = LEARNED if any(", "reached = LEARNED if True or any(", QKV + " -k single_output"),
     Mutation(OPERATORS, "[wanted[name] and name in reached for", "[name in reached for", QKV + " -k frozen_costs"),
@@ -357,7 +358,10 @@ MUTATIONS = [
         "pyembed/plans/table.py", "(Norm(), None) if self.position is None", "(Norm(), None) if False", TABLE + " -k variants"
     ),
     Mutation(
-        KEEPS, "if found is not None and found.is_current(*call.terms[:4:3]):", "if found is not None:", TABLE + " -k stale"
+        KEEPS,
+        "call.terms.position_ids):\n            return found",
+        "call.terms.position_ids) or True:\n            return found",
+        TABLE + " -k stale",
     ),
     Mutation(KEEPS, "            if kernels:  # they do not look at ids\n", "            if False:\n", TABLE + " -k bad"),
     Mutation("bench/timing.py", "atol=tolerance * largest", "atol=1.0", BENCH + " -k wrong"),

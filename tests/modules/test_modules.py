@@ -91,6 +91,16 @@ def test_positions_with_an_offset_or_beside_tokens(backend):
             torch.testing.assert_close(projected, front.qkv(front.norm(hidden)))
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_sums_and_concatenations_of_the_same_tables(backend):
+    module, ids = TokenPositionEmbedding(11, 16, 12).to(DEVICE), torch.randint(11, (3, 7), device=DEVICE)
+    rows = module.token(ids), module.position(torch.arange(7, device=DEVICE)).expand(3, 7, 16)
+    for combine in ("sum", "concat", "sum", "concat"):
+        module.combine = combine
+        with pyembed.backend(backend):
+            assert torch.equal(module(ids), sum(rows) if combine == "sum" else torch.cat(rows, -1))
+
+
 def test_a_padding_row_of_positions_gets_no_gradient():
     """As nn.Embedding has it: the module is called."""
     parts = nn.Embedding(11, 16), nn.Embedding(12, 16, padding_idx=1), nn.LayerNorm(16)
