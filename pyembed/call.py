@@ -10,11 +10,13 @@ functional.py. Operators, gradients, checks of ids, id policies and sharding go 
 
 import typing
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+
+MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
 
 
 class HiddenQKV(NamedTuple):

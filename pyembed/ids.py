@@ -10,8 +10,7 @@ import threading
 import torch
 from torch import Tensor, nn
 
-from .call import LOOKUPS, Call, Called, places, rows_of
-from .modes import MaybeTensor
+from .call import LOOKUPS, Call, Called, MaybeTensor, places, rows_of
 from .settings import checked_policy, policy_of
 
 

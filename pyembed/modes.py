@@ -1,17 +1,16 @@
 """What of PyTorch's machinery is at work: compilers, tracers, transforms, autocast."""
 
-from typing import TYPE_CHECKING, TypeGuard, TypeVar
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import settings
+from .call import MaybeTensor
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
-
-MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
 
 
 def is_traced() -> bool:

@@ -16,10 +16,10 @@ from torch.distributed.tensor.parallel import ParallelStyle
 from torch.nn.utils import parametrize
 
 from . import settings, sharding  # noqa: F401  sharding: registers the operators
-from .call import Call, DistinctIds, Epilogue, HiddenQKV, Norm, Projection, Terms
+from .call import Call, DistinctIds, Epilogue, HiddenQKV, MaybeTensor, Norm, Projection, Terms
 from .checks import check, check_integers, check_ranges, padding_row
 from .functional import embedding
-from .modes import MaybeTensor, local
+from .modes import local
 from .modules import known
 from .modules.front_end import EmbeddingQKV
 from .plans.choice import Plan

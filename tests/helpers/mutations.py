@@ -226,6 +226,12 @@ MUTATIONS = [
     ),
     Mutation(PARTS, 'modules["dropout"].p if token.training else 0.0', 'modules["dropout"].p', MODULES),
     Mutation(PARTS, "terms = terms._replace(position_ids=None)", "pass", ROTARY + " -k one_shot"),
+    Mutation(
+        "pyembed/functional.py",
+        'if ids.is_cpu and settings.current.backend != "triton":',
+        "if ids.is_cpu:",
+        EMBEDDING + " -k explain_says",
+    ),
     Mutation("pyembed/functional.py", 'and policy in ("raise", "trust")', "and policy", IDS + " -k embedding"),
     Mutation("pyembed/functional.py", "or 0 <= padding_idx < weight.shape[0])", "or True)", EMBEDDING + " -k is_torchs"),
     Mutation(
