@@ -192,8 +192,9 @@ NAMES = tuple(SCHEMA)
 
 
 class Lookup(NamedTuple):
-    """A field of ids, the field of the table whose rows they name, and what messages call both."""
+    """Which part of a Call has a field of ids and one of the table whose rows they name, and what messages call both."""
 
+    part: str
     ids: str
     table: str
     ids_name: str
@@ -201,11 +202,12 @@ class Lookup(NamedTuple):
 
 
 LOOKUPS = (
-    Lookup("ids", "token", "ids", "token"),
-    Lookup("position_ids", "position", "position_ids", "position"),
-    Lookup("segment_ids", "segment", "segment_ids", "segment"),
-    Lookup("turn_ids", "cos", "position_ids", "rotary"),
+    Lookup("terms", "ids", "token", "ids", "token"),
+    Lookup("terms", "position_ids", "position", "position_ids", "position"),
+    Lookup("terms", "segment_ids", "segment", "segment_ids", "segment"),
+    Lookup("epilogue", "turn_ids", "cos", "position_ids", "rotary"),
 )
+BY_PLACE = ("position", "cos")  # tables whose row is the token's place in its sequence where no ids are given; of others row 0
 # What a backward by kernels has gradients of; the norms of heads are PyTorch's where a gradient is wanted.
 TABLES = ("token", "position", "segment")
 LEARNED = (*TABLES, "norm_weight", "norm_bias", "weight", "bias", "query_offset")

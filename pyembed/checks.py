@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .call import LOOKUPS, Call, Called, DistinctIds, Norm, Projection, rows_of, wide_dtype
+from .call import BY_PLACE, LOOKUPS, TABLES, Call, Called, DistinctIds, Norm, Projection, rows_of, wide_dtype
 from .modes import can_read
 
 NORMS = ("layer", "rms", None)
@@ -68,24 +68,25 @@ def check_heads(num_heads: int, num_kv_heads: int | None) -> int:
 
 def _check_terms(call: Call, fields: dict[str, Any]) -> None:
     """What hidden is the sum of, and all ids."""
-    ids, token, position, position_ids, segment, segment_ids, _, scale, dropout, _ = call.terms
+    terms, scale, dropout = call.terms, call.terms.scale, call.terms.dropout
     for lookup in LOOKUPS:
         if fields[lookup.ids] is not None or lookup.ids == "ids":
             check_integers(lookup.ids_name, fields[lookup.ids])
-    check_shape("token", token, (None, None), "(num_embeddings, embedding_dim)", optional=False)
-    width = None if isinstance(token, Called) else token.shape[1]
-    if isinstance(position, Tensor) and position.dtype == torch.int64:
-        check_shape("position", position, (2, width), "steps and beginnings, as positions.sinusoidal_steps has them")
-    if not call.concat:
-        check_shape("position", position, (None, width), "(max_length, embedding_dim of token)")
-    check_shape("segment", segment, (None, width), "(segments, embedding_dim of token)")
-    if segment_ids is not None and segment is None:
-        raise ValueError("segment_ids: expected None where there is no table of segments, got a Tensor")
-    for name, table, of, given in (("token", token, "ids", ids), ("position", position, "position_ids", position_ids)):
-        if table is not None and given is not None and rows_of(table) == 0 and given.numel() and ids.numel():
-            raise IndexError(f"{name}: expected a row for each of {of}, got a table of 0 rows")
-    if segment is not None and rows_of(segment) == 0 and ids.numel():
-        raise IndexError("segment: expected a row for each of segment_ids (None: row 0), got a table of 0 rows")
+    check_shape("token", terms.token, (None, None), "(num_embeddings, embedding_dim)", optional=False)
+    width = None if isinstance(terms.token, Called) else terms.token.shape[1]
+    if isinstance(terms.position, Tensor) and terms.position.dtype == torch.int64:
+        check_shape("position", terms.position, (2, width), "steps and beginnings, as positions.sinusoidal_steps has them")
+    for name in TABLES:
+        if not (name == "position" and call.concat):
+            check_shape(name, fields[name], (None, width), "(rows, embedding_dim of token)")
+    for lookup in LOOKUPS:
+        table, given = fields[lookup.table], fields[lookup.ids]
+        if given is not None and table is None:
+            raise ValueError(f"{lookup.ids}: expected None where there is no table of {lookup.table}s, got a Tensor")
+        # Without position_ids the length is compared; without other ids all are 0.
+        used = given.numel() if given is not None else lookup.table not in BY_PLACE
+        if table is not None and used and terms.ids.numel() and rows_of(table) == 0:
+            raise IndexError(f"{lookup.table_name}: expected a row for each of {lookup.ids_name}, got a table of 0 rows")
     if not isinstance(dropout, int | float):
         raise TypeError(f"dropout: expected a number, got {type(dropout).__name__}")
     if scale is not None and not isinstance(scale, int | float):
@@ -185,8 +186,6 @@ def _tensor(value: Any) -> Any:
 def _check_positions(call: Call) -> None:
     """Shapes of ids beside ids, and tables long enough for 0 … T−1."""
     terms, epilogue = call.terms, call.epilogue
-    if terms.position_ids is not None and terms.position is None:
-        raise ValueError("position_ids: expected None where there is no table of positions, got a Tensor")
     for _, _, name, tensor in _lookups(call):
         if tensor is not terms.ids:
             _check_like_ids(name, tensor, terms.ids)
@@ -202,7 +201,7 @@ def _check_positions(call: Call) -> None:
 def _lookups(call: Call) -> Iterator[tuple[Any, str, str, Tensor]]:
     """(table, its name, name of ids, ids) of the tables that the call looks up by given ids."""
     for lookup in LOOKUPS:
-        part = call.epilogue if lookup.table == "cos" else call.terms
+        part = getattr(call, lookup.part)
         ids, table = getattr(part, lookup.ids), getattr(part, lookup.table)
         if ids is not None and table is not None:
             yield table, lookup.table_name, lookup.ids_name, ids

@@ -6,11 +6,12 @@ NaN and notes one such token in the host's memory, which every later call by a k
 
 import ctypes
 import threading
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .call import LOOKUPS, Call, Called, MaybeTensor, places, rows_of
+from .call import BY_PLACE, LOOKUPS, Call, Called, MaybeTensor, places, rows_of
 from .settings import checked_policy, policy_of
 
 
@@ -59,7 +60,7 @@ class _Report:
             count, table, value, token, size, length = self.words.tolist()
             self.clear()
         if count:  # another thread may have been first
-            _, _, name, of = LOOKUPS[table]
+            *_, name, of = LOOKUPS[table]
             raise IndexError(
                 f"{name}: expected values in [0, {size}), the rows of {of}; got {value} for token {token % length} of sequence "
                 f"{token // length}, in a call on {self.device}"
@@ -101,18 +102,16 @@ def apply_policy(call: Call) -> Call:
     """The call as the policies "clamp" and "zero" leave it: positions beyond a table are written out, ids are clamped.
 
     Under "zero" rotary rows are looked up here, since an absent one turns nothing: cosine 1, sine 0."""
-    ids, terms, epilogue = call.terms.ids, call.terms, call.epilogue
-    position_ids = _written_out(ids, terms.position_ids, terms.position)
-    turn_ids = _written_out(ids, epilogue.turn_ids, epilogue.cos)
-    terms, epilogue = terms._replace(position_ids=position_ids), epilogue._replace(turn_ids=turn_ids)
-    if call.id_policy == "clamp":
-        terms = terms._replace(
-            ids=_clamped(ids, terms.token),
-            position_ids=_clamped(position_ids, terms.position),
-            segment_ids=_clamped(terms.segment_ids, terms.segment),
-        )
-        epilogue = epilogue._replace(turn_ids=_clamped(turn_ids, epilogue.cos))
-    elif turn_ids is not None and epilogue.cos is not None and epilogue.sin is not None:
+    parts: dict[str, Any] = {"terms": call.terms, "epilogue": call.epilogue}
+    for lookup in LOOKUPS:
+        part = parts[lookup.part]
+        ids, table = getattr(part, lookup.ids), getattr(part, lookup.table)
+        if lookup.table in BY_PLACE:
+            ids = _written_out(call.terms.ids, ids, table)
+        parts[lookup.part] = part._replace(**{lookup.ids: _clamped(ids, table) if call.id_policy == "clamp" else ids})
+    terms, epilogue = parts["terms"], parts["epilogue"]
+    turn_ids = epilogue.turn_ids
+    if call.id_policy == "zero" and turn_ids is not None and epilogue.cos is not None and epilogue.sin is not None:
         absent = ((turn_ids < 0) | (turn_ids >= epilogue.cos.shape[0])).reshape(-1)
         rows = turn_ids.reshape(-1).masked_fill(absent, 0)
         cos, sin = (

@@ -14,7 +14,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 import pyembed.settings as settings
 
-from ..call import Call, Called
+from ..call import TABLES, Call, Called
 from ..memory import SMALL_BYTES
 from ..modes import autocast_dtype, is_plain_eager, is_traced, is_transformed
 from .operators import launcher
@@ -79,7 +79,8 @@ def refuses(call: Call) -> str | None:
         return "positions are computed, not looked up"
     if terms.scale is not None:
         return "token rows are scaled"
-    return None if terms.segment is None else "segments are added"
+    added = [name for name in TABLES if name not in ("token", "position") and getattr(terms, name) is not None]
+    return f"{added[0]}s are added" if added else None
 
 
 class Plan(NamedTuple):
