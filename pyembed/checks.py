@@ -11,18 +11,18 @@ import torch
 from torch import Tensor
 
 from .call import BY_PLACE, LOOKUPS, TABLES, Call, Called, DistinctIds, Norm, Projection, rows_of, wide_dtype
-from .modes import can_read
+from .modes import autocast_dtype, can_read
 
 NORMS = ("layer", "rms", None)
 
 
-def check(call: Call, cast: torch.dtype | None = None) -> None:
-    """A whole call, but for the values of ids. cast: the dtype of products under autocast, or None."""
+def check(call: Call) -> None:
+    """A whole call, but for the values of ids."""
     fields = call.named()
     _check_terms(call, fields)
     if call.projection is not None:
         _check_front_end(call, call.projection)
-    _check_alike(fields, cast)
+    _check_alike(fields)
     _check_positions(call)
     check_distinct(call.distinct, call.terms.ids)
 
@@ -53,6 +53,14 @@ def padding_row(padding_idx: int | None, rows: int) -> int | None:
     if not -rows <= padding_idx < rows:
         raise ValueError(f"padding_idx: expected a row in [{-rows}, {rows}), got {padding_idx}")
     return padding_idx + rows if padding_idx < 0 else padding_idx
+
+
+def terms_row(padding_idx: int | None, rows: int) -> int:
+    """padding_idx as Terms have it: counted from the table's beginning, −1 for None."""
+    if padding_idx is None:
+        return -1
+    row = padding_idx if 0 <= padding_idx < rows else padding_row(padding_idx, rows)
+    return -1 if row is None else row
 
 
 def check_heads(num_heads: int, num_kv_heads: int | None) -> int:
@@ -145,11 +153,12 @@ def _check_norm(norm: Norm, width: int | None) -> None:
         raise ValueError(f"eps: expected a number of at least 0, got {norm.eps}")
 
 
-def _check_alike(fields: dict[str, Any], cast: torch.dtype | None) -> None:
+def _check_alike(fields: dict[str, Any]) -> None:
     """All tensors on the table's device, all floating ones of its dtype, or cast to another for a product."""
     token = _tensor(fields["token"])
     if not token.is_floating_point():
         raise TypeError(f"token: expected a floating dtype, got {token.dtype}")
+    cast = autocast_dtype(token)
     for name, value in fields.items():
         if name in ("cos", "sin", "seed") or not isinstance(value, Tensor):
             continue
@@ -215,7 +224,7 @@ def _check_like_ids(name: str, tensor: Tensor, ids: Tensor) -> None:
         raise ValueError(f"{name}: expected shape {wanted} for ids {tuple(ids.shape)}, got {tuple(tensor.shape)}")
 
 
-def check_query_biases(query_biases: Any, call: Call) -> None:
+def check_query_biases(query_biases: Any, call: Call, head_dim: int) -> None:
     """A pair (H, d_h) of biases, in a call that is right but for them."""
     if call.epilogue.query_norm is not None or call.epilogue.cos is not None:
         raise ValueError("query_biases: expected None where heads are normalised or turned (which comes first?), got a pair")
@@ -224,7 +233,7 @@ def check_query_biases(query_biases: Any, call: Call) -> None:
     token, projection = _tensor(call.terms.token), call.projection
     assert projection is not None
     for bias in query_biases:
-        check_shape("query_biases", bias, (projection.num_heads, call.head_dim), "(num_heads, head_dim)", optional=False)
+        check_shape("query_biases", bias, (projection.num_heads, head_dim), "(num_heads, head_dim)", optional=False)
         if bias.device != token.device:
             raise ValueError(f"query_biases: expected device {token.device}, that of token; got {bias.device}")
         if bias.dtype != token.dtype:
@@ -240,10 +249,10 @@ def check_ranges(call: Call) -> None:
 def compare_ranges(call: Call) -> None:
     """check_ranges of ids that are known to be readable."""
     for table, of, name, ids in _lookups(call):
-        _check_range(name, ids, of, rows_of(table))
+        check_range(name, ids, of, rows_of(table))
 
 
-def _check_range(name: str, ids: Tensor, table: str, size: int) -> None:
+def check_range(name: str, ids: Tensor, table: str, size: int) -> None:
     if ids.numel() == 0:
         return
     low, high = torch.aminmax(ids)
@@ -267,7 +276,7 @@ def check_distinct(distinct: DistinctIds | None, ids: Tensor) -> None:
         return
     if distinct.ids.numel() > 1 and not (distinct.ids[1:] > distinct.ids[:-1]).all():
         raise ValueError("distinct.ids: expected each id once, in ascending order, as torch.unique gives them")
-    _check_range("distinct.inverse", distinct.inverse, "distinct.ids", distinct.ids.numel())
+    check_range("distinct.inverse", distinct.inverse, "distinct.ids", distinct.ids.numel())
     same = distinct.ids.index_select(0, distinct.inverse.reshape(-1)) == ids.reshape(-1)
     if not same.all():
         first = int(same.logical_not().nonzero()[0])

@@ -8,10 +8,10 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import settings
 from .call import NO_EPILOGUE, Call, DistinctIds, Epilogue, HiddenQKV, Norm, Projection, Terms
-from .checks import check, check_integers, check_query_biases, check_ranges, check_shape, padding_row
-from .ids import apply_policy
+from .checks import check, check_integers, check_query_biases, check_range, check_shape, padding_row, terms_row
+from .modes import can_read
 from .plans.choice import ZEROS, takes, why_torch
-from .reference import look_up_or_zero, with_query_biases
+from .reference import with_query_biases
 from .rotary import Rotary, turns
 from .run import TENSORS, run
 from .settings import policy_of
@@ -51,21 +51,22 @@ def embedding(
     if why is None and why_torch(weight) is None:
         return run(Call(Terms(ids, weight, padding_idx=_row(padding_idx, weight)), id_policy=policy))
 
+    rows = weight.shape[0]
+
     def look_up(ids: Tensor) -> Tensor:
         return torch.nn.functional.embedding(ids, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
 
     try:
-        if policy == "zero" and has_options:  # no other row may be looked up in place of an absent one
-            there = (ids >= 0) & (ids < weight.shape[0])
-            return weight.new_zeros(*ids.shape, weight.shape[1]).index_put((there,), look_up(ids[there]))
-        if policy == "zero":
-            return look_up_or_zero(ids, weight, _row(padding_idx, weight))
-        if policy == "clamp":
-            ids = apply_policy(Call(Terms(ids, weight), id_policy=policy)).terms.ids
-        return look_up(ids)
+        if policy != "zero":
+            return look_up(ids.clamp(0, rows - 1) if policy == "clamp" and rows else ids)
+        absent = (ids < 0) | (ids >= rows)
+        if has_options:  # which have side effects, so no other row is looked up in place of an absent one
+            return weight.new_zeros(*ids.shape, weight.shape[1]).index_put((~absent,), look_up(ids[~absent]))
+        return look_up(ids.masked_fill(absent, 0)).masked_fill(absent.unsqueeze(-1), 0)
     except (AssertionError, IndexError, RuntimeError):  # PyTorch's message lacks what is wrong where
-        padding_row(padding_idx, weight.shape[0])
-        check_ranges(Call(Terms(ids, weight)))
+        padding_row(padding_idx, rows)
+        if can_read(ids):
+            check_range("ids", ids, "token", rows)
         raise
 
 
@@ -105,12 +106,9 @@ def why_no_kernel(
 
 
 def _row(padding_idx: int | None, table: Tensor) -> int:
-    """padding_idx as Terms have it: counted from the table's beginning, −1 for None."""
-    if padding_idx is None:
-        return -1
-    check_shape("token", table, (None, None), "(num_embeddings, embedding_dim)", optional=False)
-    row = padding_row(padding_idx, table.shape[0])
-    return -1 if row is None else row
+    if padding_idx is not None:
+        check_shape("token", table, (None, None), "(num_embeddings, embedding_dim)", optional=False)
+    return -1 if padding_idx is None else terms_row(padding_idx, table.shape[0])
 
 
 def embed(
@@ -207,6 +205,6 @@ def embed_qkv(
     )
     if query_biases is not None:
         check(call)
-        check_query_biases(query_biases, call)
+        check_query_biases(query_biases, call, call.head_dim)
         call = with_query_biases(call, *query_biases)
     return run(call)

@@ -29,6 +29,7 @@ from .reference import compose
 
 Runner = Callable[[Call], Any]
 SIGNATURES = 4096  # that are kept: more than a training run has shapes
+UNDER_ONE_KEY = 16  # of them, which are gone through one by one
 TENSORS = (Tensor, nn.Parameter)  # no subclass, which may bring operators of its own
 NUMBERS = (bool, int, float, str)
 
@@ -109,7 +110,7 @@ def _run_first(call, home):
 
         local, gather = localise(call)
         return gather(run(local))
-    check(call, autocast_dtype(_token(call)))
+    check(call)
     keeps = home is not None and all(type(tensor) in TENSORS and not is_strange(tensor) for tensor in home[2])
     runner = _runner_of(call, not keeps or not _has_schema_types(call))
     try:
@@ -119,18 +120,22 @@ def _run_first(call, home):
         raise
     if keeps:
         kind, key, tensors = home
-        guard = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+        # Ids may have any strides: those of `ids[:, -1:]` are others in every step of a decode.
+        strides: Any = [list(t.stride()) if t.is_floating_point() else [None] * t.dim() for t in tensors]
+        guard = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=strides)
         if guard.check(*tensors):  # never true of one tensor in two places
             if next(_count) % SIGNATURES == SIGNATURES - 1:
                 for each in _kinds.values():
                     each.runners.clear()
-            kind.runners.setdefault(key, []).append((guard, GlobalStateGuard(), runner))
+            runners = kind.runners.setdefault(key, [])
+            runners.insert(0, (guard, GlobalStateGuard(), runner))
+            del runners[UNDER_ONE_KEY:]
     return result
 
 
 def _alignment(tensor):
-    """As kernels are compiled for it; ids that are not contiguous are copied first."""
-    return tensor.data_ptr() % 16 if tensor.is_floating_point() or tensor.is_contiguous() else 0
+    """As kernels are compiled for it; −1: ids that are not contiguous, which are copied first."""
+    return tensor.data_ptr() % 16 if tensor.is_floating_point() or tensor.is_contiguous() else -1
 
 
 def _token(call):
@@ -232,7 +237,7 @@ def _checked(runner, ranges):
 def _explain(call):
     """After an error: PyTorch's operators look at every id on a CPU, but their messages lack what is wrong where."""
     token = _token(call)
-    check(call, autocast_dtype(token))
+    check(call)
     if not torch.compiler.is_compiling():
         check_ranges(call)
     if has_process_group() and is_dtensor(token) != is_dtensor(call.terms.ids):

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch._jit_internal import is_scripting
 
-from ..call import Call, Terms, stock_forward
+from ..call import Call, Called, Terms, stock_forward
+from ..checks import terms_row
 from ..functional import embedding, why_no_kernel
 from ..ids import HasIdPolicy
 from ..plans.choice import Plan, why_torch
@@ -91,13 +92,15 @@ class TokenPositionEmbedding(HasIdPolicy):
     def forward(self, ids: Tensor, position_ids: Tensor | None = None, segment_ids: Tensor | None = None) -> Tensor:
         """ids (..., T), position_ids and segment_ids (T,), (1, T) or like ids, None: 0 … T−1, and 0 -> hidden (..., T,
         embedding_dim)."""
-        modules = self._modules
+        modules, concat = self._modules, self.combine == "concat"
         token, position, segment, dropout = modules["token"], modules["position"], modules["segment"], modules["dropout"]
-        positions, segments = None if position is None else position.weight, None if segment is None else segment.weight
-        rate, row = dropout.p if self.training else 0.0, -1 if token.padding_idx is None else token.padding_idx
-        terms = Terms(ids, token.weight, positions, position_ids, segments, segment_ids, None, self.scale, rate, row)
-        policy = policy_of(self._id_policy or token._id_policy)
-        return run(Call(terms, id_policy=policy, concat=self.combine == "concat"))
+        table, positions, segments = token.weight, None if position is None else position.weight, segment and segment.weight
+        if concat:
+            positions = Called(position, weight=positions)
+        rate, row = dropout.p if self.training and not concat else 0.0, terms_row(token.padding_idx, table.shape[0])
+        terms = Terms(ids, table, positions, position_ids, segments, segment_ids, None, self.scale, rate, row)
+        found = run(Call(terms, id_policy=policy_of(self._id_policy or token._id_policy), concat=concat))
+        return dropout(found) if concat else found
 
     def extra_repr(self) -> str:
         return f"combine={self.combine!r}" + ("" if self.scale is None else f", scale={self.scale}")

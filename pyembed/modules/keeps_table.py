@@ -108,7 +108,7 @@ class KeepsTable(HoldsParts):
                 self._check(given)
             if query_biases is None:
                 return found.look_up(call, kernels)
-            check_query_biases(query_biases, given)
+            check_query_biases(query_biases, given, self._head_dim)
             plain, (first, second) = found.look_up(call._replace(epilogue=Epilogue()), kernels), query_biases
             epilogue = call.epilogue._replace(query_offset=(second - first).flatten())
             return finish(plain._replace(query=plain.query + first), epilogue)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import pyembed.settings as settings
 
 from ..call import NO_EPILOGUE, Call, Called, DistinctIds, Epilogue, Norm, Projection, Terms
-from ..checks import check, check_query_biases
+from ..checks import check, check_query_biases, terms_row
 from ..ids import HasIdPolicy
 from ..plans.choice import why_torch
 from ..positions import Sinusoidal
@@ -64,7 +64,7 @@ class HoldsParts(HasIdPolicy):
             call = self._with_turns(call, rotary)
         if query_biases is not None:
             check(call)
-            check_query_biases(query_biases, call)
+            check_query_biases(query_biases, call, self._head_dim)
             call = with_query_biases(call, *query_biases)
         return call
 
@@ -115,7 +115,7 @@ class HoldsParts(HasIdPolicy):
                 position_ids = None  # which the rotary tables alone look up
         position = None if position is None else position._parameters["weight"]
         dropout = modules["dropout"].p if token.training else 0.0
-        row = -1 if padding_idx is None else padding_idx
+        row = -1 if padding_idx is None else terms_row(padding_idx, table.shape[0])
         eps = torch.finfo(table.dtype).eps if eps is None else float(eps)
         return Call(
             Terms(ids, table, position, position_ids, None, None, None, None, dropout, row),

@@ -11,7 +11,7 @@ import pyembed
 from pyembed import functional as F
 from pyembed import reference
 from pyembed.call import HIDDEN, Call, Terms
-from pyembed.plans import one_pass
+from pyembed.plans import one_pass, operators
 
 pytestmark = pytest.mark.usefixtures("triton")
 
@@ -53,6 +53,28 @@ def test_gradients(dtype, position_ids, padding_idx, device):
         found.append([leaf.grad for leaf in leaves])
     for name, ours, eager, oracle in zip(("token", "position"), *found, strict=True):
         assert_no_worse(name, ours, eager, oracle)
+
+
+def test_frozen_tables_cost_nothing(device, monkeypatch):
+    module, _ = operators.launcher("embed_grad", torch.empty(0, device=device))
+    monkeypatch.setattr(module, "table_grad", lambda *a, **k: pytest.fail("the gradient of the token table was computed"))
+    token, position = torch.randn(7, 6, device=device), torch.randn(5, 6, device=device, requires_grad=True)
+    F.embed(torch.tensor([[1, 2, 1]], device=device), token, position).sum().backward()
+    assert position.grad[:, 0].tolist() == [1, 1, 1, 0, 0]
+
+
+def test_views_that_are_to_be_negated(device):
+    """Their memory has the other sign, which no kernel knows."""
+    ids, token = torch.tensor([[1, 2, 1]], device=device), torch.randn(7, 6, device=device)
+    weight = torch.randn(12, 6, device=device)
+    for _ in range(2):
+        negated = torch._neg_view(token)
+        assert negated.is_neg() and torch.equal(negated, -token)
+        assert torch.equal(F.embedding(ids, negated), -token[ids]) and torch.equal(F.embed(ids, negated), -token[ids])
+        torch.testing.assert_close(
+            F.embed_qkv(ids, negated, weight, num_heads=1).query, F.embed_qkv(ids, -token, weight, num_heads=1).query
+        )
+        assert torch.equal(F.embed(ids, token), token[ids])
 
 
 def test_signed_zero_and_infinity_pass(device):

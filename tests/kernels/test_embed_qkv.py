@@ -10,7 +10,8 @@ from numerics import Case, assert_no_worse, tf32
 import pyembed
 from pyembed import functional as F
 from pyembed import reference
-from pyembed.plans import operators
+from pyembed.call import FRONT_END, HIDDEN, Epilogue
+from pyembed.plans import one_pass, operators
 
 pytestmark = pytest.mark.usefixtures("triton")
 
@@ -197,6 +198,23 @@ def test_single_output_used(used, device):
     assert found["ours"].keys() == found["eager"].keys()  # what is not reached has no gradient, as in eager
     for name, grad in found["oracle"].items():
         assert_no_worse(name, found["ours"][name], found["eager"][name], grad)
+
+
+def test_the_call_that_an_operator_is_given(device):
+    """Every field comes through its arguments; of the results for the backward none wants a gradient."""
+    case = Case(torch.float32, device)
+    case.parameters = {name: p.requires_grad_() for name, p in case.parameters.items()}
+    for policy, invariant in (("raise", False), ("trust", True)):
+        call = case.call(epilogue=Epilogue(heads_first=True, head_eps=0.5), id_policy=policy, batch_invariant=invariant)
+        again = FRONT_END.rebuild(FRONT_END.flatten(call))
+        assert all(a is b or a == b for a, b in zip(again.values(), call.values(), strict=True))
+        assert again[4:] == call[4:] and list(map(type, again)) == list(map(type, call))
+        alone = HIDDEN.rebuild(HIDDEN.flatten(call))
+        assert all(a is b or a == b for a, b in zip(alone.terms, call.terms, strict=True))
+        assert alone.projection is None and alone.id_policy == policy
+    for observed in (False, True):
+        outputs = one_pass.embed_qkv(call, observed=observed)
+        assert [x.requires_grad for x in outputs] == [True] * 4 + [False] * 2
 
 
 def test_what_is_changed_between_forward_and_backward(device):

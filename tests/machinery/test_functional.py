@@ -205,6 +205,21 @@ def test_given_distinct_ids_are_checked():
                     F.embed_qkv(ids, token, weight, num_heads=1, distinct=given)
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_given_distinct_ids_are_checked_under_every_policy(backend):
+    ids, token, weight = torch.tensor([[3, 1, 3], [0, 1, 4]]), torch.randn(5, 8), torch.randn(24, 8)
+    right = pyembed.DistinctIds(*ids.unique(return_inverse=True))
+    wrong = right._replace(inverse=right.inverse.flip(0))
+    for policy, plan in itertools.product(("raise", "clamp", "zero", "trust"), ("one_pass", "distinct")):
+        if (policy, plan) == ("zero", "distinct"):
+            continue  # which that plan refuses
+        with pyembed.backend(backend), pyembed.plan(plan), pyembed.id_policy(policy):
+            for _ in range(2):
+                F.embed_qkv(ids, token, weight, num_heads=1, distinct=right)
+                with pytest.raises(ValueError, match="distinct: expected the ids of this batch"):
+                    F.embed_qkv(ids, token, weight, num_heads=1, distinct=wrong)
+
+
 def test_debug_looks_at_values(monkeypatch):
     from pyembed import modes
 

@@ -374,10 +374,10 @@ def test_double_backward(padding_idx, shape, backend):
     ids = IDS if shape else IDS[0, 1]
     results = []
     for module in pair(padding_idx=padding_idx):
-        torch.manual_seed(4)
+        nn.init.normal_(module.weight, generator=torch.Generator(DEVICE).manual_seed(5))  # the padding row is no zero
         scale = torch.randn(*shape, 3, device=DEVICE, requires_grad=True)
         (grad,) = torch.autograd.grad((module(ids).square() * scale).sum(), module.weight, create_graph=True)
-        second = torch.autograd.grad(grad.pow(3).sum(), (module.weight, scale), create_graph=True)
+        second = torch.autograd.grad((grad.pow(3) + grad).sum(), (module.weight, scale), create_graph=True)
         third = torch.autograd.grad(second[0].square().sum() + second[1].square().sum(), (module.weight, scale))
         results.append((grad, *second, *third))
     for name, ours, theirs in zip(("first", *("second",) * 2, *("third",) * 2), *results, strict=True):

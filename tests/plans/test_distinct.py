@@ -155,6 +155,15 @@ def test_refused_calls(why, backend):
             assert F.embed_qkv(IDS, token, weight, num_heads=2, **REFUSED[why]).query.shape == (2, 3, 2, 4)
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_padding_row_gets_no_gradient(backend):
+    token, weight = torch.randn(5, 8, requires_grad=True), torch.randn(24, 8)
+    with pyembed.backend(backend):
+        outputs = F.embed_qkv(IDS, token, weight, num_heads=2, norm="rms", padding_idx=-2)
+    sum(x.square().sum() for x in outputs).backward()
+    assert token.grad.any(1).tolist() == [True, True, False, False, True]
+
+
 def test_bad_ids_are_named():
     case = Case(torch.float32, "cpu")
     case.ids = case.ids.clone()

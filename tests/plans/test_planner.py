@@ -13,7 +13,7 @@ import pyembed
 from pyembed import functional as F
 from pyembed import run, settings
 from pyembed.call import Call, Norm, Projection, Terms
-from pyembed.plans import choice, operators, rates
+from pyembed.plans import choice, distinct, operators, rates
 
 
 def runs_triton(monkeypatch, token):
@@ -94,6 +94,20 @@ def test_plan_follows_what_repeats(steady):
         assert chosen(repeats).name == "one_pass"  # in the interpreter "auto" shows the one kernel
 
 
+def test_each_batch_runs_by_the_plan_for_its_ids(steady, monkeypatch):
+    """Calls of one shape, of which some repeat ids; each gives what PyTorch's composition gives."""
+    by_distinct, front_end = [], distinct.front_end
+    monkeypatch.setattr(distinct, "front_end", lambda *a, **k: by_distinct.append(1) or front_end(*a, **k))
+    token, weight = torch.randn(1024, 384), torch.randn(1536, 384)
+    unlike = torch.arange(1024)[None]
+    for ids, repeats in ((unlike, False), (unlike % 3, True), (unlike.flip(1), False), (unlike % 2, True)):
+        found = F.embed_qkv(ids, token, weight, num_heads=4, norm="rms")
+        assert bool(by_distinct) == repeats
+        by_distinct.clear()
+        with pyembed.plan("one_pass"):
+            torch.testing.assert_close(found, F.embed_qkv(ids, token, weight, num_heads=4, norm="rms"), rtol=1e-4, atol=1e-3)
+
+
 def test_rates_are_measured_once(monkeypatch):
     monkeypatch.setattr(rates, "_measure", functools.cache(rates._measure.__wrapped__))
     before = torch.get_rng_state()
@@ -113,7 +127,8 @@ def test_small_calls_that_fill_a_large_gradient(steady):
         plan = choice.choose(call_of(torch.tensor([[5]]), token, weight.requires_grad_()))
         assert plan.name == "distinct" and plan.seconds["one_pass"] > 0.04
         with torch.no_grad():
-            assert choice.choose(call_of(torch.tensor([[5]]), token, weight)).name == "one_pass"
+            plan = choice.choose(call_of(torch.tensor([[5]]), token, weight))
+            assert plan.name == "one_pass" and "too few" in plan.reason  # nothing was weighed
 
 
 def test_frozen_parameters_are_weighed():
@@ -153,8 +168,9 @@ def test_deterministic_plans_go_by_fixed_rates(monkeypatch):
         torch.use_deterministic_algorithms(False)
 
 
-def test_fake_tensors_take_pytorchs_composition():
-    with FakeTensorMode():
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_fake_tensors_have_no_ids_to_look_at(backend):
+    with FakeTensorMode(), pyembed.backend(backend):
         front = pyembed.EmbeddingQKV(5000, 768, 12)
         assert front(torch.zeros(2, 512, dtype=torch.long)).query.shape == (2, 512, 12, 64)
 

@@ -1,0 +1,116 @@
+"""run.py's memory of calls stays small and fast, and what modules and arguments say is read anew in every call."""
+
+import pytest
+import torch
+from conftest import DEVICE
+from torch import nn
+
+import pyembed
+from pyembed import functional as F
+from pyembed import run
+
+V, D, L = 11, 8, 40
+
+
+def count():
+    """Signatures that are remembered."""
+    return sum(len(runners) for kind in run._kinds.values() for runners in kind.runners.values())
+
+
+@pytest.fixture(autouse=True)
+def forgotten(monkeypatch):
+    monkeypatch.setattr(run, "_kinds", {})
+
+
+@pytest.mark.parametrize("kind", ["TokenPositionEmbedding", "EmbeddingQKV"])
+def test_a_decode_over_columns_of_a_batch_is_one_signature(kind):
+    """`ids[:, step : step + 1]` has other strides and another address in each step, and a batch that grows other strides."""
+    module = pyembed.TokenPositionEmbedding(V, D, L) if kind != "EmbeddingQKV" else pyembed.EmbeddingQKV(V, D, 2, max_length=L)
+    module = module.to(DEVICE).requires_grad_(False)
+    counts = set()
+    for length in range(3, 20):
+        ids = torch.randint(V, (2, length), device=DEVICE)
+        position_ids = torch.full((2, length), length, device=DEVICE)[:, -1:]
+        module(ids[:, -1:], position_ids)
+        counts.add(count())
+    assert len(counts) == 1
+
+
+def test_signatures_under_one_key_are_bounded():
+    for rows in range(3, 3 + 3 * run.UNDER_ONE_KEY):
+        F.embed(torch.tensor([2], device=DEVICE), torch.randn(rows, D, device=DEVICE))
+    assert count() == run.UNDER_ONE_KEY
+
+
+@pytest.mark.parametrize("kind", ["TokenPositionEmbedding", "EmbeddingQKV"])
+def test_a_padding_row_that_is_set_later(kind):
+    module = pyembed.TokenPositionEmbedding(V, D, L) if kind != "EmbeddingQKV" else pyembed.EmbeddingQKV(V, D, 2, max_length=L)
+    module, ids = module.to(DEVICE), torch.tensor([V - 1, 0], device=DEVICE)
+    for padding_idx in (None, -1, V - 1, -V):
+        module.token.padding_idx = padding_idx
+        module.zero_grad()
+        found = module(ids)
+        (found if kind != "EmbeddingQKV" else found.hidden).sum().backward()
+        grad, row = module.token.weight.grad, None if padding_idx is None else padding_idx % V
+        assert [bool(grad[i].any()) for i in (V - 1, 0)] == [row != V - 1, row != 0]
+    module.token.padding_idx = V
+    with pytest.raises(ValueError, match=rf"padding_idx: expected a row in \[-{V}, {V}\), got {V}"):
+        module(ids)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="PyTorch's operators assert on a GPU")
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+def test_tables_of_integers(dtype):
+    """They have rows like any other, and are no steps of computed sines."""
+    table, ids = torch.arange(5 * D).view(5, D).to(dtype), torch.tensor([7, 1])
+    assert torch.equal(F.embedding(ids, table, id_policy="clamp"), table[[4, 1]])
+    assert torch.equal(F.embedding(ids, table, id_policy="zero"), torch.stack([table[0] * 0, table[1]]))
+    with pytest.raises(IndexError, match=r"ids: expected values in \[0, 5\), the rows of token; got 7 at \(0,\)"):
+        F.embedding(ids, table)
+
+
+@pytest.mark.parametrize("token", [None, "a", 3, [1.0]])
+def test_a_table_that_is_no_tensor(token):
+    ids, weight = torch.tensor([0], device=DEVICE), torch.randn(12, D, device=DEVICE)
+    for call in (
+        lambda: F.embedding(ids, token),
+        lambda: F.embed(ids, token),
+        lambda: F.embed_qkv(ids, token, weight, num_heads=2),
+    ):
+        with pytest.raises(TypeError, match=f"token: expected a Tensor, got {type(token).__name__}"):
+            call()
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="autocast of a CPU")
+def test_query_biases_beside_a_weight_of_autocasts_dtype():
+    ids, token, weight = torch.randint(V, (2, 3)), torch.randn(V, D), torch.randn(24, D, dtype=torch.bfloat16)
+    pair = torch.randn(2, 4), torch.randn(2, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = F.embed_qkv(ids, token, weight, num_heads=2).query
+        found = F.embed_qkv(ids, token, weight, num_heads=2, query_biases=pair).query
+    torch.testing.assert_close(found, torch.stack([plain + u.to(plain.dtype) for u in pair]), atol=0.05, rtol=0.02)
+
+
+class OwnNorm(nn.LayerNorm):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_query_biases_of_modules_that_are_called():
+    token, norm, linears = nn.Embedding(V, D), OwnNorm(D), [nn.Linear(D, D) for _ in range(3)]
+    front = pyembed.EmbeddingQKV.from_modules(token, None, norm, qkv=tuple(linears), num_heads=2).to(DEVICE)
+    ids, pair = torch.randint(V, (2, 3), device=DEVICE), [torch.randn(2, 4, device=DEVICE) for _ in range(2)]
+    query = linears[0](norm(token(ids))).view(2, 3, 2, 4)
+    torch.testing.assert_close(front(ids, query_biases=tuple(pair)).query, torch.stack([query + u for u in pair]))
+    with pytest.raises(ValueError, match=r"query_biases: expected shape \(2, 4\), \(num_heads, head_dim\); got \(2, 3\)"):
+        front(ids, query_biases=(pair[0][:, :3], pair[1]))
+
+
+def test_modules_side_by_side_are_called():
+    """A hook of the positions, and another module in place of the dropout."""
+    module, ran = pyembed.TokenPositionEmbedding(V, D, L, combine="concat").to(DEVICE), []
+    module.position.register_forward_hook(lambda *_: ran.append(1))
+    module.dropout = nn.Identity()
+    ids = torch.randint(V, (2, 3), device=DEVICE)
+    expected = torch.cat([module.token.weight[ids], module.position.weight[:3].expand(2, 3, D)], -1)
+    assert torch.equal(module(ids), expected) and ran
