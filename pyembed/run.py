@@ -42,7 +42,7 @@ class _Kind:
         self.called = _getter(classes, (Called,)) if Called in classes else None
         self.numbers = _getter(classes, NUMBERS)
         # Under a key of what is hashed fast: guards, which compare the rest, and the runner.
-        self.runners: dict[tuple[Any, ...], list[tuple[TensorGuards, GlobalStateGuard, Runner]]] = {}
+        self.runners: dict[tuple[Any, ...], list[tuple[TensorGuards | _Repeated, GlobalStateGuard, Runner]]] = {}
 
 
 _kinds: dict[tuple[type, ...], _Kind] = {}
@@ -120,17 +120,34 @@ def _run_first(call, home):
         raise
     if keeps:
         kind, key, tensors = home
-        # Ids may have any strides: those of `ids[:, -1:]` are others in every step of a decode.
-        strides: Any = [list(t.stride()) if t.is_floating_point() else [None] * t.dim() for t in tensors]
-        guard = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=strides)
-        if guard.check(*tensors):  # never true of one tensor in two places
-            if next(_count) % SIGNATURES == SIGNATURES - 1:
-                for each in _kinds.values():
-                    each.runners.clear()
-            runners = kind.runners.setdefault(key, [])
-            runners.insert(0, (guard, GlobalStateGuard(), runner))
-            del runners[UNDER_ONE_KEY:]
+        if next(_count) % SIGNATURES == SIGNATURES - 1:
+            for each in _kinds.values():
+                each.runners.clear()
+        guard = _guard(tensors) if len(set(map(id, tensors))) == len(tensors) else _Repeated(tensors)
+        runners = kind.runners.setdefault(key, [])
+        runners.insert(0, (guard, GlobalStateGuard(), runner))
+        del runners[UNDER_ONE_KEY:]
     return result
+
+
+def _guard(tensors):
+    """Ids may have any strides: those of `ids[:, -1:]` are others in every step of a decode."""
+    strides: Any = [list(t.stride()) if t.is_floating_point() else [None] * t.dim() for t in tensors]
+    return TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=strides)
+
+
+class _Repeated:
+    """Guards of tensors of which some stand in two places, as positions of a table and of a Rotary; PyTorch's refuse these."""
+
+    def __init__(self, tensors: tuple[Tensor, ...]) -> None:
+        first: dict[int, int] = {}
+        self._first = [first.setdefault(id(tensor), place) for place, tensor in enumerate(tensors)]
+        self._places = list(first.values())
+        self._guard = _guard([tensors[place] for place in self._places])
+
+    def check(self, *tensors: Tensor) -> bool:
+        same = all(tensor is tensors[place] for tensor, place in zip(tensors, self._first, strict=True))
+        return same and self._guard.check(*[tensors[place] for place in self._places])
 
 
 def _alignment(tensor):

@@ -42,6 +42,26 @@ def test_signatures_under_one_key_are_bounded():
     assert count() == run.UNDER_ONE_KEY
 
 
+def test_one_tensor_in_two_places():
+    """Of a table of positions and a Rotary the ids are one tensor; a call with two tensors is another signature."""
+    front = pyembed.EmbeddingQKV(V, D, 2, max_length=L, rotary=pyembed.Rotary(4, L)).to(DEVICE).requires_grad_(False)
+    ids = torch.randint(V, (2, 3), device=DEVICE)
+    counts = set()
+    for first in range(5):
+        places = torch.arange(first, first + 3, device=DEVICE)
+        with pyembed.plan("distinct"):
+            expected = front(ids, places)
+        for got, wanted in zip(front(ids, places), expected, strict=True):
+            torch.testing.assert_close(got, wanted)
+        counts.add(count())
+    assert len(counts) == 1
+    table, other = torch.randn(2, 5, D, device=DEVICE)
+    near = torch.arange(4, device=DEVICE)
+    for _ in range(2):
+        assert torch.equal(F.embed(near, table, table), 2 * table[:4])
+        assert torch.equal(F.embed(near, table, other), table[:4] + other[:4])
+
+
 @pytest.mark.parametrize("kind", ["TokenPositionEmbedding", "EmbeddingQKV"])
 def test_a_padding_row_that_is_set_later(kind):
     module = pyembed.TokenPositionEmbedding(V, D, L) if kind != "EmbeddingQKV" else pyembed.EmbeddingQKV(V, D, 2, max_length=L)
