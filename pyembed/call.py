@@ -4,8 +4,9 @@
     query, key, value = heads of norm(hidden) · weightᵀ + bias                              Norm, Projection
     query, key = rotary(norm of each head)                                                  Epilogue
 
-To add a term: a field here, its formula in reference.py, its lines in the kernels (tiles.py, embed_grad.py), its argument in
-functional.py. Operators, gradients, checks of ids, id policies and sharding go over the fields by name.
+To add a term: its fields at the end of Terms, with a row of LOOKUPS and TABLES where it looks up a table; its formula in
+reference.py; its lines in the kernels (arguments.py, tiles.py, embed_grad.py); its argument in functional.py. Operators,
+gradients, checks of ids, id policies and sharding go over the fields by name.
 """
 
 import typing
@@ -59,7 +60,7 @@ def stock_forward(forward: Any) -> Any:
 
 
 class Terms(NamedTuple):
-    """The terms of hidden; what is None is no part of it."""
+    """The terms of hidden; None: the term is absent."""
 
     ids: Tensor  # (..., T) int32 or int64
     token: Tensor  # (V, D)
@@ -102,7 +103,7 @@ class Projection(NamedTuple):
 
 
 class Epilogue(NamedTuple):
-    """What becomes of query, key and value once they are projected."""
+    """Steps that are applied to query, key and value after the projection."""
 
     query_norm: Tensor | None = None  # (d_h,) weight of an RMSNorm of each head, before it turns
     key_norm: Tensor | None = None
@@ -115,7 +116,7 @@ class Epilogue(NamedTuple):
     heads_first: bool = False  # (..., h, T, d_h)
 
     def split_turns(self) -> tuple["Epilogue", "Epilogue"]:
-        """What a kernel does that can turn heads and no more, and what is left to follow."""
+        """What a kernel does that can only rotate heads, and what PyTorch's operators apply afterwards."""
         if self.query_norm is not None or self.query_offset is not None:  # which come before the turn
             return Epilogue(), self
         return self._replace(heads_first=False), Epilogue(heads_first=self.heads_first)

@@ -217,7 +217,7 @@ def _lookups(call: Call) -> Iterator[tuple[Any, str, str, Tensor]]:
 
 
 def _check_like_ids(name: str, tensor: Tensor, ids: Tensor) -> None:
-    """Shapes of other lengths are not compared: a graph for any number of tokens would take on that they differ."""
+    """Only shapes of equal rank are compared: comparing others would add a guard to a graph for any number of tokens."""
     shapes = tuple(ids.shape[-1:]), (1,) * (ids.dim() - 1) + tuple(ids.shape[-1:]), tuple(ids.shape)
     if not any(len(shape) == tensor.dim() and shape == tuple(tensor.shape) for shape in shapes):
         wanted = " or ".join(dict.fromkeys(map(str, shapes)))
@@ -262,7 +262,7 @@ def check_range(name: str, ids: Tensor, table: str, size: int) -> None:
 
 
 def check_distinct(distinct: DistinctIds | None, ids: Tensor) -> None:
-    """Given distinct ids belong to these ids: shapes always, values where looking costs no synchronisation."""
+    """distinct matches ids: shapes always, values where looking costs no synchronisation."""
     if distinct is None:
         return
     if not isinstance(distinct, DistinctIds):

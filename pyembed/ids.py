@@ -71,7 +71,7 @@ _reports: dict[torch.device, tuple[_Report, _Report]] = {}
 
 
 def report_of(device: torch.device, raises: bool) -> Tensor:
-    """(6,) int64 in the host's memory: where the kernels on a device report absent rows. raises: somebody is going to look."""
+    """(6,) int64 in the host's memory, where kernels report absent rows. raises: whether a later call reads it and raises."""
     reports = _reports.get(device)
     if reports is None:
         reports = _reports.setdefault(device, (_Report(device), _Report(device)))
@@ -85,7 +85,7 @@ def forget(device: torch.device) -> None:
 
 
 def look(device: torch.device) -> None:
-    """IndexError: a kernel on this device is known to have met an absent row."""
+    """IndexError: an earlier kernel on this device met an id outside its table."""
     if device in _reports:
         _reports[device][True].look()
 

@@ -236,7 +236,7 @@ class _Colwise(EmbeddingQKV):
             return Plan("one_pass", "the vocabulary is sharded: rows are all-reduced, then each token is projected", {})
         return super().explain(ids, position_ids, distinct)
 
-    def _packs_for_nothing(self, ids: Tensor) -> bool:
+    def _packing_costs_more(self, ids: Tensor) -> bool:
         return False
 
     def _terms(self, ids: Tensor, position_ids: Tensor | None, segment_ids: Tensor | None) -> Terms:

@@ -156,9 +156,12 @@ def with_query_biases(call: Call, first: Tensor, second: Tensor) -> Call:
     weight, bias, offset = projection.weight, projection.bias, (second - first).flatten()
     if isinstance(weight, Called):
         linear = weight
-        added: Any = Called(
-            linear.module, lambda x: (y := linear(x)) + F.pad(first.flatten(), (0, y.shape[-1] - first.numel()))
-        )
+
+        def project(normed: Tensor) -> Tensor:
+            qkv = linear(normed)
+            return qkv + F.pad(first.flatten(), (0, qkv.shape[-1] - first.numel())).to(qkv.dtype)
+
+        added: Any = Called(linear.module, project)
         projection = projection._replace(weight=added)
     else:
         bias = weight.new_zeros(weight.shape[0]) if bias is None else bias

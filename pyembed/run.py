@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from . import settings
-from .call import NO_EPILOGUE, SCHEMA, Call, Called, DistinctIds, HiddenQKV
+from .call import LOOKUPS, NO_EPILOGUE, SCHEMA, Call, Called, DistinctIds, HiddenQKV
 from .checks import check, check_distinct, check_ranges, compare_ranges
 from .ids import apply_policy, look, report_of
 from .modes import autocast_dtype, can_read, has_process_group, is_dtensor
@@ -41,7 +41,7 @@ class _Kind:
         self.tensors = _getter(classes, TENSORS)
         self.called = _getter(classes, (Called,)) if Called in classes else None
         self.numbers = _getter(classes, NUMBERS)
-        # Under a key of what is hashed fast: guards, which compare the rest, and the runner.
+        # Under a key that is cheap to hash: guards, which compare the rest, and the runner.
         self.runners: dict[tuple[Any, ...], list[tuple[TensorGuards | _Repeated, GlobalStateGuard, Runner]]] = {}
 
 
@@ -59,7 +59,7 @@ def _getter(classes, wanted):
 
 def run(call: Call) -> Any:
     """hidden (..., T, D) of a call without a projection, else HiddenQKV. Errors: those of checks.py, and of a forced plan."""
-    # Asked first, so that a compiler sees no more of this; of all other observers the guards tell, since tensors differ there.
+    # Checked first, so that a compiler does not trace the rest. Other modes change dispatch keys, which the guards compare.
     if is_compiling() or is_profiled() or forward_ad._current_level >= 0:
         return _run_first(call, None)
     terms, norm, projection, epilogue, policy, invariant, given, concat = call
@@ -74,7 +74,7 @@ def run(call: Call) -> Any:
     classes = tuple(map(type, values))
     kind = _kinds.get(classes)
     if kind is None:
-        if not _KNOWN.issuperset(classes) or classes[0] not in TENSORS:
+        if not _KNOWN.issuperset(classes) or not _TABLES.issuperset(classes[:2]):  # ids and token
             return _run_first(call, None)
         kind = _kinds[classes] = _Kind(classes)
     tensors, current = kind.tensors(values), settings.current
@@ -83,6 +83,7 @@ def run(call: Call) -> Any:
         weights = [called.weight for called in kind.called(values)]
         tensors += tuple(weight for weight in weights if weight is not None)
         key += tuple(weight is None for weight in weights)
+    key += (tensors[1].shape,)  # mostly that of the token table, of which a process may have many
     if current.backend == "triton" or not terms.ids.is_cpu:  # what kernels are compiled for, beside the guards
         try:
             key += (torch.backends.cuda.matmul.fp32_precision, *map(_alignment, tensors))
@@ -98,7 +99,8 @@ def run(call: Call) -> Any:
     return _run_first(call, (kind, key, tensors))
 
 
-_KNOWN = frozenset((*TENSORS, *NUMBERS, type(None), Called))
+_TABLES = frozenset((*TENSORS, Called))
+_KNOWN = _TABLES.union((*NUMBERS, type(None)))
 
 
 def _run_first(call, home):
@@ -121,7 +123,7 @@ def _run_first(call, home):
     if keeps:
         kind, key, tensors = home
         if next(_count) % SIGNATURES == SIGNATURES - 1:
-            for each in _kinds.values():
+            for each in list(_kinds.values()):
                 each.runners.clear()
         guard = _guard(tensors) if len(set(map(id, tensors))) == len(tensors) else _Repeated(tensors)
         runners = kind.runners.setdefault(key, [])
@@ -151,7 +153,7 @@ class _Repeated:
 
 
 def _alignment(tensor):
-    """As kernels are compiled for it; −1: ids that are not contiguous, which are copied first."""
+    """Address modulo 16, by which Triton specialises kernels; −1: ids that are not contiguous, which are copied first."""
     return tensor.data_ptr() % 16 if tensor.is_floating_point() or tensor.is_contiguous() else -1
 
 
@@ -172,7 +174,7 @@ def _has_modules(call):
 def _runner_of(call, observed):
     """What runs calls like this one: by which plan, and by kernels or PyTorch's operators, is decided here.
 
-    observed: whether operators must run, which somebody sees."""
+    observed: whether to go through PyTorch's dispatcher, because a mode watches it."""
     if call.id_policy in ("clamp", "zero"):
         inner = _runner_of_plan(apply_policy(call), observed)
 
@@ -239,7 +241,7 @@ def _must_check(call):
 
 
 def _checked(runner, ranges):
-    """runner after checks of values that nothing else makes: of given distinct ids, and the ranges of ids."""
+    """runner after checks of values: of given distinct ids, and of the ranges of ids."""
 
     def checked(call):
         if call.distinct is not None:
@@ -252,7 +254,7 @@ def _checked(runner, ranges):
 
 
 def _explain(call):
-    """After an error: PyTorch's operators look at every id on a CPU, but their messages lack what is wrong where."""
+    """After an error: PyTorch's message does not say which id is out of range, or which argument is wrong; our checks do."""
     token = _token(call)
     check(call)
     if not torch.compiler.is_compiling():
@@ -301,13 +303,11 @@ class _Launch:
 
 
 def _dense(call):
-    """The call with ids and turns whose elements are in order: kernels would copy them, and a repeated launch cannot."""
-    terms, epilogue = call.terms, call.epilogue
-    names = ("ids", "position_ids", "segment_ids"), ("cos", "sin", "turn_ids")
-    changed = [
-        {n: x.contiguous() for n in of if (x := getattr(part, n)) is not None and not x.is_contiguous()}
-        for part, of in zip((terms, epilogue), names, strict=True)
-    ]
-    if not any(changed):
-        return call
-    return call._replace(terms=terms._replace(**changed[0]), epilogue=epilogue._replace(**changed[1]))
+    """The call with contiguous ids and rotary tables: kernels would copy others, and a repeated launch cannot."""
+    fields = [(lookup.part, lookup.ids) for lookup in LOOKUPS] + [("epilogue", "cos"), ("epilogue", "sin")]
+    for part, field in fields:
+        of = getattr(call, part)
+        tensor = getattr(of, field)
+        if tensor is not None and not tensor.is_contiguous():
+            call = call._replace(**{part: of._replace(**{field: tensor.contiguous()})})
+    return call

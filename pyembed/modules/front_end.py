@@ -228,7 +228,7 @@ class EmbeddingQKV(KeepsTable):
         foreign = self._foreign()
         if foreign:
             return Plan("one_pass", f"by the modules themselves, since {foreign}", {})
-        if self._packs_for_nothing(ids) and not self._keeps_table:
+        if self._packing_costs_more(ids) and not self._keeps_table:
             return Plan("one_pass", f"by the modules: {ids.numel()} tokens do not pay for packing qkv's rows", {})
         call = self._read_weights(ids, position_ids, None)
         if call.id_policy in ("clamp", "zero"):

@@ -1,4 +1,4 @@
-"""What an EmbeddingQKV does with a table: makes it, keeps it while it is true, and answers calls from it."""
+"""The table of an EmbeddingQKV: when it is built, that it is kept while the weights are unchanged, and calls by it."""
 
 import logging
 import threading

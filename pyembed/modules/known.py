@@ -43,7 +43,7 @@ def scales_itself(token: nn.Module) -> bool:
 
 class OwnScale:
     """embed_scale of such a token embedding as a number. BART's is one; Gemma's is a tensor, rounded to its rows' dtype, and
-    read when it has changed only: on a GPU to read it is to wait."""
+    read again only after a change, since reading it synchronises with a GPU."""
 
     seen: Tensor | None = None
     state: tuple[int, torch.dtype] | None = None

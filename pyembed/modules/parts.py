@@ -54,7 +54,7 @@ class HoldsParts(HasIdPolicy):
         """What forward(...) is to compute."""
         if distinct is None and segment_ids is None and query_biases is None and self._is_plain():
             return self._read_plain(ids, position_ids, rotary)
-        if self._foreign() or self._packs_for_nothing(ids):
+        if self._foreign() or self._packing_costs_more(ids):
             call = self._read_modules(ids, position_ids, segment_ids)
         else:
             call = self._read_weights(ids, position_ids, segment_ids)
@@ -179,7 +179,7 @@ class HoldsParts(HasIdPolicy):
             raise RuntimeError(f"batch_invariant: expected modules that are no more than their weights, but {found}")
         return found
 
-    def _packs_for_nothing(self, ids: Tensor) -> bool:
+    def _packing_costs_more(self, ids: Tensor) -> bool:
         """Whether packing the rows of query, key and value into one weight would cost more than one product saves; in a graph
         for any number of tokens: whether no kernel would use it."""
         packs = self._groups > 0 or isinstance(self._modules["qkv"], nn.ModuleList)
@@ -199,7 +199,7 @@ class HoldsParts(HasIdPolicy):
         return norm_of(self._modules["norm"], token.dtype)
 
     def _own_rotary(self, device: torch.device) -> Rotary | None:
-        """On ids' device: outside of its model's tree a front end does not hear of to() either."""
+        """On ids' device: a front end that is no submodule of its model is not reached by model.to()."""
         rotary = self._modules["rotary"]
         if rotary is not None and rotary._buffers["cos"].device != device:
             rotary.to_empty(device=device)  # which fills its tables, also those that were on meta
@@ -209,7 +209,7 @@ class HoldsParts(HasIdPolicy):
         return self.scale if self._own_scale is None else self._own_scale.of(self._modules["token"])
 
     def _drops(self) -> bool:
-        """As token says: a front end outside of its model's tree does not hear of train() and eval()."""
+        """As token.training says: a front end that is no submodule of its model is not reached by model.train()."""
         return self._modules["dropout"].p > 0 and self._modules["token"].training
 
     def _projection(self) -> Projection:

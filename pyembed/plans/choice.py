@@ -241,7 +241,7 @@ class _DistinctCount:
         self.pending = host, event, tokens
 
     def expect(self, tokens: int) -> int | None:
-        """Distinct ids among so many tokens, from the last batch seen: their number grows with the tokens' to the 0.64
+        """Distinct ids among so many tokens, from the last batch seen: estimated as proportional to tokens ** 0.64
         (Heaps' law, fitted to WikiText-2 in GPT-2's tokens). None: nothing was seen yet."""
         if self.pending is not None and not torch.cuda.is_current_stream_capturing() and self.pending[1].query():
             (host, _, self.tokens), self.pending = self.pending, None

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..call import HIDDEN, SCHEMA, TABLES, Call, Epilogue, HiddenQKV, Terms
+from ..call import HIDDEN, LOOKUPS, SCHEMA, TABLES, Call, Epilogue, HiddenQKV, Terms
 from ..modes import autocast_dtype
 from ..reference import finish
-from .operators import FrontEnd, Operator, launch, launcher, refuse_tangents, save_inputs, saved_inputs
+from .operators import FrontEnd, Operator, launch, launcher, refuse_tangents, save_inputs, saved_inputs, tensors
 
 
 def with_seed(call: Call) -> Call:
@@ -36,7 +36,7 @@ def front_end(call: Call, observed: bool) -> HiddenQKV:
 
 
 def kernel_of(call: Call) -> Callable[[Call], tuple[Tensor, ...]] | None:
-    """The kernel that is all that runs such calls without gradients: call -> hidden, query, key, value, mean, rstd; or hidden.
+    """The single kernel that runs such calls without gradients: call -> hidden, query, key, value, mean, rstd; or hidden.
 
     None: a seed is drawn, a weight is cast, or operators follow."""
     if call.terms.dropout or call.projection is not None and autocast_dtype(call.terms.token) is not None:
@@ -77,7 +77,7 @@ embed = Operator("embed", f"({HIDDEN.schema}) -> Tensor", lambda *fields: launch
 # The backward is not given tables, which may have changed since the forward, but their sizes.
 _WITHOUT_TABLES = tuple(name for name in HIDDEN.names if name not in (*TABLES, "reports"))
 _FIELDS = ", ".join(f"{SCHEMA[name]} {name}" for name in _WITHOUT_TABLES)
-_BACKWARD_SCHEMA = f"(Tensor grad, {_FIELDS}, SymInt[] sizes) -> (Tensor, Tensor, Tensor)"
+_BACKWARD_SCHEMA = f"(Tensor grad, {_FIELDS}, SymInt[] sizes) -> ({tensors(TABLES)})"
 
 
 def _terms(fields: Iterable[Any]) -> Terms:
@@ -136,9 +136,9 @@ def _differentiate_embed_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
     elif terms.padding_idx >= 0:
         rows = torch.arange(sizes["token"], device=grads[0].device)
         tables["token"] = tables["token"].masked_fill((rows == terms.padding_idx)[:, None], 0.0)
-    for table, ids_of in (("position", "position_ids"), ("segment", "segment_ids")):
-        if not sizes[table]:
-            tables[table] = tables[ids_of] = None
+    for lookup in LOOKUPS:
+        if lookup.table in TABLES and lookup.table != "token" and not sizes[lookup.table]:
+            tables[lookup.table] = tables[lookup.ids] = None
     call = Call(terms._replace(**tables, padding_idx=-1), id_policy="trust")
     found = embed(*HIDDEN.flatten(call))
     return found, *(None for _ in fields), None

@@ -1,7 +1,7 @@
 """The `table` plan, for inference: every row of the vocabulary and of the position table is projected once, then gathered.
 
-With centred rows as in py, entry r of the table is γ⊙(r − mean(r))·Wᵀ; a call sums two entries and applies rstd and
-W·β + b. Where no position is added rstd depends on the token alone, and an entry is the finished projection.
+With centred rows as in distinct_cpu.py, entry r of the table is γ⊙(r − mean(r))·Wᵀ; a call sums two entries and applies rstd
+and W·β + b. Where no position is added rstd depends on the token alone, and an entry is the finished projection.
 
 A table belongs to the modules and tensors that it was made from. Before each call it is held against them: the same objects,
 at the same address, with the same version (PyTorch counts in-place changes). What PyTorch does not count, changes through

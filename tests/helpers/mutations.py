@@ -266,7 +266,7 @@ MUTATIONS = [
     Mutation(RUN, "type(tensor) in TENSORS and not is_strange(tensor) for", "True for", EMBED + " -k negated"),
     Mutation(RUN, "not keeps or not _has_schema_types(call)", "not keeps", LAUNCHES + " -k eps"),
     Mutation(RUN, "look(token.device)\n", "pass\n", LAUNCHES + " -k absent"),
-    Mutation(RUN, "{n: x.contiguous() for", "{n: x for", LAUNCHES + " -k column"),
+    Mutation(RUN, "**{field: tensor.contiguous()}", "**{field: tensor}", LAUNCHES + " -k column"),
     Mutation(RUN, "None if observed or _wants_grad(call) else", "None if observed else", FAST + " -k like_one_before"),
     Mutation(RUN, "None if observed or _wants_grad(call) else", "None if _wants_grad(call) else", LAUNCHES + " -k profiler"),
     Mutation(

@@ -38,8 +38,19 @@ def test_a_decode_over_columns_of_a_batch_is_one_signature(kind):
 
 def test_signatures_under_one_key_are_bounded():
     for rows in range(3, 3 + 3 * run.UNDER_ONE_KEY):
-        F.embed(torch.tensor([2], device=DEVICE), torch.randn(rows, D, device=DEVICE))
+        F.embed(torch.tensor([2], device=DEVICE), torch.randn(3, D, device=DEVICE), torch.randn(rows, D, device=DEVICE))
     assert count() == run.UNDER_ONE_KEY
+
+
+def test_many_tables_are_all_remembered():
+    """A recommender looks up ids of one shape in dozens of tables."""
+    ids, tables = torch.tensor([2], device=DEVICE), [torch.randn(rows, D, device=DEVICE) for rows in range(3, 43)]
+    counts = []
+    for _ in range(2):
+        for table in tables:
+            assert torch.equal(F.embed(ids, table), table[ids])
+        counts.append(count())
+    assert counts == [len(tables)] * 2
 
 
 def test_one_tensor_in_two_places():
@@ -109,6 +120,10 @@ def test_query_biases_beside_a_weight_of_autocasts_dtype():
         plain = F.embed_qkv(ids, token, weight, num_heads=2).query
         found = F.embed_qkv(ids, token, weight, num_heads=2, query_biases=pair).query
     torch.testing.assert_close(found, torch.stack([plain + u.to(plain.dtype) for u in pair]), atol=0.05, rtol=0.02)
+    token, linears = nn.Embedding(V, D), [nn.Linear(D, D) for _ in range(3)]  # so few tokens that these are called
+    front = pyembed.EmbeddingQKV.from_modules(token, None, None, qkv=tuple(linears), num_heads=2)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert [x.dtype for x in front(ids, query_biases=pair)[1:]] == [torch.bfloat16] * 3
 
 
 class OwnNorm(nn.LayerNorm):
