@@ -134,11 +134,9 @@ class HoldsParts(HasIdPolicy):
 
     def _terms(self, ids: Tensor, position_ids: Tensor | None, segment_ids: Tensor | None) -> Terms:
         token, segment = self._modules["token"], self._modules["segment"]
-        segments, row = None if segment is None else segment.weight, -1 if token.padding_idx is None else token.padding_idx
-        dropout = self._modules["dropout"].p if self._drops() else 0.0
-        return Terms(
-            ids, token.weight, self._position(), position_ids, segments, segment_ids, None, self._scale(), dropout, row
-        )
+        table, segments = token.weight, None if segment is None else segment.weight
+        dropout, row = self._modules["dropout"].p if self._drops() else 0.0, terms_row(token.padding_idx, table.shape[0])
+        return Terms(ids, table, self._position(), position_ids, segments, segment_ids, None, self._scale(), dropout, row)
 
     def _epilogue(self, token: Tensor) -> Epilogue:
         """Without rotary turns. token: its weight."""

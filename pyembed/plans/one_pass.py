@@ -11,7 +11,7 @@ from torch import Tensor
 from ..call import HIDDEN, LOOKUPS, SCHEMA, TABLES, Call, Epilogue, HiddenQKV, Terms
 from ..modes import autocast_dtype
 from ..reference import finish
-from .operators import FrontEnd, Operator, launch, launcher, refuse_tangents, save_inputs, saved_inputs, tensors
+from .operators import FrontEnd, Operator, launch, launcher, refuse_tangents, result_types, save_inputs, saved_inputs
 
 
 def with_seed(call: Call) -> Call:
@@ -77,7 +77,7 @@ embed = Operator("embed", f"({HIDDEN.schema}) -> Tensor", lambda *fields: launch
 # The backward is not given tables, which may have changed since the forward, but their sizes.
 _WITHOUT_TABLES = tuple(name for name in HIDDEN.names if name not in (*TABLES, "reports"))
 _FIELDS = ", ".join(f"{SCHEMA[name]} {name}" for name in _WITHOUT_TABLES)
-_BACKWARD_SCHEMA = f"(Tensor grad, {_FIELDS}, SymInt[] sizes) -> ({tensors(TABLES)})"
+_BACKWARD_SCHEMA = f"(Tensor grad, {_FIELDS}, SymInt[] sizes) -> ({result_types(TABLES)})"
 
 
 def _terms(fields: Iterable[Any]) -> Terms:

@@ -179,7 +179,7 @@ def empty_grad(call: Call, name: str, needed: bool) -> Tensor:
     return like.new_empty(like.shape if needed else 0)
 
 
-def tensors(names: tuple[str, ...]) -> str:
+def result_types(names: tuple[str, ...]) -> str:
     return ", ".join(["Tensor"] * len(names))
 
 
@@ -195,9 +195,9 @@ class FrontEnd:
         self.without_gradients, self._backward, self._empty = forward, backward, empty
         kept, arguments = results.split(), ", ".join(filter(None, (FRONT_END.schema, options)))
         self.outputs = (*HiddenQKV._fields, *kept)
-        self.forward = Operator(name, f"({arguments}) -> ({tensors(self.outputs)})", self._run_forward, self._fake_forward)
+        self.forward = Operator(name, f"({arguments}) -> ({result_types(self.outputs)})", self._run_forward, self._fake_forward)
         inputs = [*(f"Tensor? grad_{output}" for output in HiddenQKV._fields), *(f"Tensor {result}" for result in kept)]
-        schema = f"({', '.join(inputs)}, {arguments}, bool[] needs) -> ({tensors(LEARNED)})"
+        schema = f"({', '.join(inputs)}, {arguments}, bool[] needs) -> ({result_types(LEARNED)})"
         self.backward = Operator(f"{name}_backward", schema, self._run_backward, self._fake_backward)
         self.forward.register_autograd(self._save, self._differentiate)
         self.backward.register_autograd(lambda ctx, inputs, output: None, refuse_double_backward)

@@ -73,15 +73,18 @@ def test_one_tensor_in_two_places():
         assert torch.equal(F.embed(near, table, other), table[:4] + other[:4])
 
 
-@pytest.mark.parametrize("kind", ["TokenPositionEmbedding", "EmbeddingQKV"])
+@pytest.mark.parametrize("kind", ["TokenPositionEmbedding", "EmbeddingQKV", "scaled"])
 def test_a_padding_row_that_is_set_later(kind):
-    module = pyembed.TokenPositionEmbedding(V, D, L) if kind != "EmbeddingQKV" else pyembed.EmbeddingQKV(V, D, 2, max_length=L)
+    if kind == "TokenPositionEmbedding":
+        module = pyembed.TokenPositionEmbedding(V, D, L)
+    else:
+        module = pyembed.EmbeddingQKV(V, D, 2, max_length=L, scale=2.0 if kind == "scaled" else None)
     module, ids = module.to(DEVICE), torch.tensor([V - 1, 0], device=DEVICE)
     for padding_idx in (None, -1, V - 1, -V):
         module.token.padding_idx = padding_idx
         module.zero_grad()
         found = module(ids)
-        (found if kind != "EmbeddingQKV" else found.hidden).sum().backward()
+        (found if kind == "TokenPositionEmbedding" else found.hidden).sum().backward()
         grad, row = module.token.weight.grad, None if padding_idx is None else padding_idx % V
         assert [bool(grad[i].any()) for i in (V - 1, 0)] == [row != V - 1, row != 0]
     module.token.padding_idx = V
