@@ -205,11 +205,10 @@ class EmbeddingQKV(KeepsTable):
             found = self._look_up(ids, position_ids, distinct, rotary, segment_ids, query_biases)
             if found is not None:
                 return found
-        call = self._call(ids, position_ids, distinct, rotary, segment_ids, query_biases)
-        if settings.current.plan == "table":  # there was no memory for it
-            with settings.plan("auto"):
-                return run(call)
-        return run(call)
+            if settings.current.plan == "table":  # there was no memory for it
+                with settings.plan("auto"):
+                    return run(self._call(ids, position_ids, distinct, rotary, segment_ids, query_biases))
+        return run(self._call(ids, position_ids, distinct, rotary, segment_ids, query_biases))
 
     def explain(self, ids: Tensor, position_ids: Tensor | None = None, distinct: DistinctIds | None = None) -> Plan:
         """Which plan a call with these arguments would run now, why, and the seconds predicted for each that could run it.
@@ -242,9 +241,9 @@ class EmbeddingQKV(KeepsTable):
             there = self._table is not None and self._table.is_current(ids, position_ids)
             reason = f"a table of {size:,.0f} MiB {'is there' if there else 'would be built first'}"
             return weighed._replace(name="table", reason=reason)
-        known = call._replace(distinct=distinct or DistinctIds(*ids.unique(return_inverse=True)))
+        counted = call._replace(distinct=distinct or DistinctIds(*ids.unique(return_inverse=True)))
         with settings.plan("auto") if forced == "table" else contextlib.nullcontext():  # there was no memory for it
-            chosen = choose(known)
+            chosen = choose(counted)
             return chosen._replace(seconds=weighed.seconds) if chosen.reason == weighed.reason else chosen
 
     def extra_repr(self) -> str:
