@@ -1,13 +1,11 @@
 """The public functions: each builds a Call and runs it."""
 
-import contextlib
-
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import settings
-from .call import NO_EPILOGUE, Call, DistinctIds, Epilogue, HiddenQKV, Norm, Projection, Terms
+from .call import NO_EPILOGUE, NO_NORM, Call, DistinctIds, Epilogue, HiddenQKV, Norm, Projection, Terms
 from .checks import check, check_integers, check_query_biases, check_range, check_shape, padding_row, terms_row
 from .modes import can_read
 from .plans.choice import ZEROS, takes, why_torch
@@ -43,8 +41,10 @@ def embedding(
     if not has_options and _is_plain_lookup(ids, weight, padding_idx, policy):
         row = -1 if padding_idx is None else padding_idx
         if ids.is_cpu and settings.current.backend != "triton":
-            with contextlib.suppress(IndexError, RuntimeError, TypeError):  # below is said what is wrong
+            try:
                 return torch.embedding(weight, ids, row)
+            except (IndexError, RuntimeError, TypeError):  # below is said what is wrong
+                pass
         elif takes(weight) and why_torch(weight) is None:
             return run(Call(Terms(ids, weight, None, None, None, None, None, None, 0.0, row), id_policy=policy))
     why = why_no_kernel(ids, weight, max_norm, scale_grad_by_freq, sparse, policy)
@@ -75,10 +75,9 @@ def _is_plain_lookup(ids: Tensor, weight: Tensor, padding_idx: int | None, polic
     return (
         type(ids) is Tensor
         and type(weight) in TENSORS
-        and weight.dim() == 2
         and ids.is_cpu == weight.is_cpu
         and policy in ("raise", "trust")
-        and (padding_idx is None or 0 <= padding_idx < weight.shape[0])
+        and (padding_idx is None or weight.dim() == 2 and 0 <= padding_idx < weight.shape[0])
         and not torch.compiler.is_compiling()
     )
 
@@ -134,7 +133,7 @@ def embed(
     policy = settings.current.id_policy if id_policy is None else policy_of(id_policy)
     row = -1 if padding_idx is None else _row(padding_idx, token)
     terms = Terms(ids, token, position, position_ids, segment, segment_ids, None, scale, dropout, row)
-    return run(Call(terms, id_policy=policy))
+    return run(Call(terms, NO_NORM, None, NO_EPILOGUE, policy))
 
 
 def embed_qkv(

@@ -25,7 +25,7 @@ from .modes import autocast_dtype, can_read, has_process_group, is_dtensor
 from .plans import distinct, one_pass
 from .plans.choice import NO_BF16, settle, weigh_now, why_composed
 from .plans.operators import is_compiled, is_observed, is_profiled, is_strange, kernels
-from .reference import compose
+from .reference import compose, compose_hidden
 
 Runner = Callable[[Call], Any]
 SIGNATURES = 4096  # that are kept: more than a training run has shapes
@@ -59,12 +59,12 @@ def _getter(classes, wanted):
 
 def run(call: Call) -> Any:
     """hidden (..., T, D) of a call without a projection, else HiddenQKV. Errors: those of checks.py, and of a forced plan."""
-    # Checked first, so that a compiler does not trace the rest. Other modes change dispatch keys, which the guards compare.
-    if is_compiling() or is_profiled() or forward_ad._current_level >= 0:
+    if is_compiling():  # first, so that a compiler does not trace the rest
         return _run_first(call, None)
     terms, norm, projection, epilogue, policy, invariant, given, concat = call
+    values: tuple[Any, ...]
     if projection is None:
-        values: tuple[Any, ...] = tuple(terms)
+        values = terms
     elif epilogue is NO_EPILOGUE and given is None:
         values = terms + norm + projection
     elif given is None or type(given) is DistinctIds:
@@ -78,12 +78,14 @@ def run(call: Call) -> Any:
             return _run_first(call, None)
         kind = _kinds[classes] = _Kind(classes)
     tensors, current = kind.tensors(values), settings.current
-    key: tuple[Any, ...] = (current, policy, invariant, concat, terms.ids.shape, kind.numbers(values))
-    if kind.called is not None:
+    key: tuple[Any, ...]
+    if kind.called is None:  # the second tensor is the token table, of which a process may have many
+        key = (current, policy, invariant, concat, terms.ids.shape, tensors[1].shape, kind.numbers(values))
+    else:
         weights = [called.weight for called in kind.called(values)]
         tensors += tuple(weight for weight in weights if weight is not None)
-        key += tuple(weight is None for weight in weights)
-    key += (tensors[1].shape,)  # mostly that of the token table, of which a process may have many
+        given_weights = tuple(weight is None for weight in weights)
+        key = (current, policy, invariant, concat, terms.ids.shape, given_weights, kind.numbers(values))
     if current.backend == "triton" or not terms.ids.is_cpu:  # what kernels are compiled for, beside the guards
         try:
             key += (torch.backends.cuda.matmul.fp32_precision, *map(_alignment, tensors))
@@ -91,6 +93,9 @@ def run(call: Call) -> Any:
             return _run_first(call, None)
     for guard, state, runner in kind.runners.get(key, ()):
         if guard.check(*tensors) and state.check():
+            # Modes change dispatch keys, which the guards compare; PyTorch's own operators see profilers and forward-mode AD.
+            if runner is not compose and runner is not compose_hidden and (is_profiled() or forward_ad._current_level >= 0):
+                break
             try:
                 return runner(call)
             except (IndexError, RuntimeError, TypeError):
@@ -208,7 +213,8 @@ def _composition_runner(call):
     position = call.terms.position
     is_lenient = isinstance(position, Called) or position is not None and not position.is_floating_point()
     must_check = is_lenient and call.terms.position_ids is not None and _must_check(call)
-    return _checked(compose, must_check) if must_check or call.distinct is not None else compose
+    composition = compose_hidden if call.projection is None else compose
+    return _checked(composition, must_check) if must_check or call.distinct is not None else composition
 
 
 def _kernel_runner(call, observed):

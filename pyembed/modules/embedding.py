@@ -6,7 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch._jit_internal import is_scripting
 
-from ..call import Call, Called, Terms, stock_forward
+import pyembed.settings as settings
+
+from ..call import NO_EPILOGUE, NO_NORM, Call, Called, Terms, stock_forward
 from ..checks import terms_row
 from ..functional import embedding, why_no_kernel
 from ..ids import HasIdPolicy
@@ -89,17 +91,22 @@ class TokenPositionEmbedding(HasIdPolicy):
         self.dropout = nn.Dropout(dropout)
         self.combine, self.scale = combine, scale
 
+    def _policy(self) -> str:
+        own = self._id_policy or self._modules["token"]._id_policy
+        return settings.current.id_policy if own is None else policy_of(own)
+
     def forward(self, ids: Tensor, position_ids: Tensor | None = None, segment_ids: Tensor | None = None) -> Tensor:
         """ids (..., T), position_ids and segment_ids (T,), (1, T) or like ids, None: 0 … T−1, and 0 -> hidden (..., T,
         embedding_dim)."""
         modules, concat = self._modules, self.combine == "concat"
         token, position, segment, dropout = modules["token"], modules["position"], modules["segment"], modules["dropout"]
-        table, positions, segments = token.weight, None if position is None else position.weight, segment and segment.weight
+        table, padding_idx, rate = token.weight, token.padding_idx, dropout.p if self.training and not concat else 0.0
+        positions, segments = None if position is None else position.weight, None if segment is None else segment.weight
         if concat:
             positions = Called(position, weight=positions)
-        rate, row = dropout.p if self.training and not concat else 0.0, terms_row(token.padding_idx, table.shape[0])
+        row = -1 if padding_idx is None else terms_row(padding_idx, table.shape[0])
         terms = Terms(ids, table, positions, position_ids, segments, segment_ids, None, self.scale, rate, row)
-        found = run(Call(terms, id_policy=policy_of(self._id_policy or token._id_policy), concat=concat))
+        found = run(Call(terms, NO_NORM, None, NO_EPILOGUE, self._policy(), False, None, concat))
         return dropout(found) if concat else found
 
     def extra_repr(self) -> str:
