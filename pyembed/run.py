@@ -78,14 +78,13 @@ def run(call: Call) -> Any:
             return _run_first(call, None)
         kind = _kinds[classes] = _Kind(classes)
     tensors, current = kind.tensors(values), settings.current
-    key: tuple[Any, ...]
-    if kind.called is None:  # the second tensor is the token table, of which a process may have many
-        key = (current, policy, invariant, concat, terms.ids.shape, tensors[1].shape, kind.numbers(values))
-    else:
+    more: tuple[bool, ...] | None = None
+    if kind.called is not None:
         weights = [called.weight for called in kind.called(values)]
         tensors += tuple(weight for weight in weights if weight is not None)
-        given_weights = tuple(weight is None for weight in weights)
-        key = (current, policy, invariant, concat, terms.ids.shape, given_weights, kind.numbers(values))
+        more = tuple(weight is None for weight in weights)
+    # The second tensor is mostly the token table, of which a process may have many.
+    key: tuple[Any, ...] = (current, policy, invariant, concat, terms.ids.shape, tensors[1].shape, kind.numbers(values), more)
     if current.backend == "triton" or not terms.ids.is_cpu:  # what kernels are compiled for, beside the guards
         try:
             key += (torch.backends.cuda.matmul.fp32_precision, *map(_alignment, tensors))
