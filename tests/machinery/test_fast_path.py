@@ -352,8 +352,12 @@ def test_sums_are_of_floats(table):
 
 def test_results_may_be_changed_in_place():
     front = fronts(position="rotary")
+    ids = torch.tensor([[5, 7]])
     for name in pyembed.HiddenQKV._fields:
-        getattr(front(torch.tensor([[5, 7]])), name).mul_(2.0).sum().backward()
+        changed, plain = getattr(front(ids), name).mul_(2.0), getattr(front(ids), name)
+        assert torch.equal(changed, 2.0 * plain)
+        found, expected = (torch.autograd.grad(x.square().sum(), front.token.weight)[0] for x in (changed, 2.0 * plain))
+        torch.testing.assert_close(found, expected)
 
 
 class Ids(torch.Tensor):
