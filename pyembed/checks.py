@@ -112,22 +112,24 @@ def _check_front_end(call: Call, projection: Projection) -> None:
     if call.norm.kind != "called":
         _check_norm(call.norm, width)
     if isinstance(weight, Called):
-        check_epilogue(call)
+        check_epilogue(call, None)
         return
     check_shape("weight", weight, (None, width), "(query, key and value rows, embedding_dim of token)", optional=False)
     check_shape("bias", bias, (weight.shape[0],), "the rows of weight")
     total = num_heads + 2 * num_kv_heads
     if weight.shape[0] % total:
         raise ValueError(f"weight: expected a multiple of num_heads + 2·num_kv_heads = {total} rows, got {weight.shape[0]}")
-    check_epilogue(call)
+    check_epilogue(call, call.head_dim)
     query_norm, key_norm, *_ = call.epilogue
     check_shape("query_norm", query_norm, (call.head_dim,), "head_dim", optional=key_norm is None)
     check_shape("key_norm", key_norm, (call.head_dim,), "head_dim", optional=query_norm is None)
 
 
-def check_epilogue(call: Call) -> None:
-    """What comes after the projection, but for the weights of norms: rotary turns fit the heads and stand where ids do."""
-    ids, cos, weight = call.terms.ids, call.epilogue.cos, call.projection and call.projection.weight
+def check_epilogue(call: Call, head_dim: int | None) -> None:
+    """What comes after the projection, but for the weights of norms: rotary turns fit the heads and stand where ids do.
+
+    head_dim: None where the projection is a module, which alone knows it."""
+    ids, cos = call.terms.ids, call.epilogue.cos
     if not call.epilogue.head_eps >= 0:
         raise ValueError(f"head_eps: expected a number of at least 0, got {call.epilogue.head_eps}")
     if call.epilogue.heads_first and ids.dim() == 0:
@@ -136,7 +138,7 @@ def check_epilogue(call: Call) -> None:
         return
     if cos.device != ids.device:
         raise ValueError(f"rotary: expected device {ids.device}, that of ids; got {cos.device}")
-    width, head_dim = 2 * cos.shape[-1], None if isinstance(weight, Called) else call.head_dim
+    width = 2 * cos.shape[-1]
     if head_dim is not None and (width > head_dim or head_dim % 2):
         raise ValueError(f"rotary: expected an even width up to an even head_dim ({head_dim}), got {width}")
 

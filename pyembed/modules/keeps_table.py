@@ -11,7 +11,7 @@ from torch import Tensor
 
 import pyembed.settings as settings
 
-from ..call import Call, DistinctIds, Epilogue, HiddenQKV, Norm, Projection
+from ..call import NO_NORM, Call, DistinctIds, Epilogue, HiddenQKV, Projection
 from ..checks import check, check_epilogue, check_query_biases, check_ranges
 from ..ids import apply_policy
 from ..modes import is_plain_eager
@@ -88,12 +88,12 @@ class KeepsTable(HoldsParts):
         query_biases: Any,
     ) -> HiddenQKV | None:
         """The call by the table, made or made again if need be; None: another plan must run it."""
-        refused = self._refuses_table()
+        call = None if self._foreign() else self._call_by_table(ids, position_ids, distinct, segment_ids)
+        refused = self._refuses_table(call)
         if refused and settings.current.plan == "table":
             raise RuntimeError(f"plan: 'table' cannot run here: {refused}")
-        if refused or settings.current.plan in ("one_pass", "distinct") or self._table_failed:
+        if call is None or refused or settings.current.plan in ("one_pass", "distinct") or self._table_failed:
             return None
-        call = self._call_by_table(ids, position_ids, distinct, segment_ids)
         if rotary is not None or self._modules["rotary"] is not None:
             call = self._with_turns(call, rotary)
         if distinct is not None or any(x is not None for x in (position_ids, segment_ids, call.epilogue.cos)):
@@ -117,17 +117,16 @@ class KeepsTable(HoldsParts):
             raise
 
     def _call_by_table(self, ids: Tensor, position_ids: Tensor | None, distinct: Any, segment_ids: Tensor | None) -> Call:
-        """A Call without norm and projection, which the table holds: in place of the weight it has N empty rows."""
+        """A Call without the weights of norm and projection, which the table holds."""
         terms = self._terms(ids, position_ids, segment_ids)
-        weight = terms.token.new_empty((self.num_heads + 2 * self.num_kv_heads) * self._head_dim, 0)
-        projection = Projection(weight, None, self.num_heads, self.num_kv_heads)
-        epilogue = self._epilogue(terms.token)
-        return Call(terms, Norm(), projection, epilogue, self._policy(), distinct=distinct)
+        none: Any = None
+        projection = Projection(none, None, self.num_heads, self.num_kv_heads)
+        return Call(terms, NO_NORM, projection, self._epilogue(terms.token), self._policy(), self.batch_invariant, distinct)
 
     def _check(self, call: Call) -> None:
         """A call by the table, whose weights are not looked at."""
-        check(call._replace(projection=None, norm=Norm()))
-        check_epilogue(call)
+        check(call._replace(projection=None))
+        check_epilogue(call, self._head_dim)
         if call.id_policy == "raise":
             check_ranges(call)
 
@@ -162,16 +161,16 @@ class KeepsTable(HoldsParts):
 
     def _refuses_plans(self) -> str | None:
         """Why one_pass alone can run a call; None: other plans can."""
-        terms = self._terms(torch.empty(0), None, None)
-        return refuses(Call(terms, id_policy=self._policy(), batch_invariant=self.batch_invariant))
+        return refuses(self._call_by_table(torch.empty(0), None, None, None))
 
-    def _refuses_table(self) -> str | None:
-        """Why no table can serve a call now; None: one can."""
+    def _refuses_table(self, call: Call | None = None) -> str | None:
+        """Why no table can serve a call now; None: one can. call: where it was read already, of modules that are known."""
         if torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
             return "gradients are wanted and a table has none; call it within torch.no_grad()"
         if self._drops():
             return "dropout comes between sum and norm; call eval()"
-        refused = self._foreign() or self._refuses_plans() or known.distributed(self._modules)
+        refused = refuses(call) if call is not None else self._foreign() or self._refuses_plans()
+        refused = refused or known.distributed(self._modules)
         if refused:
             return refused
         return None if is_plain_eager() else "a compiler, torch.func or forward-mode AD is at work"
