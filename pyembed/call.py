@@ -43,11 +43,19 @@ for _kind in (HiddenQKV, DistinctIds):  # torch.export writes their names
 class Called:
     """In a Call in place of a weight: a module that must be called, because it does more than apply its weight.
 
-    function: what to call, by default the module. weight: by which ids and shapes are checked; None: nothing is checked.
+    function: what to call, by default the module. weight: by which shapes, devices and dtypes are checked; None: nothing is
+    checked. has_rows: whether ids must name rows of weight; else the module alone knows which it takes.
     """
 
-    def __init__(self, module: nn.Module, function: Callable[..., Tensor] | None = None, weight: Tensor | None = None):
+    def __init__(
+        self,
+        module: nn.Module,
+        function: Callable[..., Tensor] | None = None,
+        weight: Tensor | None = None,
+        has_rows: bool = True,
+    ):
         self.module, self.function, self.weight = module, function or module, weight
+        self.has_rows = has_rows and weight is not None
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         return self.function(*inputs)
@@ -226,11 +234,20 @@ def places(ids: Tensor) -> Tensor:
     return torch.arange(ids.shape[-1] if ids.dim() else 1, device=ids.device).view(ids.shape[-1:])
 
 
-def rows_of(table: Tensor | Called) -> int:
-    """How many rows a table has; positions.sinusoidal_steps have one for any position below 2³¹ − 1."""
+def rows_of(table: Tensor | Called) -> int | None:
+    """How many rows a table has; positions.sinusoidal_steps have one for any position below 2³¹ − 1. None: the module that is
+    called alone knows."""
     weight = table.weight if isinstance(table, Called) else table
-    assert weight is not None, "a table has a weight"
+    if weight is None or isinstance(table, Called) and not table.has_rows:
+        return None
     return weight.shape[0] if weight.is_floating_point() else 2**31 - 1
+
+
+def as_table(rows: Tensor) -> tuple[Tensor, Tensor, DistinctIds]:
+    """Rows (..., D) -> a table of them, ids (...) that name each row once, and the same as DistinctIds."""
+    flat = torch.arange(rows.shape[:-1].numel(), device=rows.device)
+    index = flat.view(rows.shape[:-1])
+    return rows.reshape(-1, rows.shape[-1]), index, DistinctIds(flat, index)
 
 
 class Layout:

@@ -158,6 +158,8 @@ def _check_norm(norm: Norm, width: int | None) -> None:
 def _check_alike(fields: dict[str, Any]) -> None:
     """All tensors on the table's device, all floating ones of its dtype, or cast to another for a product."""
     token = _tensor(fields["token"])
+    if isinstance(fields["token"], Called) and (token is None or _brings_weights(fields["token"])):
+        return
     if not token.is_floating_point():
         raise TypeError(f"token: expected a floating dtype, got {token.dtype}")
     cast = autocast_dtype(token)
@@ -180,7 +182,7 @@ def _check_alike(fields: dict[str, Any]) -> None:
     if isinstance(weight, Tensor) and bias is not None and weight.dtype != bias.dtype:
         raise TypeError(f"norm_bias: expected dtype {weight.dtype}, that of norm_weight; got {bias.dtype}")
     for name, value in fields.items():
-        if isinstance(value, Called):
+        if isinstance(value, Called) and not _brings_weights(value):
             _check_devices({"weight": "qkv", "norm_weight": "norm"}.get(name, name), value, token.device)
 
 
@@ -188,6 +190,11 @@ def _check_devices(name: str, called: Called, device: torch.device) -> None:
     for key, tensor in (*called.module.named_parameters(), *called.module.named_buffers()):
         if tensor.device != device:
             raise ValueError(f"{name}.{key}: expected device {device}, that of token; got {tensor.device}")
+
+
+def _brings_weights(called: Called) -> bool:
+    """Whether what runs before the forward may bring the weights from another device, as accelerate's offloading does."""
+    return any("forward" in part.__dict__ or part._forward_pre_hooks for part in called.module.modules())
 
 
 def _tensor(value: Any) -> Any:
@@ -204,7 +211,7 @@ def _check_positions(call: Call) -> None:
         if table is None or ids is not None or call.id_policy in ("clamp", "zero"):
             continue
         rows = rows_of(table) if name == "position" else table.shape[-2] if table.dim() > 1 else 1
-        if rows < terms.length:
+        if rows is not None and rows < terms.length:
             needs = f"sequence length {terms.length} needs positions up to {terms.length - 1}"
             raise IndexError(f"ids: {needs}, {name} has {rows} rows")
 
@@ -251,7 +258,9 @@ def check_ranges(call: Call) -> None:
 def compare_ranges(call: Call) -> None:
     """check_ranges of ids that are known to be readable."""
     for table, of, name, ids in _lookups(call):
-        check_range(name, ids, of, rows_of(table))
+        rows = rows_of(table)
+        if rows is not None:
+            check_range(name, ids, of, rows)
 
 
 def check_range(name: str, ids: Tensor, table: str, size: int) -> None:

@@ -7,11 +7,11 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from . import settings
 from .call import NO_EPILOGUE, NO_NORM, Call, DistinctIds, Epilogue, HiddenQKV, Norm, Projection, Terms
 from .checks import check, check_integers, check_query_biases, check_range, check_shape, padding_row, terms_row
-from .modes import can_read
+from .modes import TENSORS, can_read
 from .plans.choice import ZEROS, takes, why_torch
 from .reference import with_query_biases
 from .rotary import Rotary, turns
-from .run import TENSORS, run
+from .run import run
 from .settings import policy_of
 
 __all__ = ["embed", "embed_qkv", "embedding"]

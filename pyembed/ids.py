@@ -125,10 +125,12 @@ def apply_policy(call: Call) -> Call:
 def _written_out(ids: Tensor, position_ids: Tensor | None, table: Tensor | Called | None) -> Tensor | None:
     """position_ids, or 0 … T−1 where a table has fewer rows."""
     T = ids.shape[-1] if ids.dim() else 1
-    is_short = position_ids is None and table is not None and rows_of(table) < T and getattr(table, "ndim", 2) == 2
+    rows = None if table is None else rows_of(table)
+    is_short = position_ids is None and rows is not None and rows < T and getattr(table, "ndim", 2) == 2
     return places(ids) if is_short else position_ids
 
 
 def _clamped(ids: MaybeTensor, table: Tensor | Called | None) -> MaybeTensor:
     """ids within a table; where it has no rows they stay."""
-    return ids if ids is None or table is None or not rows_of(table) else ids.clamp(0, rows_of(table) - 1)
+    rows = None if table is None else rows_of(table)
+    return ids.clamp(0, rows - 1) if ids is not None and rows else ids

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, TypeGuard
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import settings
@@ -11,6 +11,9 @@ from .call import MaybeTensor
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
+
+
+TENSORS = (Tensor, nn.Parameter)  # no subclass, which may bring operators of its own
 
 
 def is_traced() -> bool:
@@ -55,6 +58,13 @@ def is_dtensor(value: object) -> "TypeGuard[DTensor]":
     from torch.distributed.tensor import DTensor
 
     return isinstance(value, DTensor)
+
+
+def brings_operators(value: object) -> bool:
+    """Whether it is a tensor of another kind around others, as quantised weights are; a DTensor has its own way."""
+    if not isinstance(value, Tensor) or not is_traceable_wrapper_subclass(value):
+        return False
+    return not (has_process_group() and is_dtensor(value))
 
 
 def local(tensor: MaybeTensor) -> MaybeTensor:

@@ -16,7 +16,7 @@ from torch.distributed.tensor.parallel import ParallelStyle
 from torch.nn.utils import parametrize
 
 from . import settings, sharding  # noqa: F401  sharding: registers the operators
-from .call import Call, DistinctIds, Epilogue, HiddenQKV, MaybeTensor, Norm, Projection, Terms
+from .call import Call, DistinctIds, Epilogue, HiddenQKV, MaybeTensor, Norm, Projection, Terms, as_table
 from .checks import check, check_integers, check_ranges, padding_row
 from .functional import embedding
 from .modes import local
@@ -73,6 +73,8 @@ class ColwiseQKV(ParallelStyle):
         if self.shard_vocabulary and -(-rows // n) * (n - 1) >= rows:
             raise ValueError(f"num_embeddings: expected rows for each of {n} ranks, got {rows}")
         foreign = module._foreign() or known.distributed(module._modules)
+        if not foreign and (module._calls_head_norms() or module.embedding_transform is not None):
+            foreign = "query_norm and key_norm, or embedding_transform, are called"
         if foreign:
             raise ValueError(f"module: expected modules that are no more than their weights, but {foreign}")
         self._spread(token, device_mesh, Shard(0) if self.shard_vocabulary else Replicate())
@@ -83,10 +85,10 @@ class ColwiseQKV(ParallelStyle):
             for linear in qkv:
                 self._spread(linear, device_mesh, Shard(0))
         elif module._groups:
-            self._spread(qkv, device_mesh, Shard(0), {"weight": Shard(1 if known.is_conv1d(qkv) else 0)})
+            self._spread(qkv, device_mesh, Shard(0), {"weight": Shard(1 if module._known.is_transposed() else 0)})
         else:
             heads = module.num_heads, module.num_kv_heads, module.num_kv_heads
-            self._split(qkv, device_mesh, [count * module._head_dim for count in heads])
+            self._split(module, device_mesh, [count * module._head_dim for count in heads])
         module.drop_table()
         vars(module).update(_style=self, _mesh=device_mesh)
         module.__class__ = type(f"Colwise{type(module).__name__}", (_Colwise, type(module)), {})
@@ -99,8 +101,8 @@ class ColwiseQKV(ParallelStyle):
             part.register_parameter(name, nn.Parameter(found, parameter.requires_grad))
         part.register_load_state_dict_pre_hook(_distribute_loaded)
 
-    def _split(self, qkv: nn.Module, mesh: DeviceMesh, widths: list[int]) -> None:
-        dims = {"weight": 1 if known.is_conv1d(qkv) else 0, "bias": 0}
+    def _split(self, module: EmbeddingQKV, mesh: DeviceMesh, widths: list[int]) -> None:
+        qkv, dims = module.qkv, {"weight": 1 if module._known.is_transposed() else 0, "bias": 0}
         for name in [name for name, _ in qkv.named_parameters(recurse=False)]:
             parametrize.register_parametrization(qkv, name, _Rows(widths, dims[name], mesh, self.src_data_rank), unsafe=True)
         qkv.register_state_dict_post_hook(_pack_saved)
@@ -169,10 +171,10 @@ class _Colwise(EmbeddingQKV):
             call = self._with_turns(call, rotary)
         if self._style.shard_vocabulary:
             self._check_whole(call)
-            table, index, distinct = _as_table(self._rows(ids, call.terms.token, self._mesh.get_group()))
+            table, index, distinct = as_table(self._rows(ids, call.terms.token, self._mesh.get_group()))
             call = call._replace(terms=call.terms._replace(ids=index, token=table, padding_idx=-1), distinct=distinct)
         if call.terms.dropout:
-            table, index, distinct = _as_table(run(Call(call.terms, id_policy=call.id_policy)))
+            table, index, distinct = as_table(run(Call(call.terms, id_policy=call.id_policy)))
             call = call._replace(terms=Terms(index, table), distinct=distinct)
         return self._laid_out(run(call))
 
@@ -264,7 +266,7 @@ class _Colwise(EmbeddingQKV):
         qkv = self._modules["qkv"]
         linears = qkv if isinstance(qkv, nn.ModuleList) else [qkv]
         weights, biases = ([local(getattr(x, name)) for x in linears] for name in ("weight", "bias"))
-        if known.is_conv1d(qkv):
+        if self._known.is_transposed():
             weights = [weights[0].t()]
         if len(linears) > 1 and any(bias is not None for bias in biases):
             biases = [w.new_zeros(len(w)) if b is None else b for w, b in zip(weights, biases, strict=True)]
@@ -277,13 +279,6 @@ class _Colwise(EmbeddingQKV):
 
     def _summed(self, value: MaybeTensor) -> MaybeTensor:
         return _Sum.apply(local(value), None, self._mesh.get_group(), False) if isinstance(value, Tensor) else value
-
-
-def _as_table(rows: Tensor) -> tuple[Tensor, Tensor, DistinctIds]:
-    """Rows (..., D) -> a table of them, ids (...) that name each row once, and the same as DistinctIds."""
-    flat = torch.arange(rows.shape[:-1].numel(), device=rows.device)
-    index = flat.view(rows.shape[:-1])
-    return rows.reshape(-1, rows.shape[-1]), index, DistinctIds(flat, index)
 
 
 class _Sum(torch.autograd.Function):

@@ -33,7 +33,10 @@ def look_up(ids: Tensor, table: Tensor | Called, padding_idx: int = -1, dtype: t
 
 def look_up_or_zero(ids: Tensor, table: Tensor | Called, padding_idx: int = -1, dtype: torch.dtype | None = None) -> Tensor:
     """look_up under the id policy "zero": a row of zeros where an id is outside the table."""
-    absent = (ids < 0) | (ids >= rows_of(table))
+    rows = rows_of(table)
+    if rows is None:  # the module knows what an id means that has no row
+        return look_up(ids, table, padding_idx, dtype)
+    absent = (ids < 0) | (ids >= rows)
     return look_up(ids.masked_fill(absent, 0), table, padding_idx, dtype).masked_fill(absent.unsqueeze(-1), 0)
 
 

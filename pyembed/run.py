@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._C._dynamo.guards import GlobalStateGuard, TensorGuards
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
@@ -21,16 +21,15 @@ from . import settings
 from .call import LOOKUPS, NO_EPILOGUE, SCHEMA, Call, Called, DistinctIds, HiddenQKV
 from .checks import check, check_distinct, check_ranges, compare_ranges
 from .ids import apply_policy, look, report_of
-from .modes import autocast_dtype, can_read, has_process_group, is_dtensor
+from .modes import TENSORS, autocast_dtype, can_read, has_process_group, is_dtensor
 from .plans import distinct, one_pass
-from .plans.choice import NO_BF16, settle, weigh_now, why_composed
+from .plans.choice import NO_BF16, calls_modules, settle, weigh_now, why_composed
 from .plans.operators import is_compiled, is_observed, is_profiled, is_strange, kernels
 from .reference import compose, compose_hidden
 
 Runner = Callable[[Call], Any]
 SIGNATURES = 4096  # that are kept: more than a training run has shapes
 UNDER_ONE_KEY = 16  # of them, which are gone through one by one
-TENSORS = (Tensor, nn.Parameter)  # no subclass, which may bring operators of its own
 NUMBERS = (bool, int, float, str)
 
 
@@ -78,11 +77,11 @@ def run(call: Call) -> Any:
             return _run_first(call, None)
         kind = _kinds[classes] = _Kind(classes)
     tensors, current = kind.tensors(values), settings.current
-    more: tuple[bool, ...] | None = None
+    more: tuple[tuple[bool, bool], ...] | None = None
     if kind.called is not None:
-        weights = [called.weight for called in kind.called(values)]
-        tensors += tuple(weight for weight in weights if weight is not None)
-        more = tuple(weight is None for weight in weights)
+        modules = kind.called(values)
+        tensors += tuple([called.weight for called in modules if called.weight is not None])
+        more = tuple([(called.weight is None, called.has_rows) for called in modules])
     # The second tensor is mostly the token table, of which a process may have many.
     key: tuple[Any, ...] = (current, policy, invariant, concat, terms.ids.shape, tensors[1].shape, kind.numbers(values), more)
     if current.backend == "triton" or not terms.ids.is_cpu:  # what kernels are compiled for, beside the guards
@@ -168,11 +167,7 @@ def _token(call):
 
 def _is_distributed(call):
     """Whether a field is a DTensor."""
-    return has_process_group() and any(map(is_dtensor, call.values())) and not _has_modules(call)
-
-
-def _has_modules(call):
-    return any(isinstance(value, Called) for value in call.values())
+    return has_process_group() and any(map(is_dtensor, call.values())) and not calls_modules(call)
 
 
 def _runner_of(call, observed):
@@ -192,7 +187,7 @@ def _runner_of(call, observed):
 def _runner_of_plan(call, observed):
     composed = why_composed(call)
     one = _kernel_runner(call, observed) if composed is None else _composition_runner(call)
-    if call.projection is None or call.concat or _has_modules(call):
+    if call.projection is None or call.concat or calls_modules(call):
         return one
     plan = settle(call)
     if plan is not None and plan.name == "one_pass":

@@ -17,6 +17,7 @@ from ..positions import Sinusoidal, make
 from ..run import run
 from ..settings import policy_of
 from .known import COMBINES
+from .parts import dropout_rate
 
 
 class Embedding(nn.Embedding, HasIdPolicy):
@@ -100,7 +101,7 @@ class TokenPositionEmbedding(HasIdPolicy):
         embedding_dim)."""
         modules, concat = self._modules, self.combine == "concat"
         token, position, segment, dropout = modules["token"], modules["position"], modules["segment"], modules["dropout"]
-        table, padding_idx, rate = token.weight, token.padding_idx, dropout.p if self.training and not concat else 0.0
+        table, padding_idx, rate = token.weight, token.padding_idx, 0.0 if concat else dropout_rate(dropout, dropout.training)
         positions, segments = None if position is None else position.weight, None if segment is None else segment.weight
         if concat:
             positions = Called(position, weight=positions)

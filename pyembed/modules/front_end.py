@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import pyembed.settings as settings
 
-from ..call import DistinctIds, HiddenQKV
+from ..call import Call, DistinctIds, HiddenQKV, Terms, as_table
 from ..checks import check, check_heads, check_ranges, padding_row
 from ..ids import apply_policy
 from ..modes import local
@@ -19,6 +19,7 @@ from ..rotary import Rotary
 from ..run import run
 from . import known
 from .keeps_table import KeepsTable
+from .parts import dropout_rate
 
 
 class EmbeddingQKV(KeepsTable):
@@ -96,6 +97,7 @@ class EmbeddingQKV(KeepsTable):
         self.register_module("position", make(position, rows, embedding_dim, **factory))
         self.register_module("rotary", known.fitting(rotary, head_dim))
         self.register_module("segment", nn.Embedding(num_segments, embedding_dim, **factory) if num_segments else None)
+        self.register_module("embedding_transform", None)
         self._set(scale, combine, position_offset, heads_first, batch_invariant)
         width = 2 * embedding_dim if combine == "concat" else embedding_dim
         self.register_module("norm", known.make_norm("norm", norm, width, eps, bias, **factory))
@@ -113,9 +115,11 @@ class EmbeddingQKV(KeepsTable):
             raise ValueError("combine: expected 'sum' where there are no positions, or segments; got 'concat'")
         if scale is not None and not isinstance(scale, int | float):
             raise TypeError(f"scale: expected a number or None, got {type(scale).__name__}")
-        self._own_scale = known.OwnScale(self.token) if known.scales_itself(self.token) else None
-        if scale is not None and self._own_scale is not None:
-            raise ValueError(f"scale: expected None where token multiplies its rows itself, got {scale}")
+        self._known, self._own_scale = known.Known(), known.OwnScale()
+        if scale is not None and not known.is_stock("token", self.token):
+            found = self._known.finding("token", self.token)
+            if found is not None and found.scale is not None:
+                raise ValueError(f"scale: expected None where token multiplies its rows itself, got {scale}")
         self.scale, self.combine, self.position_offset = scale, combine, position_offset
         self.heads_first, self.batch_invariant = heads_first, batch_invariant
 
@@ -129,7 +133,7 @@ class EmbeddingQKV(KeepsTable):
         qkv: nn.Module | tuple[nn.Linear, nn.Linear, nn.Linear] | list[nn.Linear],
         num_heads: int,
         num_kv_heads: int | None = None,
-        dropout: float = 0.0,
+        dropout: float | nn.Dropout = 0.0,
         rotary: Rotary | None = None,
         per_head: bool = False,
         scale: float | None = None,
@@ -137,54 +141,78 @@ class EmbeddingQKV(KeepsTable):
         query_norm: nn.Module | None = None,
         key_norm: nn.Module | None = None,
         combine: str = "sum",
+        position_offset: int | None = None,
+        embedding_transform: nn.Module | None = None,
         heads_first: bool = False,
         batch_invariant: bool = False,
     ) -> "EmbeddingQKV":
         """A front end over modules that a model already has: it holds them, copies nothing, and trains what they hold.
 
-        token, position, segment: nn.Embedding, or Gemma's and BART's, with scale or `offset`. norm: nn.LayerNorm, nn.RMSNorm
-        or Hugging Face's RMSNorm of Llama, Gemma and their like, or None; query_norm and key_norm the same, of a head.
-        qkv: one nn.Linear or Hugging Face Conv1D whose output is query, key, value in that order, or a (query, key, value)
-        tuple of nn.Linear. per_head: the output of one module is not all queries, all keys, all values, but those of each head
-        (GPT-NeoX, Bloom) or group of heads (Falcon) in turn. num_kv_heads: num_heads where None. Other arguments as in the
-        constructor. A module that does more than its class in PyTorch (a forward of its own, hooks, max_norm,
-        scale_grad_by_freq, sparse), and any other norm, is called as it is, by no kernel; explain() says so. TypeError: a
-        module of another kind; ValueError: widths that do not fit.
+        token, position, segment: nn.Embedding, or a module around one. norm: nn.LayerNorm, nn.RMSNorm, another module or None;
+        query_norm and key_norm the same, of a head, or of all heads at once (OLMo-2). qkv: one nn.Linear or Hugging Face Conv1D
+        whose output is query, key, value in that order, or a (query, key, value) tuple of these. per_head: the output of one
+        module is not all queries, all keys, all values, but those of each head (GPT-NeoX, Bloom) or group of heads (Falcon) in
+        turn. num_kv_heads: num_heads where None. dropout: the model's nn.Dropout, whose p and training mode are obeyed, or a
+        number, which drops as token.train() and token.eval() say. position_offset: the row of position 0 (RoBERTa:
+        padding_idx + 1); None: as position's own forward has it (OPT and BART: 2), else 0. embedding_transform: a module, or
+        nn.Sequential of several, between the sum and norm, whose result is hidden: Bloom's word_embeddings_layernorm, ELECTRA's
+        embeddings_project. Other arguments as in the constructor.
+
+        What a module computes is proved by value, once for each class, forward and attributes: that of Llama's, Gemma's and
+        one's own norms, scaled embeddings (Gemma, BART), tables of positions with an offset. A module that does more (hooks, a
+        forward patched on class or instance, adapters, quantised weights, max_norm, scale_grad_by_freq, sparse) or that could
+        not be proved is called as it is, by no kernel; explain() says so. A module that the model replaces later (an adapter
+        injected into it) is not seen: make the front end afterwards. TypeError: a module of another kind, or one of positions
+        that takes something else; ValueError: widths that do not fit.
         """
-        if not isinstance(token, nn.Embedding):
-            raise TypeError(f"token: expected an nn.Embedding, got {type(token).__name__}")
-        if position is not None and not isinstance(position, nn.Embedding | Sinusoidal):
-            raise TypeError(f"position: expected an nn.Embedding or None, got {type(position).__name__}")
-        if segment is not None and not isinstance(segment, nn.Embedding):
-            raise TypeError(f"segment: expected an nn.Embedding or None, got {type(segment).__name__}")
-        norms = {"norm": norm, "query_norm": query_norm, "key_norm": key_norm}
-        for name, module in norms.items():
+        for name, table in (("token", token), ("position", position), ("segment", segment)):
+            if known.table_of(table) is None and (name == "token" or table is not None):
+                raise TypeError(f"{name}: expected an nn.Embedding{' or None' * (name != 'token')}, got {type(table).__name__}")
+        others = {"norm": norm, "query_norm": query_norm, "key_norm": key_norm, "embedding_transform": embedding_transform}
+        for name, module in others.items():
             if module is not None and not isinstance(module, nn.Module):
                 raise TypeError(f"{name}: expected a module or None, got {type(module).__name__}")
         if (query_norm is None) != (key_norm is None):
             raise ValueError("query_norm, key_norm: expected both or neither, got one")
         if isinstance(qkv, tuple | list):
-            if len(qkv) != 3 or not all(isinstance(linear, nn.Linear) for linear in qkv):
+            if len(qkv) != 3 or not all(isinstance(linear, nn.Module) for linear in qkv):
                 got = ", ".join(type(linear).__name__ for linear in qkv)
                 raise TypeError(f"qkv: expected one module or three nn.Linear (query, key, value), got ({got})")
-            widths = [linear.in_features for linear in qkv]
-            if len(set(widths)) > 1:
-                raise ValueError(f"qkv: expected three of as many inputs, got {widths}")
             qkv = nn.ModuleList(qkv)
+        if not isinstance(dropout, nn.Module | int | float):
+            raise TypeError(f"dropout: expected a number or an nn.Dropout, got {type(dropout).__name__}")
         self = cls.__new__(cls)
         nn.Module.__init__(self)
         self.num_heads, self.num_kv_heads = num_heads, check_heads(num_heads, num_kv_heads)
-        for name, module in {"token": token, "position": position, "segment": segment, **norms, "qkv": qkv}.items():
+        for name, module in {"token": token, "position": position, "segment": segment, **others, "qkv": qkv}.items():
             self.register_module(name, module)
-        self.dropout = nn.Dropout(dropout)
-        self._set(scale, combine, known.position_offset(position), heads_first, batch_invariant)
-        self._head_dim = known.check_widths(self._modules, self.num_heads, self.num_kv_heads, combine)
+        self._follows_token = not isinstance(dropout, nn.Module)
+        self.dropout = dropout if isinstance(dropout, nn.Module) else nn.Dropout(dropout)
+        dropout_rate(self.dropout, True)  # refuses what is none
+        self._set(scale, combine, 0, heads_first, batch_invariant)
+        self._set_offset(position_offset)
+        moves = embedding_transform is not None
+        self._head_dim = known.check_widths(self._modules, self._known, self.num_heads, self.num_kv_heads, combine, moves)
         if per_head:
             if isinstance(qkv, nn.ModuleList):
                 raise ValueError("per_head: expected False where query, key and value are three modules, got True")
             self._groups = self.num_kv_heads
         self.register_module("rotary", known.fitting(rotary, self._head_dim))
-        return self.train(token.training)
+        self.training = token.training
+        if self._follows_token:
+            self.dropout.train(token.training)
+        return self
+
+    def _set_offset(self, position_offset: int | None) -> None:
+        position = self._modules["position"]
+        own = None if position is None else self._known.way(position).offset
+        if position_offset is not None and (not isinstance(position_offset, int) or position_offset < 0):
+            raise ValueError(f"position_offset: expected an int of at least 0, got {position_offset!r}")
+        if position_offset and (position is None or isinstance(position, Sinusoidal)):
+            raise ValueError(f"position_offset: expected 0 or None where there is no table of positions, got {position_offset}")
+        if None not in (own, position_offset) and own != position_offset:
+            raise ValueError(f"position_offset: expected {own}, that of position's own forward, or None; got {position_offset}")
+        self.position_offset = own or position_offset or 0
 
     def forward(
         self,
@@ -207,8 +235,17 @@ class EmbeddingQKV(KeepsTable):
                 return found
             if settings.current.plan == "table":  # there was no memory for it
                 with settings.plan("auto"):
-                    return run(self._call(ids, position_ids, distinct, rotary, segment_ids, query_biases))
-        return run(self._call(ids, position_ids, distinct, rotary, segment_ids, query_biases))
+                    return self._run(self._call(ids, position_ids, distinct, rotary, segment_ids, query_biases))
+        call = self._call(ids, position_ids, distinct, rotary, segment_ids, query_biases)
+        return run(call) if self._modules["embedding_transform"] is None else self._run(call)
+
+    def _run(self, call: Call) -> HiddenQKV:
+        """The call; of rows that a module has transformed, which are a table of their own then."""
+        transform = self._modules["embedding_transform"]
+        if transform is None:
+            return run(call)
+        table, index, distinct = as_table(transform(run(Call(call.terms, id_policy=call.id_policy, concat=call.concat))))
+        return run(call._replace(terms=Terms(index, table), concat=False, id_policy="trust", distinct=distinct))
 
     def explain(self, ids: Tensor, position_ids: Tensor | None = None, distinct: DistinctIds | None = None) -> Plan:
         """Which plan a call with these arguments would run now, why, and the seconds predicted for each that could run it.
@@ -217,8 +254,8 @@ class EmbeddingQKV(KeepsTable):
         in forward.
         """
         ids, position_ids, forced = local(ids), local(position_ids), settings.current.plan
-        call = self._call(ids, position_ids, distinct)
-        check(call)
+        call, transforms = self._call(ids, position_ids, distinct), self._modules["embedding_transform"] is not None
+        check(Call(call.terms) if transforms else call)
         if call.id_policy == "raise":
             check_ranges(call)
         refused = self._refuses_table()
@@ -229,6 +266,8 @@ class EmbeddingQKV(KeepsTable):
             return Plan("one_pass", f"by the modules themselves, since {foreign}", {})
         if self._packing_costs_more(ids) and not self._keeps_table:
             return Plan("one_pass", f"by the modules: {ids.numel()} tokens do not pay for packing qkv's rows", {})
+        if transforms:
+            return Plan("one_pass", "embedding_transform is called between sum and norm", {})
         call = self._read_weights(ids, position_ids, None)
         if call.id_policy in ("clamp", "zero"):
             call = apply_policy(call)

@@ -40,6 +40,9 @@ class KeepsTable(HoldsParts):
 
     def _call_of_no_ids(self) -> Call:
         """A Call for the weights alone."""
+        foreign = self._foreign()
+        if foreign:
+            raise RuntimeError(f"table: expected modules that are no more than their weights, but {foreign}")
         return self._read_weights(torch.empty(0, dtype=torch.long, device=self._modules["token"].weight.device), None, None)
 
     @torch.no_grad()
@@ -62,16 +65,16 @@ class KeepsTable(HoldsParts):
 
     @torch.no_grad()
     def _make_table(self) -> Table:
-        foreign = self._foreign() or known.distributed(self._modules)
-        if foreign:
-            raise RuntimeError(f"table: expected modules that are no more than their weights, but {foreign}")
         call, dtype = self._call_of_no_ids(), self._table_dtype
+        refused = known.distributed(self._modules)
+        if refused:
+            raise RuntimeError(f"table: expected modules that are no more than their weights, but {refused}")
         refused = refuses(call._replace(terms=call.terms._replace(dropout=0.0), id_policy="raise", batch_invariant=False))
         if refused:
             raise RuntimeError(f"table: expected token and position rows as they are, but {refused}")
         self._table = None  # its memory comes first
         logger.info("building a table of %s bytes on %s", f"{nbytes(call, dtype):,}", call.terms.token.device)
-        self._table = made = Table(known.links(self._modules), call, dtype)
+        self._table = made = Table(known.links(self._modules, self._known), call, dtype)
         return made
 
     def drop_table(self) -> None:
@@ -155,7 +158,7 @@ class KeepsTable(HoldsParts):
                 return None
 
     def _check_table_dtype(self, dtype: torch.dtype | None) -> None:
-        own = self._modules["token"].weight.dtype
+        own = getattr(known.table_of(self._modules["token"]), "dtype", torch.float32)
         if dtype not in (None, own, torch.float16, torch.bfloat16) or dtype and dtype.itemsize > own.itemsize:
             raise TypeError(f"dtype: expected torch.float16, torch.bfloat16 or None for {own}, got {dtype}")
 
@@ -167,7 +170,9 @@ class KeepsTable(HoldsParts):
         """Why no table can serve a call now; None: one can. call: where it was read already, of modules that are known."""
         if torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
             return "gradients are wanted and a table has none; call it within torch.no_grad()"
-        if self._drops():
+        if self._modules["embedding_transform"] is not None:
+            return "embedding_transform comes between sum and norm"
+        if self._rate():
             return "dropout comes between sum and norm; call eval()"
         refused = refuses(call) if call is not None else self._foreign() or self._refuses_plans()
         refused = refused or known.distributed(self._modules)

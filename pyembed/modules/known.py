@@ -1,116 +1,154 @@
-"""Modules whose forward is known: what they compute from which weights, so that a front end need not call them."""
+"""Modules whose forward is known: what they compute from which weights, so that a front end need not call them.
 
+A class of PyTorch is known by its identity and its own forward, any other by a proof (proofs.py), never by its name.
+"""
+
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..call import Norm, wide_dtype
-from ..modes import has_process_group, is_dtensor
+from ..modes import TENSORS, brings_operators, has_process_group, is_dtensor
 from ..rotary import Rotary
+from . import proofs
+from .proofs import PositionFinding, Proof, is_patched, prove
 
 NAMES = ("token", "position", "segment", "norm", "qkv", "query_norm", "key_norm")
+HEAD_NORMS = ("query_norm", "key_norm")
 COMBINES = ("sum", "concat")
-_STOCK = (nn.Embedding, nn.LayerNorm, nn.RMSNorm, nn.Linear)
+# The forward of each class of PyTorch, if nothing had replaced it when this file was imported.
+FORWARDS: dict[Any, Any] = {
+    kind: kind.forward if kind.forward.__module__.startswith("torch.nn.modules.") else None
+    for kind in (nn.Embedding, nn.LayerNorm, nn.RMSNorm, nn.Linear, nn.Dropout)
+}
+_PROVERS: dict[str, Callable[[nn.Module], Any]] = {
+    "token": proofs.rows, "position": proofs.positions, "norm": proofs.norm, "qkv": proofs.linear,
+    "query_norm": proofs.norm, "key_norm": proofs.norm,
+}  # fmt: skip
+_KINDS: dict[str, tuple[type[nn.Module], ...]] = {
+    **dict.fromkeys(("token", "position", "segment"), (nn.Embedding,)),
+    **dict.fromkeys(("norm", *HEAD_NORMS), (nn.LayerNorm, nn.RMSNorm)),
+    "qkv": (nn.Linear,),
+}
 
 
-def is_conv1d(qkv: Any) -> bool:
-    """Hugging Face's Conv1D, a linear map of weight (D, N)."""
-    return type(qkv).__name__.removeprefix("Parametrized") == "Conv1D" and getattr(qkv.weight, "ndim", 0) == 2
+def is_stock(name: str, module: nn.Module) -> bool:
+    """Whether what stands for the part `name` computes what PyTorch's class does."""
+    return not is_patched(module) and _inherits(name, module)
 
 
-def is_llama_norm(norm: nn.Module) -> bool:
-    """Hugging Face's RMSNorm of Llama and of the models that copied it: weight, and variance_epsilon."""
-    return "variance_epsilon" in norm.__dict__ and "RMSNorm" in type(norm).__name__
-
-
-def is_gemma_norm(norm: nn.Module) -> bool:
-    """Hugging Face's RMSNorm of Gemma 1 to 3: rows are multiplied by 1 + weight, in fp32."""
-    return type(norm).__name__ in ("GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm")
-
-
-def position_offset(position: nn.Module | None) -> int:
-    """Rows of a table of positions before that of position 0, as OPT's and BART's have."""
-    learned = isinstance(position, nn.Embedding) and "LearnedPositionalEmbedding" in type(position).__name__
-    return getattr(position, "offset", 0) if learned else 0
-
-
-def scales_itself(token: nn.Module) -> bool:
-    """Gemma's and BART's token embeddings multiply their rows by embed_scale. Those with more weights do more."""
-    named = "ScaledWordEmbedding" in type(token).__name__ and hasattr(token, "embed_scale")
-    return named and len(list(token.parameters())) == 1
-
-
-class OwnScale:
-    """embed_scale of such a token embedding as a number. BART's is one; Gemma's is a tensor, rounded to its rows' dtype, and
-    read again only after a change, since reading it synchronises with a GPU."""
-
-    seen: Tensor | None = None
-    state: tuple[int, torch.dtype] | None = None
-    value = 1.0
-
-    def __init__(self, token: nn.Module) -> None:
-        self.of(token)
-
-    def of(self, token: Any) -> float:
-        """embed_scale of token, as it is now."""
-        scale = token.embed_scale
-        if not isinstance(scale, torch.Tensor):
-            return float(scale)
-        if torch.compiler.is_compiling() or scale.is_meta:
-            return self.value
-        state = (scale._version, token.weight.dtype)
-        if self.seen is not scale or self.state != state:  # held, so that no other tensor can come to its address
-            self.seen, self.state, self.value = scale, state, scale.to(token.weight.dtype).item()
-        return self.value
-
-
-def is_stock(module: nn.Module) -> bool:
-    """Whether its class computes what PyTorch's does."""
+def _inherits(name: str, module: nn.Module) -> bool:
+    """Whether the forward of its class is PyTorch's, or ours."""
     kind = type(module)
-    return (
-        kind in _STOCK
-        or getattr(kind.forward, "is_stock", False)
-        or any(kind.forward is stock.forward for stock in _STOCK if issubclass(kind, stock))
-    )
+    return is_ours(module) or any(kind.forward is FORWARDS[stock] and issubclass(kind, stock) for stock in _KINDS[name])
 
 
-def _is_known(name: str, part: nn.Module) -> bool:
-    """Whether it is one of transformers' whose forward is known."""
-    if "norm" in name:
-        return is_llama_norm(part) or is_gemma_norm(part)
-    known = {"qkv": is_conv1d, "position": position_offset, "token": scales_itself}
-    return name in known and bool(known[name](part))
+def is_ours(module: nn.Module) -> bool:
+    """Whether it is one of our modules that look up rows."""
+    return getattr(type(module).forward, "is_stock", False)
 
 
-def foreign(modules: dict[str, Any]) -> str | None:
+class Known:
+    """What the modules of one front end were proved to compute."""
+
+    def __init__(self) -> None:
+        self.proofs: dict[str, Proof] = {}
+
+    def finding(self, name: str, module: nn.Module, place: str = "") -> Any:
+        """Of a module that is not PyTorch's: what a proof found, made now if need be; None: nothing. place: among several."""
+        proof = self.proofs.get(name + place)
+        if proof is None or not proof.holds(module):
+            proof = prove(_PROVERS[name], module) if name in _PROVERS else None
+            if proof is None:
+                return None
+            self.proofs[name + place] = proof
+        return proof.finding
+
+    def found(self, name: str, place: str = "") -> Any:
+        """The finding that was looked for last; None: the module is PyTorch's."""
+        proof = self.proofs.get(name + place)
+        return None if proof is None else proof.finding
+
+    def way(self, position: nn.Module) -> PositionFinding:
+        """How a module of positions, or the one within a wrapper, is called. TypeError: it takes no positions."""
+        core = next((part for part in position.modules() if isinstance(part, nn.Embedding)), position)
+        if _inherits("position", core):
+            return PositionFinding(False, None)
+        found = self.finding("position", core)
+        if found is None:
+            raise TypeError(
+                f"position: expected a module whose forward looks up rows by position, got a {type(core).__name__}, whose "
+                "forward takes something else"
+            )
+        return found
+
+    def is_transposed(self, place: str = "") -> bool:
+        """Whether qkv's weight is (D, N), as that of Hugging Face's Conv1D."""
+        return bool(self.found("qkv", place))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"proofs": {}}  # of other objects
+
+
+def parts_of(name: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """(place, module): one, or the three that project."""
+    if isinstance(module, nn.ModuleList):
+        return [(f".{place}", part) for place, part in enumerate(module)]
+    return [("", module)]
+
+
+def table_of(module: nn.Module | None) -> Tensor | None:
+    """The weight of an embedding, or of the first one within a wrapper, such as an adapter's."""
+    if module is None:
+        return None
+    tables: Any = (part for part in module.modules() if isinstance(part, nn.Embedding) or is_ours(part))
+    return next((part.weight for part in tables), None)
+
+
+def foreign(modules: dict[str, Any], known: Known, offset: int = 0, names: tuple[str, ...] = NAMES) -> str | None:
     """Why the parts must be called, since their weights are not all that they do; None: they are."""
-    for name in NAMES:
+    for name in names:
         module = modules[name]
         if module is None:
             continue
         if isinstance(module, nn.Embedding):
             if module.max_norm is not None or module.scale_grad_by_freq or module.sparse:
                 return f"{name} has max_norm, scale_grad_by_freq or sparse"
-            if name != "token" and module.padding_idx is not None:
+            if name != "token" and module.padding_idx is not None and _trains_row(module, name, offset):
                 return f"{name} has a padding_idx"
-        for part in module if isinstance(module, nn.ModuleList) else (module,):
+        for place, part in parts_of(name, module):
             if part._forward_pre_hooks or part._forward_hooks or part._backward_pre_hooks or part._backward_hooks:
                 return f"{name} has hooks"
-            if not (is_stock(part) or _is_known(name, part)) or "forward" in part.__dict__:
+            if is_patched(part):
                 return f"{name}, a {type(part).__name__}, has a forward of its own"
-    query, key = modules["query_norm"], modules["key_norm"]
-    if query is not None and not (_is_rms(query) and _is_rms(key) and _eps(query) == _eps(key)):
-        return "query_norm and key_norm are not RMSNorms with weights and the same eps"
+            if not _inherits(name, part):
+                found = known.finding(name, part, place)
+                is_read = found is not None and (name != "token" or _can_scale(part, found))
+                if not is_read or name == "position" and found.offset != offset:
+                    return f"{name}, a {type(part).__name__}, has a forward of its own"
+            for weight in part._parameters.values():
+                if type(weight) not in TENSORS and brings_operators(weight):
+                    return f"{name}'s weight is a {type(weight).__name__}, which brings operators of its own"
     return None
 
 
-def _is_rms(norm: Any) -> bool:
-    return not isinstance(norm, nn.LayerNorm) and norm.weight is not None
+def _trains_row(module: nn.Embedding, name: str, offset: int) -> bool:
+    """Whether a row without a gradient can be looked up in training."""
+    assert module.padding_idx is not None
+    skipped = name == "position" and module.padding_idx < offset
+    return not skipped and module.weight.requires_grad and torch.is_grad_enabled()
 
 
-def _eps(norm: Any) -> float | None:
-    return norm.variance_epsilon if is_llama_norm(norm) else norm.eps
+def unlike_norms(modules: dict[str, Any], known: Known, head_dim: int) -> str | None:
+    """Why the norms of heads must be called, though what they compute is known; None: the kernels' epilogue has them."""
+    query, key = (norm_of(name, modules[name], torch.float32, known) for name in HEAD_NORMS)
+    if query.kind != "rms" or key.kind != "rms" or query.weight is None or key.weight is None or query.eps != key.eps:
+        return "query_norm and key_norm are not RMSNorms with weights and the same eps"
+    if query.weight.shape != (head_dim,):
+        return "query_norm and key_norm are over all heads at once"
+    return None
 
 
 def make_norm(name: str, kind: str | None, width: int, eps: float, bias: bool, **factory: Any) -> nn.Module | None:
@@ -133,35 +171,69 @@ def distributed(modules: dict[str, Any]) -> str | None:
     return None
 
 
-def norm_of(norm: Any, dtype: torch.dtype) -> Norm:
+def norm_of(name: str, norm: Any, dtype: torch.dtype, known: Known) -> Norm:
     """The Norm that a module which is not foreign computes over rows of dtype."""
     if norm is None:
         return Norm()
-    kind, weight = "layer" if isinstance(norm, nn.LayerNorm) else "rms", norm.weight
-    if is_gemma_norm(norm):
+    if is_stock(name, norm):
+        # Where eps is None, torch.nn.functional.rms_norm takes that of the dtype in which it computes.
+        eps = torch.finfo(wide_dtype(dtype)).eps if norm.eps is None else float(norm.eps)
+        return Norm("layer" if isinstance(norm, nn.LayerNorm) else "rms", norm.weight, getattr(norm, "bias", None), eps)
+    kind, weight_name, bias_name, one_plus, eps = known.found(name)
+    weight, bias = (None if each is None else getattr(norm, each) for each in (weight_name, bias_name))
+    if one_plus:
+        assert weight is not None
         weight = 1.0 + weight.to(wide_dtype(dtype))
-    eps = _eps(norm)
-    eps = torch.finfo(dtype).eps if eps is None else float(eps)  # as torch.nn.functional.rms_norm has it
-    return Norm(kind, weight, getattr(norm, "bias", None), eps)
+    return Norm(kind, weight, bias, getattr(norm, eps) if isinstance(eps, str) else eps)
 
 
-def projection(qkv: Any, groups: int = 0, head_dim: int = 0) -> tuple[Tensor, Tensor | None]:
+def _scale_tensor(token: nn.Module, found: Any) -> Tensor | None:
+    """What holds the number by which a token embedding multiplies its rows, where that is a tensor."""
+    value = None if found.scale is None else getattr(token, found.scale)
+    return value if isinstance(value, Tensor) else None
+
+
+def _can_scale(token: nn.Module, found: Any) -> bool:
+    """Whether the number that multiplies rows can be read: not from a compiler's tensor, nor from one without memory."""
+    scale = _scale_tensor(token, found)
+    return scale is None or not (torch.compiler.is_compiling() or scale.is_meta or type(scale) not in (Tensor, nn.Buffer))
+
+
+class OwnScale:
+    """The number by which a token embedding multiplies its rows, as it is now. Reading a tensor on a GPU waits for it, so it is
+    read again only after a change that PyTorch counts."""
+
+    _seen: tuple[Tensor, int] | None = None
+    _value = 1.0
+
+    def of(self, token: Any, found: Any) -> float | None:
+        """found: its RowsFinding, or None."""
+        if found is None or found.scale is None:
+            return None
+        scale = _scale_tensor(token, found)
+        if scale is None:
+            return float(getattr(token, found.scale))
+        if scale.is_cpu or self._seen is None or self._seen[0] is not scale or self._seen[1] != scale._version:
+            self._seen, self._value = (scale, 0 if scale.is_inference() else scale._version), scale.item()
+        return torch.tensor(self._value, dtype=token.weight.dtype, device="cpu").item() if found.rounds else self._value
+
+
+def linear_weights(qkv: Any, known: Known, place: str = "") -> tuple[Tensor, Tensor | None]:
+    """Weight (N, D) and bias (N,) or None of one linear map."""
+    return qkv.weight.t() if known.is_transposed(place) and not is_stock("qkv", qkv) else qkv.weight, qkv.bias
+
+
+def projection(qkv: Any, known: Known, groups: int = 0, head_dim: int = 0) -> tuple[Tensor, Tensor | None]:
     """Weight (N, D), rows of query, key, value, and bias (N,) or None of qkv, whatever holds them.
 
-    groups: in so many groups of heads, each its queries, its key and its value, lie the rows of qkv; 0: they lie as returned.
-    TypeError: another kind of module."""
-    if isinstance(qkv, nn.Linear):
-        weight, bias = qkv.weight, qkv.bias
-    elif is_conv1d(qkv):
-        weight, bias = qkv.weight.t(), qkv.bias
-    elif isinstance(qkv, nn.ModuleList):
-        weights, biases = zip(*((linear.weight, linear.bias) for linear in qkv), strict=True)
+    groups: of heads, each its queries, its key and its value, in which the rows of qkv lie; 0: they lie as returned."""
+    if isinstance(qkv, nn.ModuleList):
+        weights, biases = zip(*(linear_weights(part, known, place) for place, part in parts_of("qkv", qkv)), strict=True)
         if len({w.device for w in weights}) > 1:
             raise ValueError(f"qkv: expected weights on one device, got {', '.join(str(w.device) for w in weights)}")
         zeros = (w.new_zeros(w.shape[0]) if b is None else b for w, b in zip(weights, biases, strict=True))
         return torch.cat(weights), None if all(bias is None for bias in biases) else torch.cat(tuple(zeros))
-    else:
-        raise TypeError(f"qkv: expected an nn.Linear, a Hugging Face Conv1D or three nn.Linear, got {type(qkv).__name__}")
+    weight, bias = linear_weights(qkv, known)
     if not groups:
         return weight, bias
     return ungroup(weight, 0, groups, head_dim), None if bias is None else ungroup(bias, 0, groups, head_dim)
@@ -174,36 +246,60 @@ def ungroup(x: Tensor, dim: int, groups: int, head_dim: int) -> Tensor:
     return torch.cat([part.flatten(axis - 1, axis + 1) for part in x.split([x.shape[axis] - 2, 1, 1], axis)], dim)
 
 
-def check_widths(modules: dict[str, Any], num_heads: int, num_kv_heads: int, combine: str) -> int:
-    """The width of a head. ValueError: parts that do not fit each other."""
-    token, position, segment, norm, qkv, *head_norms = (modules[name] for name in NAMES)
-    D, (weight, _) = token.embedding_dim, projection(qkv)
-    width = D if combine == "sum" else D + position.weight.shape[1]
-    if weight.shape[1] != width:
-        raise ValueError(f"qkv: expected {width} inputs, the width of token; got {weight.shape[1]}")
-    for name, table in (("position", position), ("segment", segment)):
-        if table is not None and table.weight.shape[1] != D and combine == "sum":
-            raise ValueError(f"{name}: expected {D} columns, the width of token; got {table.weight.shape[1]}")
-    _check_norm("norm", norm, width, "the width of token")
+def check_widths(modules: dict[str, Any], known: Known, num_heads: int, num_kv_heads: int, combine: str, moves: bool) -> int:
+    """The width of a head. moves: whether a module between sum and norm may change the width. TypeError: a module that does not
+    say its widths; ValueError: parts that do not fit each other."""
+    token, _, _, norm, qkv, *head_norms = (modules[name] for name in NAMES)
     heads = (num_heads, num_kv_heads, num_kv_heads)
-    head_dim, rest = divmod(weight.shape[0], sum(heads))
+    inputs, outputs = zip(*(_widths(part, known, place) for place, part in parts_of("qkv", qkv)), strict=True)
+    width = inputs[0]
+    if len(set(inputs)) > 1:
+        raise ValueError(f"qkv: expected three of as many inputs, got {list(inputs)}")
+    tables = {name: table_of(modules[name]) for name in ("token", "position", "segment")}
+    columns = {name: table.shape[1] for name, table in tables.items() if table is not None}
+    D = columns.get("token") if isinstance(token, nn.Embedding) else None  # a wrapper may project its rows
+    for name in ("position", "segment"):
+        if D is not None and columns.get(name, D) != D and combine == "sum":
+            raise ValueError(f"{name}: expected {D} columns, the width of token; got {columns[name]}")
+    total = None if D is None else D if combine == "sum" else D + columns["position"]
+    if total not in (None, width) and not moves:
+        raise ValueError(f"qkv: expected {total} inputs, the width of token; got {width}")
+    _check_norm("norm", norm, known, (width,), "the width of token")
+    head_dim, rest = divmod(sum(outputs), sum(heads))
     if rest:
         raise ValueError(
             f"qkv: expected a multiple of num_heads + 2·num_kv_heads ({num_heads} + 2·{num_kv_heads}) outputs, got "
-            f"{weight.shape[0]}"
+            f"{sum(outputs)}"
         )
-    rows = [projection(linear)[0].shape[0] for linear in qkv] if isinstance(qkv, nn.ModuleList) else None
-    if rows and rows != [h * head_dim for h in heads]:
-        raise ValueError(f"qkv: expected outputs of query, key and value in the ratio {heads}, got {rows}")
-    for name, head_norm in zip(("query_norm", "key_norm"), head_norms, strict=True):
-        _check_norm(name, head_norm, head_dim, "head_dim")
+    if len(outputs) > 1 and list(outputs) != [h * head_dim for h in heads]:
+        raise ValueError(f"qkv: expected outputs of query, key and value in the ratio {heads}, got {list(outputs)}")
+    for name, head_norm, count in zip(HEAD_NORMS, head_norms, heads[:2], strict=True):
+        _check_norm(name, head_norm, known, (head_dim, count * head_dim), "head_dim, or that of all heads")
     return head_dim
 
 
-def _check_norm(name: str, norm: nn.Module | None, width: int, meaning: str) -> None:
-    shape = getattr(norm, "normalized_shape", getattr(getattr(norm, "weight", None), "shape", (width,)))
-    if tuple(shape) != (width,):
-        raise ValueError(f"{name}: expected normalized_shape {(width,)}, {meaning}; got {tuple(shape)}")
+def _widths(linear: Any, known: Known, place: str) -> tuple[int, int]:
+    """Inputs and outputs of a linear map."""
+    if is_stock("qkv", linear) or known.finding("qkv", linear, place) is not None:
+        N, D = linear_weights(linear, known, place)[0].shape
+        return D, N
+    inputs, outputs = getattr(linear, "in_features", None), getattr(linear, "out_features", None)
+    if not isinstance(inputs, int) or not isinstance(outputs, int):
+        raise TypeError(
+            "qkv: expected modules with in_features and out_features, an nn.Linear, a Hugging Face Conv1D or three nn.Linear, "
+            f"got {type(linear).__name__}"
+        )
+    return inputs, outputs
+
+
+def _check_norm(name: str, norm: nn.Module | None, known: Known, widths: tuple[int, ...], meaning: str) -> None:
+    if norm is None:
+        return
+    found = None if is_stock(name, norm) else known.finding(name, norm)
+    weight = getattr(norm, "weight" if found is None else found.weight or "weight", None)
+    shape = tuple(getattr(norm, "normalized_shape", getattr(weight, "shape", widths[:1])))
+    if shape not in [(width,) for width in widths]:
+        raise ValueError(f"{name}: expected normalized_shape {(widths[0],)}, {meaning}; got {shape}")
 
 
 def fitting(rotary: Any, head_dim: int) -> Rotary | None:
@@ -218,33 +314,39 @@ def fitting(rotary: Any, head_dim: int) -> Rotary | None:
     return rotary
 
 
-def place_rows(position: Any, position_ids: Tensor, offset: int) -> Tensor:
-    """Rows of a module of positions, of which that of position 0 is row `offset`."""
-    if is_stock(position):
-        return position(position_ids + offset if offset else position_ids)
-    if not position_offset(position):
+def place_rows(position: Any, way: PositionFinding, position_ids: Tensor, offset: int) -> Tensor:
+    """Rows of a module of positions that is called this way. offset: the row of position 0, where it does not add its own."""
+    if offset and way.offset is None:
+        position_ids = position_ids + offset
+    if not way.by_keyword:
         return position(position_ids)
-    # OPT's and BART's, whose forward takes something else than positions.
-    if position._forward_hooks or position._forward_pre_hooks:
-        raise RuntimeError(f"position: expected no hooks on a {type(position).__name__}, which is not called; got some")
-    return nn.functional.embedding(position_ids + offset, position.weight, position.padding_idx)
+    flat = position_ids.reshape(-1)
+    return position(flat.unsqueeze(0), position_ids=flat).view(*position_ids.shape, -1)
 
 
-def links(modules: dict[str, Any]) -> list[tuple[dict[str, Any], str, Any]]:
+def links(modules: dict[str, Any], known: Known) -> list[tuple[dict[str, Any], str, Any]]:
     """(dict, key, value) of all that a table depends on. RuntimeError: a weight that is computed at every access."""
-    qkv = modules["qkv"]
-    found = [(modules, name, modules[name]) for name in NAMES]
-    if isinstance(qkv, nn.ModuleList):
-        found += [(qkv._modules, name, module) for name, module in qkv._modules.items()]
-    for module in [module for _, _, module in found if module is not None]:
-        for name in ("weight", "bias", "eps", "variance_epsilon"):
-            homes = (module._parameters, module._buffers, module.__dict__)
-            home = next((home for home in homes if name in home), None)
-            if home is module.__dict__ and "eps" not in name or home is None and hasattr(type(module), name):
-                raise RuntimeError(f"table: expected plain parameters, got a computed {name} of {type(module).__name__}")
+    found: list[tuple[dict[str, Any], str, Any]] = [(modules, name, modules[name]) for name in NAMES]
+    proofs: dict[str, Any] = known.proofs
+    found += [(proofs, name, proof) for name, proof in proofs.items()]
+    if isinstance(modules["qkv"], nn.ModuleList):
+        found += [(modules["qkv"]._modules, name, module) for name, module in modules["qkv"]._modules.items()]
+    for module in [value for _, _, value in found if isinstance(value, nn.Module)]:
+        plain = {name: value for name, value in module.__dict__.items() if isinstance(value, float)}  # an eps is among them
+        found += [(module.__dict__, name, value) for name, value in plain.items()]
+        for name in {"weight", "bias", *module._parameters, *module._buffers, *getattr(module, "parametrizations", ())}:
+            home = next((home for home in (module._parameters, module._buffers) if name in home), None)
             if home is not None:
                 found.append((home, name, home[name]))
+            elif name in module.__dict__ or hasattr(type(module), name):
+                raise RuntimeError(f"table: expected plain parameters, got a computed {name} of {type(module).__name__}")
     return found
+
+
+def over_heads(norm: nn.Module, head_dim: int, x: Tensor) -> Tensor:
+    """A norm of heads x (..., h, head_dim), or of all of them at once (OLMo-2)."""
+    whole = tuple(getattr(norm, "normalized_shape", getattr(getattr(norm, "weight", None), "shape", ()))) != (head_dim,)
+    return norm(x.flatten(-2)).view(x.shape) if whole and x.shape[-2] > 1 else norm(x)
 
 
 def called_projection(qkv: nn.Module, normed: Tensor, groups: int, head_dim: int) -> Tensor:

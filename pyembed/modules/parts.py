@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import pyembed.settings as settings
 
-from ..call import NO_EPILOGUE, Call, Called, DistinctIds, Epilogue, Norm, Projection, Terms
+from ..call import NO_EPILOGUE, Call, Called, DistinctIds, Epilogue, Norm, Projection, Terms, wide_dtype
 from ..checks import check, check_query_biases, terms_row
 from ..ids import HasIdPolicy
 from ..plans.choice import why_torch
@@ -16,7 +16,9 @@ from ..positions import Sinusoidal
 from ..reference import with_query_biases
 from ..rotary import Rotary, turns
 from ..settings import policy_of
-from .known import NAMES, OwnScale, called_projection, foreign, norm_of, place_rows, projection
+from . import known
+from .known import FORWARDS, HEAD_NORMS, NAMES, Known, OwnScale
+from .proofs import is_patched
 
 PACK_TOKENS = 256  # below so many, packing a projection's rows costs more than one kernel saves
 
@@ -25,22 +27,25 @@ class HoldsParts(HasIdPolicy):
     """A front end's modules, by the names of NAMES, dropout and rotary; most are None."""
 
     _modules: dict[str, Any]  # read in place of attributes, which are slow
-    token: nn.Embedding
+    token: nn.Embedding  # or a module around one, as in all that follow
     position: nn.Embedding | Sinusoidal | None
     segment: nn.Embedding | None
+    embedding_transform: nn.Module | None
     norm: nn.Module | None
     qkv: nn.Module
     query_norm: nn.Module | None
     key_norm: nn.Module | None
     rotary: Rotary | None
-    dropout: nn.Dropout
+    dropout: nn.Module
     num_heads: int
     num_kv_heads: int
     _head_dim: int
     _groups = position_offset = 0
     scale: float | None = None
     combine, heads_first, batch_invariant = "sum", False, False
-    _own_scale: OwnScale | None = None
+    _known: Known
+    _own_scale: OwnScale
+    _follows_token = False  # whether dropout is switched with token
 
     def _call(
         self,
@@ -63,6 +68,8 @@ class HoldsParts(HasIdPolicy):
         if rotary is not None or self._modules["rotary"] is not None:
             call = self._with_turns(call, rotary)
         if query_biases is not None:
+            if self._modules["embedding_transform"] is not None:
+                raise ValueError("query_biases: expected None where there is an embedding_transform, got a pair")
             check(call)
             check_query_biases(query_biases, call, self._head_dim)
             call = with_query_biases(call, *query_biases)
@@ -114,9 +121,9 @@ class HoldsParts(HasIdPolicy):
             if position is None and epilogue.turn_ids is not None:
                 position_ids = None  # which the rotary tables alone look up
         position = None if position is None else position._parameters["weight"]
-        dropout = modules["dropout"].p if token.training else 0.0
+        dropout = self._rate() if modules["dropout"].training else 0.0
         row = -1 if padding_idx is None else terms_row(padding_idx, table.shape[0])
-        eps = torch.finfo(table.dtype).eps if eps is None else float(eps)
+        eps = torch.finfo(wide_dtype(table.dtype)).eps if eps is None else float(eps)
         return Call(
             Terms(ids, table, position, position_ids, None, None, None, None, dropout, row),
             Norm("layer" if type(norm) is nn.LayerNorm else "rms", affine["weight"], affine.get("bias"), eps),
@@ -135,35 +142,61 @@ class HoldsParts(HasIdPolicy):
     def _terms(self, ids: Tensor, position_ids: Tensor | None, segment_ids: Tensor | None) -> Terms:
         token, segment = self._modules["token"], self._modules["segment"]
         table, segments = token.weight, None if segment is None else segment.weight
-        dropout, row = self._modules["dropout"].p if self._drops() else 0.0, terms_row(token.padding_idx, table.shape[0])
-        return Terms(ids, table, self._position(), position_ids, segments, segment_ids, None, self._scale(), dropout, row)
+        row = terms_row(token.padding_idx, table.shape[0])
+        return Terms(ids, table, self._position(), position_ids, segments, segment_ids, None, self._scale(), self._rate(), row)
 
     def _epilogue(self, token: Tensor) -> Epilogue:
         """Without rotary turns. token: its weight."""
         if self._modules["query_norm"] is None:
             return Epilogue(heads_first=self.heads_first)
-        query, key = (norm_of(self._modules[name], token.dtype) for name in ("query_norm", "key_norm"))
+        if self._calls_head_norms():
+            norms = self._called_head_norms()
+            return Epilogue(*norms, heads_first=self.heads_first)
+        query, key = (known.norm_of(name, self._modules[name], token.dtype, self._known) for name in HEAD_NORMS)
         return Epilogue(query.weight, key.weight, head_eps=query.eps, heads_first=self.heads_first)
+
+    def _calls_head_norms(self) -> bool:
+        """Whether the norms of heads are called, after whatever computes the rest."""
+        modules, own = self._modules, self._known
+        if modules["query_norm"] is None:
+            return False
+        return bool(known.foreign(modules, own, names=HEAD_NORMS) or known.unlike_norms(modules, own, self._head_dim))
+
+    def _called_head_norms(self) -> tuple[Any, Any]:
+        query, key = (self._modules[name] for name in HEAD_NORMS)
+        if query is None:
+            return None, None
+        called = (Called(norm, partial(known.over_heads, norm, self._head_dim)) for norm in (query, key))
+        return next(called), next(called)
 
     def _read_modules(self, ids: Tensor, position_ids: Tensor | None, segment_ids: Tensor | None) -> Call:
         """The modules themselves, to be called one after the other."""
         called: Any = Called  # which stands where a field is declared a Tensor
-        token, position, segment, norm, qkv, *head_norms = (self._modules[name] for name in NAMES)
-        table = self._position()
-        rows = None if position is None else called(position, partial(place_rows, position, offset=self.position_offset), table)
-        query_norm, key_norm = (None if module is None else called(module) for module in head_norms)
-        segments = None if segment is None else called(segment, weight=segment.weight)
-        dropout, token = self._modules["dropout"].p if self._drops() else 0.0, called(token, weight=token.weight)
-        terms = Terms(ids, token, rows, position_ids, segments, segment_ids, None, self.scale, dropout)
-        project = partial(called_projection, qkv, groups=self._groups, head_dim=self._head_dim)
+        token, position, segment, norm, qkv, *_ = (self._modules[name] for name in NAMES)
+        rows = segments = None
+        if position is not None:
+            way = self._known.way(position)
+            place = partial(known.place_rows, position, way, offset=self.position_offset)
+            has_rows = known.is_stock("position", position) or way.offset is not None
+            rows = called(position, place, self._position(), has_rows=has_rows)
+        if segment is not None:
+            segments = called(segment, weight=known.table_of(segment), has_rows=known.is_stock("segment", segment))
+        token = called(token, weight=known.table_of(token), has_rows=self._has_rows(token))
+        terms = Terms(ids, token, rows, position_ids, segments, segment_ids, None, self.scale, self._rate())
+        norms = self._called_head_norms()
+        project = partial(known.called_projection, qkv, groups=self._groups, head_dim=self._head_dim)
         return Call(
             terms,
             Norm() if norm is None else Norm("called", called(norm)),
             Projection(called(qkv, project), None, self.num_heads, self.num_kv_heads),
-            Epilogue(query_norm, key_norm, heads_first=self.heads_first),
+            Epilogue(*norms, heads_first=self.heads_first),
             self._policy(),
             concat=self.combine == "concat",
         )
+
+    def _has_rows(self, token: nn.Module) -> bool:
+        """Whether an id must be a row of its table: one with a forward of its own may take others."""
+        return known.is_stock("token", token) or not is_patched(token) and self._known.finding("token", token) is not None
 
     def _policy(self) -> str:
         """Its own, or its token table's, where that is a pyembed.Embedding with one."""
@@ -172,7 +205,9 @@ class HoldsParts(HasIdPolicy):
 
     def _foreign(self) -> str | None:
         """Why the modules must be called; None: their weights say all."""
-        found = "positions stand beside token rows" if self.combine == "concat" else foreign(self._modules)
+        found = "positions stand beside token rows" if self.combine == "concat" else None
+        names = tuple(name for name in NAMES if name not in HEAD_NORMS)
+        found = found or known.foreign(self._modules, self._known, self.position_offset, names)
         if found and self.batch_invariant:
             raise RuntimeError(f"batch_invariant: expected modules that are no more than their weights, but {found}")
         return found
@@ -184,17 +219,17 @@ class HoldsParts(HasIdPolicy):
         is_free = settings.current.plan == "auto" and settings.current.backend != "triton"
         if not packs or not is_free or self.batch_invariant:
             return False
-        by_torch = torch.compiler.is_compiling() and why_torch(self._modules["token"].weight) is not None
+        table = known.table_of(self._modules["token"])
+        by_torch = torch.compiler.is_compiling() and (table is None or why_torch(table) is not None)
         return by_torch or not torch.compiler.is_exporting() and ids.numel() < PACK_TOKENS
 
     def _position(self) -> Tensor | None:
         module = self._modules["position"]
-        if module is None:
-            return None
-        return module.weight[self.position_offset :] if self.position_offset else module.weight
+        table = known.table_of(module)
+        return table[self.position_offset :] if self.position_offset and table is not None else table
 
     def _norm(self, token: Tensor) -> Norm:
-        return norm_of(self._modules["norm"], token.dtype)
+        return known.norm_of("norm", self._modules["norm"], token.dtype, self._known)
 
     def _own_rotary(self, device: torch.device) -> Rotary | None:
         """On ids' device: a front end that is no submodule of its model is not reached by model.to()."""
@@ -204,21 +239,27 @@ class HoldsParts(HasIdPolicy):
         return rotary
 
     def _scale(self) -> float | None:
-        return self.scale if self._own_scale is None else self._own_scale.of(self._modules["token"])
+        token = self._modules["token"]
+        own = None if known.is_stock("token", token) else self._own_scale.of(token, self._known.found("token"))
+        return self.scale if own is None else own
 
-    def _drops(self) -> bool:
-        """As token.training says: a front end that is no submodule of its model is not reached by model.train()."""
-        return self._modules["dropout"].p > 0 and self._modules["token"].training
+    def _rate(self) -> float:
+        """Of dropout now. One that came as a number is switched with its front end or, where that is no submodule of its model
+        and not reached by model.train(), with token; or alone."""
+        dropout, training = self._modules["dropout"], self._modules["dropout"].training
+        if self._follows_token and training == self.training:
+            training = self._modules["token"].training
+        return dropout_rate(dropout, training)
 
     def _projection(self) -> Projection:
-        weight, bias = projection(self._modules["qkv"], self._groups, self._head_dim)
+        weight, bias = known.projection(self._modules["qkv"], self._known, self._groups, self._head_dim)
         return Projection(weight, bias, self.num_heads, self.num_kv_heads)
 
 
 def _is_plain(module: nn.Module | None, *kinds: type[nn.Module]) -> bool:
     """Whether it is of just that class, calls nothing else, and holds weight and bias as parameters: attributes are slow."""
-    kind = type(module)
-    if kind not in kinds:
+    kind: Any = type(module)
+    if kind not in kinds or kind.forward is not FORWARDS[kind]:
         return False
     state = module.__dict__
     parameters = state["_parameters"]
@@ -230,3 +271,13 @@ def _is_plain(module: nn.Module | None, *kinds: type[nn.Module]) -> bool:
 
 def _only_looks_up(module: nn.Embedding) -> bool:
     return module.max_norm is None and not module.scale_grad_by_freq and not module.sparse
+
+
+def dropout_rate(dropout: Any, training: bool) -> float:
+    """Probability with which this module, an nn.Dropout, drops now. RuntimeError: it does something else."""
+    kind = type(dropout)
+    if kind is nn.Identity:
+        return 0.0
+    if kind is not nn.Dropout or kind.forward is not FORWARDS[kind] or "forward" in dropout.__dict__ or dropout._forward_hooks:
+        raise RuntimeError(f"dropout: expected an nn.Dropout without hooks or a forward of its own, got {kind.__name__}")
+    return dropout.p if training else 0.0

@@ -16,7 +16,7 @@ import pyembed.settings as settings
 
 from ..call import TABLES, Call, Called
 from ..memory import SMALL_BYTES
-from ..modes import autocast_dtype, is_plain_eager, is_traced, is_transformed
+from ..modes import autocast_dtype, brings_operators, is_plain_eager, is_traced, is_transformed
 from .operators import launcher
 from .rates import measure, product_dtype
 
@@ -59,9 +59,19 @@ def why_composed(call: Call) -> str | None:
         return ZEROS
     if call.concat:
         return "positions stand beside token rows"
-    if any(isinstance(value, Called) for value in call.values()):
+    if calls_modules(call):
         return "modules that do more than apply their weights are called"
-    return why_torch(call.terms.token)
+    return _why_strange(call) or why_torch(call.terms.token)
+
+
+def calls_modules(call: Call) -> bool:
+    """Whether a module is called in place of a weight; one that follows the projection does not count."""
+    return any(isinstance(value, Called) for value in (*call.terms, *call.norm, *(call.projection or ())))
+
+
+def _why_strange(call: Call) -> str | None:
+    strange = next((value for value in call.values() if brings_operators(value)), None)
+    return None if strange is None else f"a {type(strange).__name__} brings operators of its own"
 
 
 def refuses(call: Call) -> str | None:
@@ -128,7 +138,7 @@ def settle(call: Call) -> Plan | None:
         return Plan("one_pass", "forced", {})
     if plan == "table":
         raise RuntimeError("plan: 'table' needs a module to keep it: expected an EmbeddingQKV, got a function call")
-    refused = refuses(call)
+    refused = refuses(call) or _why_strange(call)
     if refused:
         if plan == "distinct":
             raise RuntimeError(f"plan: 'distinct' cannot run here: {refused}")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..call import HIDDEN, LOOKUPS, SCHEMA, TABLES, Call, Epilogue, HiddenQKV, Terms
+from ..call import HIDDEN, LOOKUPS, SCHEMA, TABLES, Call, Called, Epilogue, HiddenQKV, Terms
 from ..modes import autocast_dtype
 from ..reference import finish
 from .operators import FrontEnd, Operator, launch, launcher, refuse_tangents, result_types, save_inputs, saved_inputs
@@ -61,7 +61,8 @@ def normalises_heads(call: Call) -> bool:
     wanted = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in call.values())
     head_dim = call.head_dim
     is_tile = 16 <= head_dim <= 256 and head_dim & (head_dim - 1) == 0
-    return is_tile and not wanted and autocast_dtype(call.terms.token) is None
+    called = isinstance(call.epilogue.query_norm, Called)
+    return is_tile and not wanted and not called and autocast_dtype(call.terms.token) is None
 
 
 launch_hidden = partial(launch, "embed", "embed")

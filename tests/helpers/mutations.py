@@ -31,12 +31,13 @@ TERMS, ENDS = (f"tests/kernels/test_{name}.py" for name in ("terms", "epilogue")
 SAME, SIZES, TABLE = (f"tests/plans/test_{name}.py" for name in ("determinism", "sizes", "table"))
 IDS, CAST, FUNCTIONS = (f"tests/machinery/test_{name}.py" for name in ("ids", "autocast", "functional"))
 FAST, LAUNCHES, OPS = (f"tests/machinery/test_{name}.py" for name in ("fast_path", "launches", "ops"))
-EMBEDDING, MODULES = (f"tests/modules/test_{name}.py" for name in ("embedding", "modules"))
+EMBEDDING, MODULES, TAKEN = (f"tests/modules/test_{name}.py" for name in ("embedding", "modules", "known"))
 SAMES, PLANNER = (f"tests/plans/test_{name}.py" for name in ("distinct", "planner"))
 PARALLEL = "tests/machinery/test_parallel.py"
 RUN, ONE_PASS, OPERATORS = (f"pyembed/{name}.py" for name in ("run", "plans/one_pass", "plans/operators"))
 CHOICE, PARTS = "pyembed/plans/choice.py", "pyembed/modules/parts.py"
 KNOWN, KEEPS = "pyembed/modules/known.py", "pyembed/modules/keeps_table.py"
+PROOFS = "pyembed/modules/proofs.py"
 BENCH = "tests/tools/test_bench.py"
 MUTATIONS = [
     Mutation(
@@ -157,7 +158,7 @@ MUTATIONS = [
     Mutation(KERNELS + "embed_grad.py", "embed(terms, absent=0.0)", "embed(terms)", IDS + " -k loss"),
     Mutation(KERNELS + "tiles.py", "period, rows, report, 3)", "period, rows, report, 1)", IDS + " -k report"),
     Mutation(KERNELS + "embed_qkv.py", "tuning.INVARIANT if batch_invariant else M", "M", SAME + " -k tiles"),
-    Mutation("pyembed/ids.py", "ids.clamp(0, rows_of(table) - 1)", "ids.clamp(0, rows_of(table))", IDS + " -k clamp"),
+    Mutation("pyembed/ids.py", "ids.clamp(0, rows - 1)", "ids.clamp(0, rows)", IDS + " -k clamp"),
     Mutation("pyembed/reference.py", "(part, (0, -D % line, 0,", "(part, (0, 0, 0,", SAME + " -k wide"),
     Mutation("pyembed/reference.py", "absent.unsqueeze(-1), 0)", "absent.unsqueeze(-1), 1)", IDS + " -k zero"),
     Mutation("pyembed/ids.py", "(epilogue.cos, 1.0)", "(epilogue.cos, 0.0)", IDS + " -k zero"),
@@ -187,7 +188,7 @@ MUTATIONS = [
         FAST + " -k wrong",
     ),
     Mutation("pyembed/checks.py", "and value.dtype not in dtypes:", "and False:", FAST + " -k sums"),
-    Mutation("pyembed/checks.py", "if rows < terms.length:", "if False:", FAST + " -k sums"),
+    Mutation("pyembed/checks.py", "if rows is not None and rows < terms.length:", "if False:", FAST + " -k sums"),
     Mutation("pyembed/checks.py", '"bias", bias, (weight.shape[0],)', '"bias", bias, (None,)', FAST + " -k wrong"),
     Mutation("pyembed/checks.py", "        if value.device != token.device:\n", "        if False:\n", FAST + " -k meta"),
     Mutation("pyembed/checks.py", "dtypes.add(wide_dtype(token.dtype))", "pass", FUNCTIONS + " -k float32_beside"),
@@ -211,7 +212,7 @@ MUTATIONS = [
     Mutation(PARTS, '["_backward_hooks"] or state["_backward_pre_hooks"]', '["_backward_hooks"]', FAST + " -k shows_in"),
     Mutation(PARTS, 'kind in (nn.Linear, nn.LayerNorm) and "bias" not in parameters', "False", FAST + " -k no_parameters"),
     Mutation(PARTS, 'return not (hooks or "forward" in state)', "return not hooks", FAST + " -k what_more_than"),
-    Mutation(PARTS, "    if kind not in kinds:\n", "    if not isinstance(module, kinds):\n", FAST + " -k what_more_than"),
+    Mutation(PARTS, "    if kind not in kinds or ", "    if not isinstance(module, kinds) or ", FAST + " -k what_more_than"),
     Mutation(PARTS, 'if "weight" not in parameters or kind', "if kind", FAST + " -k no_parameters"),
     Mutation(PARTS, "Epilogue(heads_first=True) if self.heads_first else", "", FAST + " -k what_more_than"),
     Mutation(PARTS, "and self.scale is None\n", "\n", FAST + " -k what_more_than"),
@@ -224,7 +225,34 @@ MUTATIONS = [
     Mutation(
         PARTS, "segment_ids is None and query_biases is None and", "query_biases is None and", TERMS + " -k without_segments"
     ),
-    Mutation(PARTS, 'modules["dropout"].p if token.training else 0.0', 'modules["dropout"].p', MODULES),
+    Mutation(PARTS, "return dropout.p if training else 0.0", "return dropout.p", MODULES + " -k dropout"),
+    Mutation(KNOWN, "finfo(wide_dtype(dtype)).eps", "finfo(dtype).eps", TAKEN + " -k eps"),
+    Mutation(PARTS, "finfo(wide_dtype(table.dtype)).eps", "finfo(table.dtype).eps", TAKEN + " -k eps"),
+    Mutation(PARTS, " or kind.forward is not FORWARDS[kind]:\n        return False", ":\n        return False", TAKEN),
+    Mutation(KNOWN, "kind.forward is FORWARDS[stock] and issubclass", "issubclass", TAKEN + " -k what_they_compute"),
+    Mutation(KNOWN, "            if is_patched(part):\n", "            if False:\n", TAKEN + " -k after_the_proof"),
+    Mutation(KNOWN, "if proof is None or not proof.holds(module):", "if proof is None:", TAKEN + " -k after_the_proof"),
+    Mutation(KNOWN, "not (torch.compiler.is_compiling() or scale", "not (scale", TAKEN + " -k of_graphs"),
+    Mutation(KNOWN, "if scale.is_cpu or self._seen is None", "if self._seen is None", TAKEN + " -k those_of_the_call"),
+    Mutation(KNOWN, ".item() if found.rounds else", ".item() if False else", TAKEN + " -k those_of_the_call"),
+    Mutation(KNOWN, "if offset and way.offset is None:", "if offset:", TAKEN + " -k ones_own"),
+    Mutation(KNOWN, "if type(weight) not in TENSORS and brings", "if False and brings", TAKEN + " -k quantised"),
+    Mutation(KNOWN, 'skipped = name == "position" and', "skipped = False and", TAKEN + " -k test_position_offset"),
+    Mutation(KNOWN, "    found += [(proofs, name, proof)", "    [(proofs, name, proof)", TAKEN + " -k follows"),
+    Mutation(KNOWN, "    if query.weight.shape != (head_dim,):\n", "    if False:\n", TAKEN + " -k kernels_lack"),
+    Mutation(PROOFS, " or kind.forward is not self._forward:", ":", TAKEN + " -k after_the_proof"),
+    Mutation(PROOFS, "self._read(module) == (self._values, self._dtypes)", "True", TAKEN + " -k after_the_proof"),
+    Mutation(PROOFS, "_agree(trains, formula, [x, *weights]) and", "", TAKEN + " -k what_they_compute"),
+    Mutation(PROOFS, "found.append((out, *grads))", "found.append((out,))", TAKEN + " -k what_they_compute"),
+    Mutation(PROOFS, "[device.index for device in devices]", "[], enabled=False", TAKEN + " -k leave"),
+    Mutation(PROOFS, "if torch.equal(straight.flip(0), turned) and", "if", TAKEN + " -k no_positions"),
+    Mutation("pyembed/call.py", "isinstance(table, Called) and not table.has_rows", "False", TAKEN + " -k which_ids"),
+    Mutation("pyembed/checks.py", "token is None or _brings_weights(fields", "token is None and _brings_weights(fields", TAKEN),
+    Mutation(CHOICE, "refused = refuses(call) or _why_strange(call)", "refused = refuses(call)", TAKEN + " -k as_an_argument"),
+    Mutation(
+        PARTS, "if self._follows_token and training == self.training:", "if self._follows_token:", TAKEN + " -k alone_too"
+    ),
+    Mutation(PARTS, "if self._follows_token and training == self.training:", "if False:", TAKEN + " -k alone_too"),
     Mutation(PARTS, "terms = terms._replace(position_ids=None)", "pass", ROTARY + " -k one_shot"),
     Mutation(
         "pyembed/functional.py",

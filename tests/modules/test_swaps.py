@@ -134,3 +134,86 @@ def test_bert(backend):
     alone = front(IDS.to(DEVICE)).hidden
     model(IDS.to(DEVICE))
     torch.testing.assert_close(alone, front(IDS.to(DEVICE), segment_ids=torch.zeros_like(kinds)).hidden)
+
+
+def three(attention, names=("q_proj", "k_proj", "v_proj")):
+    return tuple(getattr(attention, name) for name in names)
+
+
+@BACKENDS
+def test_olmo2(backend):
+    """No norm before attention, and norms of all heads of query and of key at once."""
+    model = model_of(transformers.Olmo2Config(**{**SMALL, "num_key_value_heads": 2}, pad_token_id=0))
+    attention = model.layers[0].self_attn
+    front = EmbeddingQKV.from_modules(
+        model.embed_tokens, qkv=three(attention), num_heads=4, num_kv_heads=2, heads_first=True,
+        query_norm=attention.q_norm, key_norm=attention.k_norm,
+    )  # fmt: skip
+    hidden, position_ids = torch.zeros(2, 9, 32, device=DEVICE), torch.arange(9, device=DEVICE)[None]
+    expected = seen_by_attention(model, attention)
+    hold(front, expected, backend, rotary=model.rotary_emb(hidden, position_ids))
+
+
+@BACKENDS
+def test_electra(backend):
+    """A norm and a projection behind the sum, which are called."""
+    model = model_of(transformers.ElectraConfig(**SMALL, embedding_size=16, max_position_embeddings=20))
+    embeddings, attention = model.embeddings, model.encoder.layer[0].attention.self
+    front = EmbeddingQKV.from_modules(
+        embeddings.word_embeddings, embeddings.position_embeddings, segment=embeddings.token_type_embeddings,
+        embedding_transform=torch.nn.Sequential(embeddings.LayerNorm, embeddings.dropout, model.embeddings_project),
+        qkv=three(attention, ("query", "key", "value")), num_heads=4, heads_first=True,
+    )  # fmt: skip
+    hold(front, seen_by_attention(model, attention), backend)
+
+
+@BACKENDS
+def test_bloom(backend):
+    """A norm behind the embedding, and rows of query, key and value of each head in turn."""
+    model = model_of(transformers.BloomConfig(vocab_size=90, hidden_size=32, n_layer=1, n_head=4))
+    layer = model.h[0]
+    front = EmbeddingQKV.from_modules(
+        model.word_embeddings, norm=layer.input_layernorm, qkv=layer.self_attention.query_key_value, num_heads=4,
+        embedding_transform=model.word_embeddings_layernorm, per_head=True,
+    )  # fmt: skip
+    seen = []
+    layer.input_layernorm.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    layer.self_attention.query_key_value.register_forward_hook(lambda module, args, out: seen.append(out))
+    model(IDS.to(DEVICE))
+    with pyembed.backend(backend):
+        found = front(IDS.to(DEVICE))
+    torch.testing.assert_close(found.hidden, seen[0])
+    rows = torch.stack([found.query, found.key, found.value], -2).flatten(-3)
+    torch.testing.assert_close(rows, seen[1], rtol=1e-4, atol=1e-4)
+
+
+@BACKENDS
+def test_roberta(backend):
+    """Positions begin behind the padding row."""
+    model = model_of(transformers.RobertaConfig(**SMALL, max_position_embeddings=20, pad_token_id=1, type_vocab_size=1))
+    embeddings, attention = model.embeddings, model.encoder.layer[0].attention.self
+    front = EmbeddingQKV.from_modules(
+        embeddings.word_embeddings, embeddings.position_embeddings, embeddings.LayerNorm, num_heads=4, heads_first=True,
+        qkv=three(attention, ("query", "key", "value")), segment=embeddings.token_type_embeddings, position_offset=2,
+    )  # fmt: skip
+    assert (IDS != 1).all()
+    hold(front, seen_by_attention(model, attention), backend)
+
+
+@pytest.mark.parametrize("family", ["marian", "whisper", "pegasus", "informer", "bart", "biogpt", "roformer"])
+@BACKENDS
+def test_tables_of_positions(family, backend):
+    """Whatever their forward takes first: rows of the positions that are given, or of 0 … T−1."""
+    module = __import__(f"transformers.models.{family}.modeling_{family}", fromlist=["nn"])
+    kind = next(value for name, value in vars(module).items() if name.endswith("PositionalEmbedding"))
+    position = kind(20, 32)
+    with torch.no_grad():
+        position.weight.normal_()
+    front = EmbeddingQKV.from_modules(torch.nn.Embedding(90, 32), position, qkv=torch.nn.Linear(32, 96), num_heads=4).to(DEVICE)
+    places = torch.randint(15, (2, 9), device=DEVICE)
+    for position_ids in (None, places, places[0]):
+        flat = torch.arange(9, device=DEVICE) if position_ids is None else position_ids.reshape(-1)
+        rows = position(torch.ones(1, len(flat), device=DEVICE).long(), position_ids=flat).reshape(-1, 9, 32)
+        with pyembed.backend(backend):
+            assert torch.equal(front(IDS.to(DEVICE), position_ids).hidden, front.token(IDS.to(DEVICE)) + rows)
+        assert "forward of its own" not in front.explain(IDS.to(DEVICE)).reason

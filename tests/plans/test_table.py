@@ -320,6 +320,9 @@ def test_three_projections_and_conv1d():
             super().__init__()
             self.weight, self.bias = nn.Parameter(torch.randn(40, 63)), nn.Parameter(torch.randn(63))
 
+        def forward(self, x):
+            return x @ self.weight + self.bias
+
     for qkv, weight in ((tuple(linears), linears[1].weight), (conv := Conv1D(), conv.weight)):
         front = pyembed.EmbeddingQKV.from_modules(module.token, module.position, module.norm, qkv=qkv, num_heads=3)
         with torch.no_grad():
