@@ -35,6 +35,8 @@ setup(
             "mypy",
             "expecttest",
             "transformers",
+            "peft",
+            "accelerate",
             "safetensors",
         ],
         "bench": ["pyembed[demo]", "pytest", "pytest-benchmark"],

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import DEVICE, DTYPES
+from conftest import DEVICE, DTYPES, full
 from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 
@@ -371,27 +371,30 @@ def test_adapters_are_called(part, backend):
     hold(front, backend)
 
 
-def test_peft():
-    """Injected before: LoRA, DoRA and IA3 on projections, LoRA and trainable tokens on the embedding."""
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.token, self.norm = nn.Embedding(9, 16), nn.LayerNorm(16)
+        self.q, self.k, self.v = (nn.Linear(16, 16) for _ in range(3))
+
+
+@pytest.mark.parametrize(
+    "kind, options",
+    [
+        ("LoraConfig", {"target_modules": ["q", "v", "token"], "init_lora_weights": False}),
+        ("TrainableTokensConfig", {"token_indices": [1, 3], "target_modules": ["token"], "init_weights": False}),
+        full("LoraConfig", {"target_modules": ["q"], "use_dora": True, "init_lora_weights": False, "modules_to_save": ["k"]}),
+        full("IA3Config", {"target_modules": ["k", "v"], "feedforward_modules": [], "init_ia3_weights": False}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
+)
+def test_peft(kind, options):
+    """Adapters that were injected before."""
     peft = pytest.importorskip("peft")
-
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.token, self.norm = nn.Embedding(9, 16), nn.LayerNorm(16)
-            self.q, self.k, self.v = (nn.Linear(16, 16) for _ in range(3))
-
-    configs = [
-        peft.LoraConfig(target_modules=["q", "v", "token"], init_lora_weights=False),
-        peft.LoraConfig(target_modules=["q"], use_dora=True, init_lora_weights=False, modules_to_save=["k"]),
-        peft.IA3Config(target_modules=["k", "v"], feedforward_modules=[], init_ia3_weights=False),
-        peft.TrainableTokensConfig(token_indices=[1, 3], target_modules=["token"], init_weights=False),
-    ]
-    for config in configs:
-        model = peft.inject_adapter_in_model(config, Model().to(DEVICE))
-        front = front_of(model.token, norm=model.norm, qkv=(model.q, model.k, model.v))
-        assert OWN in front.explain(IDS).reason
-        hold(front)
+    model = peft.inject_adapter_in_model(getattr(peft, kind)(**options), Model().to(DEVICE))
+    front = front_of(model.token, norm=model.norm, qkv=(model.q, model.k, model.v))
+    assert OWN in front.explain(IDS).reason
+    hold(front)
 
 
 class Packed(nn.Module):
