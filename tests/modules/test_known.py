@@ -52,21 +52,22 @@ def hold(front, backend="torch", ids=IDS, **tolerance):
 @BACKENDS
 @pytest.mark.parametrize("plan", ["one_pass", "distinct", "table"])
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.bfloat16], ids=str)
-def test_rms_norm_that_chooses_its_eps(backend, plan, dtype):
+@pytest.mark.parametrize("heads", [False, True])
+def test_rms_norm_that_chooses_its_eps(heads, dtype, plan, backend):
     """PyTorch takes the eps of float32 for 16-bit rows. Rows are small, so that eps is most of what they are divided by."""
     if backend == "triton" and dtype == torch.bfloat16 and DEVICE == "cpu":
         pytest.skip("the interpreter has no bfloat16 arithmetic")
-    norms = {name: nn.RMSNorm(4) for name in ("query_norm", "key_norm")}
-    front = front_of(norm=nn.RMSNorm(16), **norms).to(dtype)
+    names = ("query_norm", "key_norm") if heads else ()
+    front = front_of(norm=nn.RMSNorm(16), **{name: nn.RMSNorm(4) for name in names}).to(dtype)
     with torch.no_grad():
         front.token.weight.mul_(1e-3)
         front.qkv.weight.mul_(1e-2)
         front.qkv.bias.zero_()
-    exact, eps = copy.deepcopy(front).double(), torch.finfo(torch.float32).eps
-    for name in ("norm", "query_norm", "key_norm"):
-        getattr(exact, name).eps = eps
+    exact = copy.deepcopy(front).double()
+    for name in ("norm", *names):
+        getattr(exact, name).eps = torch.finfo(torch.float32).eps
     _, query, key, value = called(exact)
-    expected = exact.query_norm(query), exact.key_norm(key), value
+    expected = (exact.query_norm(query), exact.key_norm(key), value) if heads else (query, key, value)
     with pyembed.backend(backend), pyembed.plan(plan), torch.no_grad():
         found = front(IDS)
     for ours, theirs in zip(found[1:], expected, strict=True):
