@@ -134,6 +134,11 @@ class TrainsOtherwise(LayerNorm):
         return super().forward(x) * (0.9 if self.training else 1.0)
 
 
+class Lower(nn.LayerNorm):
+    def forward(self, x):
+        return super().forward(x) - 1
+
+
 @BACKENDS
 @pytest.mark.parametrize(
     "norm, is_known",
@@ -148,6 +153,7 @@ class TrainsOtherwise(LayerNorm):
         (Detached(16), False),
         (TrainsOtherwise(16), False),
         (nn.Dropout(0.0), False),
+        (Lower(16), False),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
 )
@@ -300,14 +306,16 @@ class Doubled(nn.Embedding):
 @BACKENDS
 @pytest.mark.parametrize("position, offset", [(Later(12, 16), 2), (Doubled(12, 16), 0)], ids=["later", "doubled"])
 def test_positions_of_ones_own(position, offset, backend):
-    """Each is what the module gives: Later's rows are read, Doubled's forward is called."""
+    """Each is what the module gives: Later's rows are read, unless it has hooks; Doubled's forward is called."""
     front = front_of(position=copy.deepcopy(position))
     places = torch.tensor([[3, 1, 0, 7], [9, 9, 2, 4]], device=DEVICE)
     assert front.position_offset == offset
-    for position_ids in (None, places, places[0]):
+    for position_ids in (None, places, places[0], places):
         wanted = front.token(IDS) + front.position(torch.arange(4, device=DEVICE) if position_ids is None else position_ids)
         with pyembed.backend(backend):
             assert torch.equal(front(IDS, position_ids).hidden, wanted)
+        if position_ids is not None and position_ids.dim() == 1:
+            front.position.register_forward_hook(lambda module, args, out: 3 * out)
 
 
 def test_modules_that_take_no_positions_are_refused(monkeypatch):
