@@ -192,13 +192,21 @@ def test_what_changes_after_the_proof_is_seen(monkeypatch):
         hold(front)
 
 
+class Draws(LlamaRMSNorm):
+    def forward(self, x):
+        return super().forward(x + 0 * torch.rand_like(x))
+
+
 def test_proofs_leave_the_module_and_the_generator_alone():
     norm = LlamaRMSNorm(16)
     norm.register_forward_hook(lambda *args: pytest.fail("a hook ran"))
     state, before = torch.get_rng_state(), copy.deepcopy(norm.state_dict())
     finding = proofs.prove(proofs.norm, norm).finding
     assert finding == ("rms", "weight", None, False, "variance_epsilon") and norm.weight.grad is None
-    assert torch.equal(torch.get_rng_state(), state) and torch.equal(norm.weight, before["weight"])
+    assert torch.equal(norm.weight, before["weight"]) and torch.equal(torch.get_rng_state(), state)
+    draws = Draws(16)
+    state = torch.get_rng_state()
+    assert proofs.prove(proofs.norm, draws).finding is not None and torch.equal(torch.get_rng_state(), state)
     with torch.device("meta"):
         assert proofs.prove(proofs.norm, LlamaRMSNorm(16)).finding == finding
 
