@@ -109,10 +109,11 @@ class Sinusoidal(nn.Module):
         self.convention, self.base = convention, base
         self.dtype = dtype or torch.get_default_dtype()
         device = torch.get_default_device() if device is None else device
-        if max_length is None:
-            weight = sinusoidal_steps(embedding_dim, base, convention).to(device)
-        else:
-            weight = sinusoidal_table(max_length, embedding_dim, base, convention).to(device, self.dtype)
+        with torch.inference_mode(False):  # a tensor made in it cannot be saved for a backward
+            if max_length is None:
+                weight = sinusoidal_steps(embedding_dim, base, convention).to(device)
+            else:
+                weight = sinusoidal_table(max_length, embedding_dim, base, convention).to(device, self.dtype)
         self.register_buffer("weight", weight, persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Sinusoidal":
@@ -123,7 +124,10 @@ class Sinusoidal(nn.Module):
         # Computed anew: to_empty() leaves the buffer uninitialised, and casting a cast table would round twice.
         max_length, embedding_dim = self.weight.shape
         fresh = sinusoidal_table(max_length, embedding_dim, self.base, self.convention) if self.is_table else self._steps()
-        self.weight.copy_(fresh)
+        with torch.inference_mode(False):
+            if self.weight.is_inference():  # it was moved in that mode
+                self.weight = torch.empty_like(self.weight)
+            self.weight.copy_(fresh)
         return self
 
     @property

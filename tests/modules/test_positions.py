@@ -294,3 +294,18 @@ def test_a_fixed_table_keeps_its_values():
     table = positions.sinusoidal_table(9, 6, convention="marian")
     assert torch.equal(positions.Sinusoidal(9, 6, "marian", device="meta").to_empty(device="cpu").weight, table)
     assert torch.equal(positions.Sinusoidal(9, 6, "marian").half().float().weight, table)
+
+
+@pytest.mark.parametrize("plan, max_length", [("one_pass", 9), ("one_pass", None), ("distinct", 9)])
+def test_training_with_a_table_made_or_moved_in_inference_mode(plan, max_length):
+    with torch.inference_mode():
+        made, moved = (positions.Sinusoidal(max_length, 16) for _ in range(2))
+        moved.double()
+    ids, expected = torch.randint(11, (2, 5)), positions.Sinusoidal(max_length, 16).weight
+    for position in (made, moved.float().to("cpu")):
+        norm, qkv = torch.nn.LayerNorm(16), torch.nn.Linear(16, 48)
+        front = pyembed.EmbeddingQKV.from_modules(torch.nn.Embedding(11, 16), position, norm, qkv=qkv, num_heads=4)
+        for backend in ("torch", "triton"):
+            with pyembed.plan(plan), pyembed.backend(backend):
+                sum(x.square().sum() for x in front(ids)).backward()
+        assert torch.equal(position.weight, expected) and qkv.weight.grad.any()
