@@ -6,11 +6,12 @@ from .ids import check_ids
 from .memory import empty_cache
 from .modules.embedding import Embedding, TokenPositionEmbedding
 from .modules.front_end import EmbeddingQKV
-from .rotary import Rotary
+from .rotary import CosSin, Rotary
 from .settings import backend, debug, id_policy, plan
 
 __version__ = "0.1.0"
 __all__ = [
+    "CosSin",
     "DistinctIds",
     "Embedding",
     "EmbeddingQKV",

@@ -10,7 +10,7 @@ from .checks import check, check_integers, check_query_biases, check_range, chec
 from .modes import TENSORS, can_read
 from .plans.choice import ZEROS, takes, why_torch
 from .reference import with_query_biases
-from .rotary import Rotary, turns
+from .rotary import Pair, Rotary, turns
 from .run import run
 from .settings import policy_of
 
@@ -152,7 +152,7 @@ def embed_qkv(
     eps: float = 1e-5,
     padding_idx: int | None = None,
     distinct: DistinctIds | None = None,
-    rotary: Rotary | tuple[Tensor, Tensor] | None = None,
+    rotary: Rotary | Pair | None = None,
     scale: float | None = None,
     segment: Tensor | None = None,
     segment_ids: Tensor | None = None,
@@ -177,7 +177,9 @@ def embed_qkv(
     ValueError: they are not those of ids (values are compared on the CPU, on a GPU within pyembed.debug()).
     query_norm, key_norm: weights (head_dim,) of an RMSNorm of each head with head_eps, before it turns (Qwen3, Gemma 3).
     rotary: turns query and key, in fp32 by the kernels: a Rotary, by position_ids, or cosines and sines (T, R), (1, T, R) or
-    (..., T, R) of each token, half behind half, as transformers passes them; they get no gradient.
+    (..., T, R) of each token, half behind half, as most of transformers passes them, to turn columns (i, i + R/2); a CosSin
+    says what else a pair may be. They get no gradient. ValueError: values laid out otherwise (they are looked at on the CPU,
+    on a GPU within pyembed.debug(); elsewhere query and key become far too large, above 1e28).
     query_biases: two of (num_heads, head_dim), Transformer-XL's u and v: query is (2, …), q + u and q + v.
     Differentiable once in every floating argument. All tensors share one dtype (float32, float16, bfloat16; float64 on the
     CPU) and one device. fp32 products on a GPU use tf32 where torch.backends.cuda.matmul says so.

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .call import NO_EPILOGUE, Call, Called, Epilogue, HiddenQKV, Norm, Projection, Terms, places, rows_of, wide_dtype
-from .rotary import Rotary, turns
+from .rotary import Pair, Rotary, turns
 
 
 def sinusoids(steps: Tensor, position_ids: Tensor, dtype: torch.dtype) -> Tensor:
@@ -209,7 +209,7 @@ def embed_qkv(
     norm_bias: Tensor | None = None,
     eps: float = 1e-5,
     padding_idx: int | None = None,
-    rotary: Rotary | tuple[Tensor, Tensor] | None = None,
+    rotary: Rotary | Pair | None = None,
     scale: float | None = None,
     segment: Tensor | None = None,
     segment_ids: Tensor | None = None,

@@ -15,7 +15,8 @@ from ..modes import local
 from ..plans.choice import Plan, choose, weigh
 from ..plans.table import nbytes
 from ..positions import Sinusoidal, make
-from ..rotary import Rotary
+from ..rotary import CosSin, Rotary
+from ..rotary_of import unlike_halves
 from ..run import run
 from . import known
 from .keeps_table import KeepsTable
@@ -162,8 +163,10 @@ class EmbeddingQKV(KeepsTable):
         one's own norms, scaled embeddings (Gemma, BART), tables of positions with an offset. A module that does more (hooks, a
         forward patched on class or instance, adapters, quantised weights, max_norm, scale_grad_by_freq, sparse) or that could
         not be proved is called as it is, by no kernel; explain() says so. A module that the model replaces later (an adapter
-        injected into it) is not seen: make the front end afterwards. TypeError: a module of another kind, or one of positions
-        that takes something else; ValueError: widths that do not fit.
+        injected into it) is not seen: make the front end afterwards. rotary must say interleaved, and a call's pair be a
+        CosSin, where functions apply_rotary… in the file of a module's class, which are tried, turn other columns than
+        (i, i + R/2) (Cohere, GLM). TypeError: a module of another kind, or one of positions that takes something else; ValueError: widths
+        that do not fit.
         """
         for name, table in (("token", token), ("position", position), ("segment", segment)):
             if known.table_of(table) is None and (name == "token" or table is not None):
@@ -197,7 +200,8 @@ class EmbeddingQKV(KeepsTable):
             if isinstance(qkv, nn.ModuleList):
                 raise ValueError("per_head: expected False where query, key and value are three modules, got True")
             self._groups = self.num_kv_heads
-        self.register_module("rotary", known.fitting(rotary, self._head_dim))
+        self._unlike_halves = unlike_halves(self.modules())
+        self.register_module("rotary", known.fitting(rotary, self._head_dim, self._unlike_halves))
         self.training = token.training
         if self._follows_token:
             self.dropout.train(token.training)
@@ -219,14 +223,15 @@ class EmbeddingQKV(KeepsTable):
         ids: Tensor,
         position_ids: Tensor | None = None,
         distinct: DistinctIds | None = None,
-        rotary: tuple[Tensor, Tensor] | None = None,
+        rotary: CosSin | tuple[Tensor, Tensor] | None = None,
         segment_ids: Tensor | None = None,
         query_biases: tuple[Tensor, Tensor] | None = None,
     ) -> HiddenQKV:
         """ids (..., T), position_ids (T,), (1, T) or like ids, None: 0 … T−1 -> HiddenQKV(hidden (..., T, D), query
         (..., T, num_heads, head_dim), key and value (..., T, num_kv_heads, head_dim)). distinct: as a data loader gives it.
-        rotary: (cos, sin) of this call's tokens, as transformers passes them, in place of the module's own. segment_ids: as
-        position_ids, None: all 0. query_biases: as in functional.embed_qkv."""
+        rotary: (cos, sin) or CosSin of this call's tokens, as in functional.embed_qkv, in place of the module's own, whose
+        interleaved a plain pair has too. segment_ids: as position_ids, None: all 0. query_biases: as in functional.embed_qkv.
+        """
         if not isinstance(ids, Tensor):
             raise TypeError(f"ids: expected a Tensor, got {type(ids).__name__}")
         if self._keeps_table or settings.current.plan == "table":

@@ -201,9 +201,9 @@ def _can_scale(token: nn.Module, found: Any) -> bool:
 
 class OwnScale:
     """The number by which a token embedding multiplies its rows, as it is now. Reading a tensor on a GPU waits for it, so it is
-    read again only after a change that PyTorch counts."""
+    read again only after a change that PyTorch counts; it counts none of a tensor that was made in inference mode."""
 
-    _seen: tuple[Tensor, int] | None = None
+    _seen: tuple[Tensor, int | None] | None = None
     _value = 1.0
 
     def of(self, token: Any, found: Any) -> float | None:
@@ -213,8 +213,9 @@ class OwnScale:
         scale = _scale_tensor(token, found)
         if scale is None:
             return float(getattr(token, found.scale))
-        if scale.is_cpu or self._seen is None or self._seen[0] is not scale or self._seen[1] != scale._version:
-            self._seen, self._value = (scale, 0 if scale.is_inference() else scale._version), scale.item()
+        version = None if scale.is_inference() else scale._version
+        if scale.is_cpu or version is None or self._seen is None or self._seen[0] is not scale or self._seen[1] != version:
+            self._seen, self._value = (scale, version), scale.item()
         return torch.tensor(self._value, dtype=token.weight.dtype, device="cpu").item() if found.rounds else self._value
 
 
@@ -302,15 +303,20 @@ def _check_norm(name: str, norm: nn.Module | None, known: Known, widths: tuple[i
         raise ValueError(f"{name}: expected normalized_shape {(widths[0],)}, {meaning}; got {shape}")
 
 
-def fitting(rotary: Any, head_dim: int) -> Rotary | None:
-    """rotary, if it may turn heads of this width."""
+def fitting(rotary: Any, head_dim: int, unlike_halves: str | None = None) -> Rotary | None:
+    """rotary, if it may turn heads of this width, in the model of a class unlike_halves."""
     if rotary is not None and not isinstance(rotary, Rotary):
         raise TypeError(
-            f"rotary: expected a pyembed.Rotary or None, got {type(rotary).__name__}: take pyembed.Rotary("
-            "head_dim, max_length, inv_freq=its inv_freq), or pass its (cos, sin) at each call"
+            f"rotary: expected a pyembed.Rotary or None, got {type(rotary).__name__}: take pyembed.Rotary.from_module(it, "
+            "max_length), or pass its (cos, sin) at each call"
         )
     if rotary is not None and (rotary.rotary_dim > head_dim or head_dim % 2):
         raise ValueError(f"rotary: expected a rotary_dim up to an even head_dim ({head_dim}), got {rotary.rotary_dim}")
+    if rotary is not None and unlike_halves and not rotary.is_told:
+        raise ValueError(
+            f"rotary: expected one that is told interleaved=True or False, since the model of a {unlike_halves} does not turn "
+            "columns (i, i + R/2); got None"
+        )
     return rotary
 
 

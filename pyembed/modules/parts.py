@@ -14,7 +14,7 @@ from ..ids import HasIdPolicy
 from ..plans.choice import why_torch
 from ..positions import Sinusoidal
 from ..reference import with_query_biases
-from ..rotary import Rotary, turns
+from ..rotary import CosSin, Rotary, Turns, turns
 from ..settings import policy_of
 from . import known
 from .known import FORWARDS, HEAD_NORMS, NAMES, Known, OwnScale
@@ -46,6 +46,7 @@ class HoldsParts(HasIdPolicy):
     _known: Known
     _own_scale: OwnScale
     _follows_token = False  # whether dropout is switched with token
+    _unlike_halves: str | None = None  # rotary_of.unlike_halves of the modules
 
     def _call(
         self,
@@ -76,15 +77,26 @@ class HoldsParts(HasIdPolicy):
         return call
 
     def _with_turns(self, call: Call, rotary: Any) -> Call:
-        """rotary: (cos, sin) of this call; None: the front end's own."""
+        """rotary: a CosSin or (cos, sin) of this call; None: the front end's own."""
         terms = call.terms
-        cos, sin, turn_ids, interleaved = turns(
-            self._own_rotary(terms.ids.device) if rotary is None else rotary, terms.ids, terms.position_ids
-        )
+        cos, sin, turn_ids, interleaved = self._turns(terms.ids, terms.position_ids, rotary)
         if terms.position is None and turn_ids is not None:
             terms = terms._replace(position_ids=None)  # which the rotary tables alone look up
         epilogue = call.epilogue._replace(cos=cos, sin=sin, turn_ids=turn_ids, interleaved=interleaved)
         return call._replace(terms=terms, epilogue=epilogue)
+
+    def _turns(self, ids: Tensor, position_ids: Tensor | None, rotary: Any) -> Turns:
+        """A plain pair is laid out and turns as the front end's own Rotary does."""
+        if rotary is None:
+            return turns(self._own_rotary(ids.device), ids, position_ids)
+        own = self._modules["rotary"]
+        is_told = isinstance(rotary, CosSin) or isinstance(rotary, Rotary) and rotary.is_told
+        if own is None and self._unlike_halves and not is_told:
+            raise ValueError(
+                "rotary: expected a pyembed.CosSin(cos, sin, interleaved=…), which says which columns are pairs, since the "
+                f"model of a {self._unlike_halves} does not turn (i, i + R/2); got a {type(rotary).__name__}"
+            )
+        return turns(rotary, ids, position_ids, own is not None and own.interleaved)
 
     def _is_plain(self) -> bool:
         """Fast path: stock modules without hooks or further options, whose weights are plain parameters."""
@@ -116,8 +128,7 @@ class HoldsParts(HasIdPolicy):
         )  # fmt: skip
         epilogue = Epilogue(heads_first=True) if self.heads_first else NO_EPILOGUE
         if rotary is not None or modules["rotary"] is not None:
-            turned = turns(self._own_rotary(ids.device) if rotary is None else rotary, ids, position_ids)
-            epilogue = Epilogue(None, None, None, *turned, 0.0, self.heads_first)
+            epilogue = Epilogue(None, None, None, *self._turns(ids, position_ids, rotary), 0.0, self.heads_first)
             if position is None and epilogue.turn_ids is not None:
                 position_ids = None  # which the rotary tables alone look up
         position = None if position is None else position._parameters["weight"]

@@ -38,7 +38,8 @@ RUN, ONE_PASS, OPERATORS = (f"pyembed/{name}.py" for name in ("run", "plans/one_
 CHOICE, PARTS = "pyembed/plans/choice.py", "pyembed/modules/parts.py"
 KNOWN, KEEPS = "pyembed/modules/known.py", "pyembed/modules/keeps_table.py"
 PROOFS = "pyembed/modules/proofs.py"
-BENCH = "tests/tools/test_bench.py"
+BENCH, SWAPS, PLACES = "tests/tools/test_bench.py", "tests/modules/test_swaps.py", "tests/modules/test_positions.py"
+TURNS, TURNS_OF = "pyembed/rotary.py", "pyembed/rotary_of.py"
 MUTATIONS = [
     Mutation(
         KERNELS + "tiles.py",
@@ -233,7 +234,7 @@ MUTATIONS = [
     Mutation(KNOWN, "            if is_patched(part):\n", "            if False:\n", TAKEN + " -k after_the_proof"),
     Mutation(KNOWN, "if proof is None or not proof.holds(module):", "if proof is None:", TAKEN + " -k after_the_proof"),
     Mutation(KNOWN, "not (torch.compiler.is_compiling() or scale", "not (scale", TAKEN + " -k of_graphs"),
-    Mutation(KNOWN, "if scale.is_cpu or self._seen is None", "if self._seen is None", TAKEN + " -k those_of_the_call"),
+    Mutation(KNOWN, "if scale.is_cpu or version is None", "if version is None", TAKEN + " -k those_of_the_call"),
     Mutation(KNOWN, ".item() if found.rounds else", ".item() if False else", TAKEN + " -k those_of_the_call"),
     Mutation(KNOWN, "if offset and way.offset is None:", "if offset:", TAKEN + " -k ones_own"),
     Mutation(KNOWN, "if type(weight) not in TENSORS and brings", "if False and brings", TAKEN + " -k quantised"),
@@ -393,6 +394,26 @@ MUTATIONS = [
     Mutation(KEEPS, "            if kernels:  # they do not look at ids\n", "            if False:\n", TABLE + " -k bad"),
     Mutation("bench/timing.py", "atol=tolerance * largest", "atol=1.0", BENCH + " -k wrong"),
     Mutation("bench/roofline.py", "2 * rows * D * N", "rows * D * N", BENCH + " -k counts"),
+    Mutation(TURNS, "        if not torch.equal(first, second):", "        if False:", ROTARY + " -k laid_out_otherwise"),
+    Mutation(TURNS, ":half], torch.lerp(first, second, FAR)", ":half], first", ROTARY + " -k laid_out_otherwise"),
+    Mutation(
+        TURNS,
+        "torch.where(beside, left, torch.lerp(",
+        "torch.where(beside, first, torch.lerp(",
+        ROTARY + " -k under_a_compiler",
+    ),
+    Mutation(TURNS, "@torch.inference_mode(False)", "@torch.no_grad()", ROTARY + " -k inference_mode"),
+    Mutation(PARTS, "position_ids, own is not None and own.interleaved)", "position_ids)", ROTARY + " -k front_ends_own"),
+    Mutation(PARTS, "own is None and self._unlike_halves and", "False and", SWAPS + " -k neighbours"),
+    Mutation(KNOWN, "unlike_halves and not rotary.is_told", "False", SWAPS + " -k neighbours"),
+    Mutation(KNOWN, "version is None or ", "", SWAPS + " -k on_a_gpu"),
+    Mutation(TURNS_OF, "copy.deepcopy(module), ", "module, ", SWAPS + " -k rotary_of_a_model"),
+    Mutation(TURNS_OF, "if 2**i < rows), rows)", "if False), rows)", SWAPS + " -k rotary_of_a_model"),
+    Mutation(TURNS_OF, "if shape == (1, 2, first.shape[1]):", "if False:", SWAPS + " -k that_are_refused"),
+    Mutation(TURNS_OF, "(second, first) if second[0].any() else whole", "whole", SWAPS + " -k ones_own"),
+    Mutation(TURNS_OF, "table[:, ::2] if beside else table", "table", SWAPS + " -k rotary_of_a_model"),
+    Mutation(TURNS_OF, "for width in (R, R + 2):", "for width in (R + 2,):", SWAPS + " -k rotary_of_a_model"),
+    Mutation("pyembed/positions.py", "if self.weight.is_inference():", "if False:", PLACES + " -k inference_mode"),
 ]
 
 

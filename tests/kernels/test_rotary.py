@@ -95,6 +95,163 @@ def test_cosines_and_sines_as_transformers_passes_them(shape, backend, plan):
     assert torch.equal(found.value, plain.value) and torch.equal(found.hidden, plain.hidden)  # bit for bit
 
 
+def halves(x):
+    return torch.cat([x, x], -1)
+
+
+def sides(x):
+    return x.repeat_interleave(2, -1)
+
+
+def once(x):
+    return x
+
+
+PAIRS = {  # how a model lays its cosines out, and which columns it turns together
+    "Llama": (halves, {}),
+    "GLM": (halves, {"interleaved": True}),
+    "Cohere": (sides, {"interleaved": True}),
+    "GPT-OSS": (once, {"doubled": False}),
+    "GPT-J": (once, {"interleaved": True, "doubled": False}),
+}
+
+
+def turned(x, angle, interleaved):
+    """x (B, T, h, d) float64, angle (B, T, R/2): the paper's rotation by complex numbers."""
+    half = angle.shape[-1]
+    columns = torch.arange(2 * half).view(half, 2) if interleaved else torch.arange(2 * half).view(2, half).t()
+    pairs = torch.view_as_complex(x[..., columns].contiguous()) * torch.polar(torch.ones_like(angle), angle)[:, :, None]
+    x = x.clone()
+    x[..., columns] = torch.view_as_real(pairs)
+    return x
+
+
+def unreadable(monkeypatch):
+    """As on a GPU, where no value is looked at."""
+    monkeypatch.setattr("pyembed.rotary.can_read", lambda tensor: False)
+
+
+@pytest.mark.sample
+@pytest.mark.parametrize("can_read", [True, False])
+@pytest.mark.parametrize("layout", PAIRS)
+@pytest.mark.parametrize("backend, plan", PLANS)
+def test_layouts_of_a_pair(layout, backend, plan, can_read, monkeypatch):
+    """Where the values stand and which columns are pairs are two matters; against the formula in float64."""
+    if not can_read:
+        unreadable(monkeypatch)
+    lay_out, told = PAIRS[layout]
+    case = Case(torch.float32, DEVICE, head_dim=10, position=None)
+    angle = torch.randn(2, 19, 3, dtype=torch.float64, device=DEVICE)
+    pair = pyembed.CosSin(lay_out(angle.cos()).float(), lay_out(angle.sin()).float(), **told)
+    double = {k: v if v is None else v.double() for k, v in case.parameters.items()}
+    expected = reference.embed_qkv(case.ids, **double, **case.options)
+    with pyembed.backend(backend), pyembed.plan(plan):
+        found = F.embed_qkv(case.ids, **case.parameters, **case.options, rotary=pair)
+    for name in ("query", "key"):
+        oracle = turned(getattr(expected, name), angle, told.get("interleaved", False))
+        torch.testing.assert_close(getattr(found, name).double(), oracle, rtol=1e-4, atol=1e-4)
+
+
+WRONG = {  # a layout, what is said of it, and what a CPU answers
+    "Cohere, unsaid": (sides, None, "second half repeats the first, got others: pass pyembed.CosSin"),
+    "Cohere, as half-split": (sides, {"interleaved": False}, "second half repeats the first"),
+    "GPT-OSS, unsaid": (once, None, "second half repeats the first, got others: .*doubled=False"),
+    "GPT-J, as doubled": (once, {"interleaved": True}, "side by side or half behind half, got others"),
+    "Llama, as once": (halves, {"doubled": False}, "each value once where doubled=False, got each twice"),
+    "Cohere, as once": (sides, {"interleaved": True, "doubled": False}, "each value once where doubled=False"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_pair_laid_out_otherwise(name, monkeypatch):
+    """An error at every call, also after right ones of its shape; where nothing can be read, nothing that looks right."""
+    lay_out, told, message = WRONG[name]
+    ids, token, weight = torch.zeros(2, 5, dtype=torch.long), torch.randn(3, 6), torch.randn(24, 6)
+    angle = torch.randn(2, 5, 4)
+    cos, sin = lay_out(angle.cos()), lay_out(angle.sin())
+    wrong = (cos, sin) if told is None else pyembed.CosSin(cos, sin, **told)
+    right = pyembed.CosSin(halves(cos[..., ::2]), halves(sin[..., ::2]))
+    for _ in range(2):
+        F.embed_qkv(ids, token, weight, num_heads=1, rotary=right)
+        with pytest.raises(ValueError, match=f"rotary: expected .*{message}"):
+            F.embed_qkv(ids, token, weight, num_heads=1, rotary=wrong)
+    if told is None or told.get("doubled", True):
+        unreadable(monkeypatch)
+        assert not F.embed_qkv(ids, token, weight, num_heads=1, rotary=wrong).query.abs().amax() < 1e20
+
+
+def test_position_zero_has_every_layout():
+    """Its angles are 0: nothing is turned, whatever is said of the pair."""
+    ids, token, weight = torch.tensor([[2]]), torch.randn(3, 6), torch.randn(24, 6)
+    expected = F.embed_qkv(ids, token, weight, num_heads=1)
+    for interleaved in (False, True):
+        for doubled in (False, True):
+            pair = pyembed.CosSin(torch.ones(1, 4), torch.zeros(1, 4), interleaved, doubled)
+            for a, b in zip(F.embed_qkv(ids, token, weight, num_heads=1, rotary=pair), expected, strict=True):
+                torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("layout", ["GLM", "Cohere"])
+def test_a_pair_under_a_compiler(layout):
+    """Made outside of the graph or within it, and never right for the wrong layout."""
+    lay_out, told = PAIRS[layout]
+    front = pyembed.EmbeddingQKV(11, 16, 2, position=None, norm="rms")
+    ids, angle = torch.randint(11, (2, 5)), torch.randn(2, 5, 4)
+    pair = pyembed.CosSin(lay_out(angle.cos()), lay_out(angle.sin()), **told)
+    compiled = torch.compile(lambda cos, sin: front(ids, rotary=pyembed.CosSin(cos, sin, **told)), backend="aot_eager")
+    for a, b in zip(compiled(pair.cos, pair.sin), front(ids, rotary=pair), strict=True):
+        torch.testing.assert_close(a, b)
+    outside = torch.compile(lambda rotary: front(ids, rotary=rotary), backend="aot_eager")
+    torch.testing.assert_close(outside(pair).query, front(ids, rotary=pair).query)
+    assert not outside((sides(angle.cos()), sides(angle.sin()))).query.abs().amax() < 1e20
+    leaves, spec = torch.utils._pytree.tree_flatten(pair)
+    spec = torch.utils._pytree.treespec_loads(torch.utils._pytree.treespec_dumps(spec))  # as torch.export stores it
+    assert isinstance(torch.utils._pytree.tree_unflatten(leaves, spec), pyembed.CosSin)
+
+
+@pytest.mark.parametrize("plan", ["one_pass", "table"])
+def test_a_plain_pair_turns_as_the_front_ends_own(plan):
+    """Where a front end has a Rotary that turns neighbours, a plain pair is laid out either way; a CosSin says it itself."""
+    front = pyembed.EmbeddingQKV(11, 16, 2, position=None, norm="rms", rotary=Rotary(8, 9, interleaved=True))
+    ids, (cos, sin) = torch.randint(11, (2, 9)), (front.rotary.cos, front.rotary.sin)
+    with torch.no_grad(), pyembed.plan(plan):
+        expected = front(ids)
+        for lay_out in (halves, sides):
+            torch.testing.assert_close(front(ids, rotary=(lay_out(cos), lay_out(sin))), expected)
+        other = front(ids, rotary=pyembed.CosSin(halves(cos), halves(sin)))
+        front.rotary.interleaved = False
+        torch.testing.assert_close(other, front(ids))
+
+
+def in_inference_mode(front, ids):
+    """The first call in it must leave nothing behind that training cannot use."""
+    with torch.inference_mode():
+        front(ids)
+    return front
+
+
+@pytest.mark.parametrize("plan", ["one_pass", "distinct"])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_training_after_inference_mode(backend, plan):
+    ids = torch.randint(11, (2, 5), device=DEVICE)
+
+    def front_of(rotary):
+        norm, qkv = nn.RMSNorm(16, device=DEVICE), nn.Linear(16, 48, device=DEVICE)
+        return pyembed.EmbeddingQKV.from_modules(
+            nn.Embedding(11, 16, device=DEVICE), None, norm, qkv=qkv, num_heads=4, rotary=rotary
+        )
+
+    with torch.inference_mode():
+        made, moved = Rotary(4, 9, device=DEVICE), Rotary(4, 9, inv_freq=torch.tensor([1.0, 0.1])).half().to(DEVICE)
+    with torch.device("meta"):
+        on_meta = Rotary(4, 9)
+    with pyembed.backend(backend), pyembed.plan(plan):
+        for rotary in (made, moved, on_meta):
+            front = in_inference_mode(front_of(rotary), ids)
+            sum(x.square().sum() for x in front(ids)).backward()
+            assert front.qkv.weight.grad.any()
+
+
 @pytest.mark.sample
 @pytest.mark.parametrize("layout", ["half", "part, half", "interleaved"])
 @pytest.mark.parametrize("norm", ["layer", "rms"])
@@ -224,6 +381,10 @@ def test_operators():
         (lambda: Rotary(8, 5, inv_freq=torch.ones(3)), ValueError, r"inv_freq: expected shape \(4,\).* got \(3,\)"),
         (lambda: Rotary(16, 9), ValueError, r"rotary: expected an even width up to an even head_dim \(8\), got 16"),
         (lambda: Rotary(8, 4), IndexError, "sequence length 5 needs positions up to 4, rotary has 4 rows"),
+        (lambda: Rotary(8, 5, inv_freq=[1.0] * 4), TypeError, "inv_freq: expected a Tensor, got list"),
+        (lambda: Rotary(8, 5, inv_freq=torch.ones(4, device="meta")), ValueError, "inv_freq: expected frequencies, .* meta"),
+        (lambda: pyembed.CosSin(torch.ones(5, 8), torch.ones(5, 8), 1), TypeError, "interleaved and doubled .* got 1 and True"),
+        (lambda: pyembed.CosSin(torch.ones(5, 8), 0.0), TypeError, "rotary: expected a pyembed.Rotary or .* got CosSin"),
         (lambda: "rope", TypeError, r"rotary: expected a pyembed.Rotary or a \(cos, sin\) pair of Tensors, got str"),
         (lambda: (torch.ones(5, 7),) * 2, ValueError, r"rotary: expected an even width .* got 7"),
         (lambda: (torch.ones(4, 8),) * 2, ValueError, r"rotary: expected cos and sin of shape .* got \(4, 8\) and \(4, 8\)"),

@@ -84,7 +84,7 @@ def options(name):
     head = torch.ones(8, device=DEVICE) * 1.25
     return {
         "rotary": {"rotary": pyembed.Rotary(8, 40, device=DEVICE)},
-        "pair": {"rotary": tuple(torch.rand(19, 8, device=DEVICE) for _ in range(2))},
+        "pair": {"rotary": tuple(torch.rand(2, 19, 4, device=DEVICE).repeat(1, 1, 2))},
         "norms": {"query_norm": head, "key_norm": head},
         "biases": {"query_biases": tuple(torch.randn(2, 8, device=DEVICE) for _ in range(2))},
         "first": {"heads_first": True, "scale": 2.0},

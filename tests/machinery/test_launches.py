@@ -78,7 +78,7 @@ KINDS = {
         "norm": "rms", "norm_bias": None, "position": None, "rotary": TURNS, "position_ids": PLACES, "bias": None,
     },
     "a Rotary from 0 on": {"norm": "rms", "norm_bias": None, "position": None, "rotary": TURNS},
-    "cosines and sines": {"position": None, "rotary": lambda randn: (randn(3, 8).cos(), randn(3, 8).sin())},
+    "cosines and sines": {"position": None, "rotary": lambda randn: tuple(randn(2, 3, 4).repeat(1, 1, 2))},
     "no norm": {"norm": None, "norm_weight": None, "norm_bias": None, "padding_idx": -1},
     "Conv1D's weight": {"weight": lambda randn: randn(D, N).t()},
     "32-bit ids": {"dtype": torch.int32},

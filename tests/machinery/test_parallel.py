@@ -307,7 +307,7 @@ def ids_in_shards(rank, n, folder):
     """DTensors: ids in shards, every parameter whole."""
     ids = batch()
     g = torch.Generator().manual_seed(6)
-    places, turns = torch.randint(12, (B, T), generator=g), (torch.rand(T, 4, generator=g), torch.rand(T, 4, generator=g))
+    places, turns = torch.randint(12, (B, T), generator=g), tuple(torch.rand(2, T, 2, generator=g).repeat(1, 1, 2))
     mesh = init_device_mesh("cpu", (2, 2) if n == 4 else (n,))
     for placements in ([[Replicate()], [Shard(0)], [Shard(1)]], [[Shard(0), Shard(1)], [Shard(1), Replicate()]])[mesh.ndim - 1]:
         for options, call in [
