@@ -19,7 +19,7 @@ CONVENTIONS = ("interleaved", "fairseq", "marian")
 
 
 def _check_size(name: str, size: Any, least: int) -> None:
-    if not isinstance(size, Integral | torch.SymInt):
+    if not isinstance(size, Integral | torch.SymInt) or isinstance(size, bool):
         raise TypeError(f"{name}: expected an int, got {type(size).__name__}")
     if size < least:
         raise ValueError(f"{name}: expected an int of at least {least}, got {size}")
@@ -187,7 +187,37 @@ def from_attention_mask(mask: Tensor) -> Tensor:
     if mask.dim() != 2:
         raise ValueError(f"mask: expected shape (batch, length), got {tuple(mask.shape)}")
     is_token = mask != 0
-    return (is_token.cumsum(-1) - 1) * is_token
+    return (_count(is_token) - 1) * is_token
+
+
+def from_input_ids(ids: Tensor, padding_idx: int, offset: int | Tensor = 0) -> Tensor:
+    """Position ids that count the tokens of each sequence, without padding, from padding_idx + 1 on, and are padding_idx at
+    padding: fairseq's make_positions, transformers' create_position_ids_from_input_ids (RoBERTa, XLM-R, CamemBERT, Longformer,
+    MPNet, M2M100).
+
+    ids (..., T) int32 or int64 -> int64 of the same shape. offset: how many tokens lie before these in a key-value cache, an
+    int or a tensor as in from_offset, one per sequence or one for all. No host synchronisation.
+    The first rows of such a table, 0 … padding_idx, are counted in these positions, so a front end's position_offset must be 0;
+    a table of sines is sinusoidal_table(…, "fairseq", padding_idx), which is zero at padding.
+    TypeError, ValueError: another type, shape or device, a negative padding_idx or int offset.
+    """
+    check_integers("ids", ids)
+    _check_size("padding_idx", padding_idx, 0)
+    _check_offset(offset)
+    if isinstance(offset, Tensor):
+        if offset.device != ids.device:
+            raise ValueError(f"offset: expected device {ids.device}, that of ids; got {offset.device}")
+        if offset.dim() and offset.shape != ids.shape[:-1]:
+            wanted = f"() or {tuple(ids.shape[:-1])}, that of ids without its length"
+            raise ValueError(f"offset: expected shape {wanted}; got {tuple(offset.shape)}")
+        offset = offset.unsqueeze(-1) if offset.dim() else offset
+    is_token = ids != padding_idx
+    return (_count(is_token) + offset) * is_token + padding_idx
+
+
+def _count(is_token: Tensor) -> Tensor:
+    """How many tokens each sequence has up to each place. In shards of a DTensor, cumsum(-1) is wrong in torch 2.13."""
+    return is_token.cumsum(is_token.dim() - 1)
 
 
 def from_cu_seqlens(cu_seqlens: Tensor, tokens: int) -> Tensor:
@@ -227,13 +257,19 @@ def from_offset(offset: int | Tensor, length: int, device: torch.device | str | 
     ValueError: another type, shape or device, a negative int or length.
     """
     _check_size("length", length, 0)
+    _check_offset(offset)
     if not isinstance(offset, Tensor):
-        _check_size("offset", offset, 0)
         return torch.arange(offset, offset + length, device=device)
-    check_integers("offset", offset)
-    if offset.dim() > 1:
-        raise ValueError(f"offset: expected shape () or (batch,), got {tuple(offset.shape)}")
     step = torch.arange(length, device=offset.device if device is None else device)
     if step.device != offset.device:
         raise ValueError(f"device: expected {offset.device}, that of offset, or None; got {step.device}")
     return offset.unsqueeze(-1) + step
+
+
+def _check_offset(offset: Any) -> None:
+    if not isinstance(offset, Tensor):
+        _check_size("offset", offset, 0)
+        return
+    check_integers("offset", offset)
+    if offset.dim() > 1:
+        raise ValueError(f"offset: expected shape () or (batch,), got {tuple(offset.shape)}")

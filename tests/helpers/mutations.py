@@ -414,6 +414,8 @@ MUTATIONS = [
     Mutation(TURNS_OF, "table[:, ::2] if beside else table", "table", SWAPS + " -k rotary_of_a_model"),
     Mutation(TURNS_OF, "for width in (R, R + 2):", "for width in (R + 2,):", SWAPS + " -k rotary_of_a_model"),
     Mutation("pyembed/positions.py", "if self.weight.is_inference():", "if False:", PLACES + " -k inference_mode"),
+    Mutation("pyembed/positions.py", "is_token.cumsum(is_token.dim() - 1)", "is_token.cumsum(-1)", PARALLEL),
+    Mutation("pyembed/positions.py", "+ offset) * is_token +", ") * is_token + offset +", PLACES + " -k ids"),
 ]
 
 

@@ -16,6 +16,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_module, distri
 from torch.distributed.tensor.parallel import parallelize_module
 
 import pyembed
+from pyembed import positions
 from pyembed.call import HIDDEN, Call, Epilogue, Norm, Projection, Terms
 from pyembed.parallel import ColwiseQKV
 from pyembed.plans import choice, one_pass
@@ -334,6 +335,9 @@ def ids_in_shards(rank, n, folder):
         spread = distribute_tensor(ids, mesh, placements)
         assert "by the modules" in several.explain(spread).reason  # few tokens: nothing is packed
         torch.testing.assert_close(tuple(map(whole, several(spread))), tuple(one(ids)))
+        for count, rest in ((positions.from_attention_mask, ()), (positions.from_input_ids, (0, 2))):
+            mask = ids % 3
+            torch.testing.assert_close(whole(count(distribute_tensor(mask, mesh, placements), *rest)), count(mask, *rest))
     with pytest.raises(TypeError, match="token: expected a Tensor, as ids is, got a DTensor"):
         several(ids)
     with pytest.raises(TypeError, match="token: expected a DTensor, as ids is, got a Tensor that wants a gradient"):

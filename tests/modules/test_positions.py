@@ -1,5 +1,6 @@
 """Position tables, against the formulas of their papers and frameworks; position ids, against loops."""
 
+import importlib
 import math
 
 import numpy as np
@@ -13,6 +14,7 @@ WIDTHS = [1, 2, 3, 7, 64]
 LENGTHS = [3, 0, 0, 1, 5, 0]
 CU_SEQLENS = [0, 3, 3, 3, 4, 9, 9]
 PACKED = [0, 1, 2, 0, 0, 1, 2, 3, 4]
+IDS = torch.tensor([[1, 4, 9], [7, 3, 1]])
 
 
 def interleaved(t, j, D):
@@ -164,8 +166,67 @@ def test_offsets(dtype):
     assert torch.equal(step, front(ids)[:, 4:])
 
 
+TRANSFORMERS = ["roberta", "xlm_roberta", "camembert", "longformer", "mpnet", "m2m_100"]
+
+
+def transformers_positions(model, ids, padding_idx, offset):
+    """As transformers' model of that name counts; it numbers the tokens before these for some of them only."""
+    module = importlib.import_module(f"transformers.models.{model}.modeling_{model}")
+    owners = (owner for owner in (module, *vars(module).values()) if hasattr(owner, "create_position_ids_from_input_ids"))
+    function = next(owners).create_position_ids_from_input_ids
+    return function(ids, padding_idx, *([offset] if offset else []))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("padding_idx", [0, 1, 5])
+@pytest.mark.parametrize("model", TRANSFORMERS)
+def test_positions_of_ids_are_those_of_transformers(model, padding_idx, dtype):
+    pytest.importorskip("transformers")
+    ids = torch.randint(7, (5, 11), dtype=dtype)
+    ids[0, 6:], ids[1, :4], ids[2], ids[3, 2:5] = [padding_idx] * 4
+    ids[4] = ids[4].clamp(min=padding_idx + 1)
+    for offset in (0, 3) if model not in ("longformer", "mpnet") else (0,):
+        expected = transformers_positions(model, ids, padding_idx, offset)
+        found = positions.from_input_ids(ids, padding_idx, offset)
+        assert found.dtype == torch.int64 and torch.equal(found, expected)
+        assert torch.equal(positions.from_input_ids(ids.t().contiguous().t(), padding_idx, torch.tensor(offset)), expected)
+        assert torch.equal(positions.from_input_ids(ids[3], padding_idx, offset), expected[3])
+        assert torch.equal(positions.from_input_ids(ids[:4].view(2, 2, 11), padding_idx, offset), expected[:4].view(2, 2, 11))
+        assert positions.from_input_ids(ids[:, :0], padding_idx, offset).shape == (5, 0)
+        offsets = torch.tensor([offset, 0, 4, 9, 1], dtype=dtype)
+        each = [transformers_positions(model, row, padding_idx, 0) for row in ids.split(1)]
+        expected = torch.cat([row + n * (row != padding_idx) for row, n in zip(each, offsets.tolist(), strict=True)])
+        assert torch.equal(positions.from_input_ids(ids, padding_idx, offsets), expected)
+
+
+@pytest.mark.parametrize(("ids", "position"), [(4, 2), (1, 1)])
+def test_positions_of_a_single_id(ids, position):
+    assert positions.from_input_ids(torch.tensor(ids), 1).tolist() == position
+
+
+def test_input_ids_give_robertas_sums():
+    """transformers' own embeddings, whose table begins with the rows of padding_idx + 1 positions that no token has."""
+    transformers = pytest.importorskip("transformers")
+    from transformers.models.roberta.modeling_roberta import RobertaEmbeddings
+
+    sizes = {"vocab_size": 13, "hidden_size": 8, "max_position_embeddings": 12, "hidden_dropout_prob": 0.0, "pad_token_id": 1}
+    theirs = RobertaEmbeddings(transformers.RobertaConfig(**sizes)).eval()
+    ids = torch.randint(2, 13, (3, 10))
+    ids[0, 7:] = ids[1, :2] = 1
+    hidden = functional.embed(
+        ids,
+        theirs.word_embeddings.weight,
+        theirs.position_embeddings.weight,
+        positions.from_input_ids(ids, 1),
+        segment=theirs.token_type_embeddings.weight,
+    )
+    torch.testing.assert_close(theirs.LayerNorm(hidden), theirs(ids))
+
+
 CALLS = [
     (positions.from_attention_mask, torch.tensor([[0, 1, 1], [1, 1, 1]]), (), (2, 3)),
+    (positions.from_input_ids, IDS, (1, 2), (2, 3)),
+    (positions.from_input_ids, torch.tensor([3, 1, 4], dtype=torch.int32), (1,), (3,)),
     (positions.from_cu_seqlens, torch.tensor(CU_SEQLENS, dtype=torch.int32), (9,), (9,)),
     (positions.from_offset, torch.tensor(4), (3,), (3,)),
     (positions.from_offset, torch.tensor([4, 0], dtype=torch.int32), (3,), (2, 3)),
@@ -238,6 +299,26 @@ def test_where_nothing_looks_wrong_cu_seqlens_stay_within_memory(monkeypatch):
             lambda: positions.from_attention_mask(torch.ones(2, 1, 3, 3, dtype=torch.bool)),
             ValueError,
             r"mask: expected shape \(batch, length\), got \(2, 1, 3, 3\)",
+        ),
+        (lambda: positions.from_input_ids([[1]], 1), TypeError, "ids: expected a Tensor, got list"),
+        (lambda: positions.from_input_ids(torch.ones(2, 3), 1), TypeError, "ids: expected dtype .* got torch.float32"),
+        (lambda: positions.from_input_ids(torch.ones(2, 3).bool(), 1), TypeError, "ids: expected dtype .* got torch.bool"),
+        (lambda: positions.from_input_ids(IDS, None), TypeError, "padding_idx: expected an int, got NoneType"),
+        (lambda: positions.from_input_ids(IDS, 1.0), TypeError, "padding_idx: expected an int, got float"),
+        (lambda: positions.from_input_ids(IDS, True), TypeError, "padding_idx: expected an int, got bool"),
+        (lambda: positions.from_input_ids(IDS, -1), ValueError, "padding_idx: expected an int of at least 0, got -1"),
+        (lambda: positions.from_input_ids(IDS, 1, -2), ValueError, "offset: expected an int of at least 0, got -2"),
+        (lambda: positions.from_input_ids(IDS, 1, 0.5), TypeError, "offset: expected an int, got float"),
+        (lambda: positions.from_input_ids(IDS, 1, torch.ones(2)), TypeError, "offset: expected dtype .* got torch.float32"),
+        (
+            lambda: positions.from_input_ids(IDS, 1, torch.ones(3, dtype=torch.int64)),
+            ValueError,
+            r"offset: expected shape \(\) or \(2,\), that of ids without its length; got \(3,\)",
+        ),
+        (
+            lambda: positions.from_input_ids(IDS, 1, torch.ones(2, dtype=torch.int64, device="meta")),
+            ValueError,
+            "offset: expected device cpu, that of ids; got meta",
         ),
         (lambda: positions.from_cu_seqlens([0, 1], 1), TypeError, "cu_seqlens: expected a Tensor, got list"),
         (lambda: positions.from_cu_seqlens(torch.zeros(2), 0), TypeError, "cu_seqlens: expected dtype .* got torch.float32"),
