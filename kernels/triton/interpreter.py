@@ -18,6 +18,8 @@ import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
+for _file in Path(__file__).parent.glob("[!_]*.py"):  # what another thread imports while the interpreter is on is interpreted
+    importlib.import_module(f"{__package__}.{_file.stem}")
 _lock = threading.RLock()  # the interpreter's state is global
 _interpreted = functools.cache(lambda function: InterpretedFunction(function))
 
@@ -26,10 +28,10 @@ _interpreted = functools.cache(lambda function: InterpretedFunction(function))
 def load(name):
     """This package's module of that name, with its kernels interpreted."""
     package = f"{__package__}.interpreted"
-    if package not in sys.modules:
-        sys.modules[package] = types.ModuleType(package)
-        sys.modules[package].__path__ = [str(Path(__file__).parent)]
     with _lock, triton.knobs.runtime.scope():
+        if package not in sys.modules:
+            sys.modules[package] = types.ModuleType(package)
+            sys.modules[package].__path__ = [str(Path(__file__).parent)]
         triton.knobs.runtime.interpret = True
         return importlib.import_module(f"{package}.{name}")
 

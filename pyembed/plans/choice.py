@@ -253,9 +253,10 @@ class _DistinctCount:
     def expect(self, tokens: int) -> int | None:
         """Distinct ids among so many tokens, from the last batch seen: estimated as proportional to tokens ** 0.64
         (Heaps' law, fitted to WikiText-2 in GPT-2's tokens). None: nothing was seen yet."""
-        if self.pending is not None and not torch.cuda.is_current_stream_capturing() and self.pending[1].query():
-            (host, _, self.tokens), self.pending = self.pending, None
-            self.distinct = int(host)
+        pending = self.pending  # another thread may take it meanwhile
+        if pending is not None and not torch.cuda.is_current_stream_capturing() and pending[1].query():
+            host, _, self.tokens = pending
+            self.distinct, self.pending = int(host), None
         if self.distinct is None:
             return None
         return min(tokens, round(self.distinct * (tokens / self.tokens) ** 0.64))
@@ -286,7 +287,7 @@ def _expected_distinct(ids: Tensor, token: Tensor) -> int | None:
     count.expected.pop(call, None)
     count.expected[call] = found = count.expect(ids.numel())
     if len(count.expected) > EXPECTATIONS:
-        del count.expected[next(iter(count.expected))]
+        count.expected.pop(next(iter(count.expected)), None)
     if count.pending is None and count.calls % COUNT_EVERY == 0 and not torch.cuda.is_current_stream_capturing():
         count.look(_count_distinct(ids, token.shape[0]), ids.numel())
     count.calls += 1

@@ -1,6 +1,7 @@
 """Matrix product and memory rates of a device, measured once per process: for the planner's cost model and product_dtype."""
 
 import functools
+import threading
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -41,7 +42,11 @@ def measure(device: torch.device, dtype: torch.dtype) -> Rates:
     with them the plan that the planner picks."""
     if torch.are_deterministic_algorithms_enabled():
         return NOMINAL[device.type]
-    return _measure(device, dtype)
+    with _measuring:
+        return _measure(device, dtype)
+
+
+_measuring = threading.RLock()  # one thread at a time: two would slow each other down
 
 
 @functools.cache

@@ -40,6 +40,7 @@ KNOWN, KEEPS = "pyembed/modules/known.py", "pyembed/modules/keeps_table.py"
 PROOFS = "pyembed/modules/proofs.py"
 BENCH, SWAPS, PLACES = "tests/tools/test_bench.py", "tests/modules/test_swaps.py", "tests/modules/test_positions.py"
 TURNS, TURNS_OF = "pyembed/rotary.py", "pyembed/rotary_of.py"
+BENCH, DATA = (f"tests/tools/test_{name}.py" for name in ("bench", "data"))
 MUTATIONS = [
     Mutation(
         KERNELS + "tiles.py",
@@ -414,13 +415,22 @@ MUTATIONS = [
     Mutation(TURNS_OF, "table[:, ::2] if beside else table", "table", SWAPS + " -k rotary_of_a_model"),
     Mutation(TURNS_OF, "for width in (R, R + 2):", "for width in (R + 2,):", SWAPS + " -k rotary_of_a_model"),
     Mutation("pyembed/positions.py", "if self.weight.is_inference():", "if False:", PLACES + " -k inference_mode"),
+    Mutation("pyembed/data.py", "_encodings.setdefault(name, mine)", "mine", DATA + " -k threads"),
+    Mutation(
+        "pyembed/data.py", "            del _encodings[name]  # a later", "            pass  # a later", DATA + " -k threads"
+    ),
+    Mutation("pyembed/data.py", "_encodings.items() if not found.done()]", "()]", DATA + " -k hangs"),
+    Mutation("pyembed/plans/rates.py", "    with _measuring:\n", "    if True:\n", PLANNER + " -k threads"),
+    Mutation(CHOICE, "self.tokens = pending\n", "self.tokens = self.pending\n", PLANNER + " -k waiting"),
+    Mutation(KERNELS + "interpreter.py", '.glob("[!_]*.py")', '.glob("none")', OPS + " -k imported_while"),
     Mutation("pyembed/positions.py", "is_token.cumsum(is_token.dim() - 1)", "is_token.cumsum(-1)", PARALLEL),
     Mutation("pyembed/positions.py", "+ offset) * is_token +", ") * is_token + offset +", PLACES + " -k ids"),
 ]
 
 
 def copy_of(folder):
-    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".git", "*.egg-info", "__pycache__"), dirs_exist_ok=True)
+    unneeded = shutil.ignore_patterns(".git", "*.egg-info", "__pycache__")
+    shutil.copytree(ROOT, folder, ignore=unneeded, symlinks=True, dirs_exist_ok=True)
     kernels = folder / "pyembed" / "kernels"
     if not kernels.exists():
         kernels.symlink_to("../kernels/triton")  # so that an installed pyembed does not bring its own
@@ -452,7 +462,7 @@ def main(words):
         for mutation in chosen:
             alive, seconds = lives(mutation, folder)
             survivors += alive
-            row = (mutation.file, mutation.before.strip(), mutation.after.strip(), "NOFASTG" if alive else mutation.tests)
+            row = (mutation.file, mutation.before.strip(), mutation.after.strip(), "NOTHING" if alive else mutation.tests)
             table.add_row(*row, f"{seconds:.0f}")
             print(f"{'LIVES' if alive else 'killed'}  {mutation.file}: {mutation.before.strip()!r}", flush=True)
     Console(width=200).print(table)

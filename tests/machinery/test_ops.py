@@ -1,7 +1,14 @@
 """The operators under PyTorch's own machinery: schema, fake tensors, autograd, compilation, export."""
 
+import contextlib
+import functools
+import importlib
+import os
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -177,6 +184,40 @@ except RuntimeError as error:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "pip install triton" in done.stdout
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_kernels_that_are_imported_while_others_are_interpreted():
+    """By another thread, say: they are compiled ones nevertheless. In a process that has imported none yet."""
+    pytest.importorskip("triton")
+    child = os.fork()
+    if child == 0:
+        with contextlib.suppress(BaseException):
+            for name in [name for name in sys.modules if name.startswith("pyembed.kernels")]:
+                del sys.modules[name]
+            with importlib.import_module("pyembed.kernels.interpreter").running():
+                embed = importlib.import_module("pyembed.kernels.embed")
+            os._exit(0 if type(embed.embed_kernel).__name__ == "JITFunction" else 1)
+        os._exit(2)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_threads_get_one_interpreted_module(monkeypatch):
+    """None of them sees the package while another makes it."""
+    pytest.importorskip("triton")
+    from pyembed.kernels import interpreter
+
+    names = [name for name in sys.modules if name.startswith("pyembed.kernels.interpreted")]
+    before = {name: sys.modules.pop(name) for name in names}
+    monkeypatch.setattr(interpreter, "load", functools.cache(interpreter.load.__wrapped__))
+    monkeypatch.setattr(interpreter, "Path", lambda file: time.sleep(0.1) or Path(file))
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            second = pool.submit(lambda: time.sleep(0.05) or interpreter.load("tuning"))
+            first = pool.submit(interpreter.load, "tuning")
+        assert first.result() is second.result() is sys.modules["pyembed.kernels.interpreted.tuning"]
+    finally:
+        sys.modules.update(before)
 
 
 def test_interpreter_leaves_the_compiler_alone(monkeypatch):

@@ -3,6 +3,8 @@
 import contextlib
 import functools
 import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -117,6 +119,25 @@ def test_rates_are_measured_once(monkeypatch):
     assert torch.equal(torch.get_rng_state(), before)  # the user's random numbers stay what they are
 
 
+def test_threads_share_rates_that_one_measures_alone(monkeypatch):
+    """Two that measure at once would slow each other down, and the plans of a process would depend on it."""
+    at_work, most = [], []
+
+    def time_slowly(device, dtype):
+        at_work.append(dtype)
+        most.append(len(at_work))
+        time.sleep(0.05)
+        at_work.remove(dtype)
+        return rates.Rates(float(len(most)), 1.0, 1.0)
+
+    monkeypatch.setattr(rates, "_measure", functools.cache(rates._measure.__wrapped__))
+    monkeypatch.setattr(rates, "_time", time_slowly)
+    cpu, dtypes = torch.device("cpu"), [torch.float32, torch.float32, torch.float16, torch.float16]
+    with ThreadPoolExecutor(4) as pool:
+        single, again, half, half_again = pool.map(lambda dtype: rates.measure(cpu, dtype), dtypes)
+    assert single is again and half is half_again and len(most) == 2 and max(most) == 1
+
+
 def test_small_calls_that_fill_a_large_gradient(steady):
     """One token of training zeroes the gradient of the whole table: in memory that is used again, that costs less."""
     assert chosen(torch.tensor([[5]])).name == "one_pass"
@@ -194,6 +215,10 @@ def test_what_repeats_on_a_gpu_is_learned_without_waiting(monkeypatch):
     assert seen.expect(10) <= 10
     seen.look(torch.tensor([100]), 65536)
     assert seen.expect(65536) == 100
+    seen.look(torch.tensor([90]), 65536)
+    others = [lambda: seen.expect(65536)]  # another thread finds the count, between this one's two looks at it
+    event.query = lambda self: [other() for other in [others.pop() for _ in others]] or True
+    assert seen.expect(65536) == 90
 
 
 def test_plan_refuses():

@@ -213,7 +213,7 @@ def test_missing_packages_are_named(refusal, monkeypatch):
         assert "pip install matplotlib" in refusal("--plot", "errors.png")
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "tiktoken", None)
-        data._load_encoding.cache_clear()
+        data._encodings.clear()
         assert "pip install tiktoken" in refusal()
 
 

