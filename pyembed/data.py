@@ -10,13 +10,13 @@ import json
 import os
 import threading
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from importlib import metadata
 from numbers import Integral
 from pathlib import Path
 from types import FunctionType, ModuleType
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -183,7 +183,7 @@ class TokenDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         max_length: tokens per window; N must be at least `max_length + 1`.
         stride: tokens from one window's start to the next one's.
 
-    `dataset[i]` is `(inputs, targets)`, (max_length,) int64 each. `dataset[indices]`, with a list or 1-D tensor of B
+    `dataset[i]` is `(inputs, targets)`, (max_length,) int64 each. `dataset[indices]`, with a list, tuple or 1-D tensor of B
     indices, is the same for a batch: (B, max_length) each, contiguous, read in one index operation.
 
     Raises:
@@ -220,9 +220,9 @@ class TokenDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
     def __len__(self) -> int:
         return len(range(0, len(self.tokens) - self.max_length, self.stride))
 
-    def __getitem__(self, index: int | slice | list[int] | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def __getitem__(self, index: int | slice | Sequence[int] | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         # NumPy, in one thread: for so small a copy torch's threads cost more than they save, and compete with training.
-        windows = self.tokens.unfold(0, self.max_length + 1, self.stride).numpy()[index]  # (..., max_length + 1)
+        windows = self.tokens.unfold(0, self.max_length + 1, self.stride).numpy()[index,]  # (..., max_length + 1)
         inputs, targets = windows[..., :-1].astype("int64"), windows[..., 1:].astype("int64")
         return torch.from_numpy(inputs), torch.from_numpy(targets)
 
@@ -241,6 +241,8 @@ def create_dataloader(
     num_workers: int = 0,
     *,
     encoding: str | tiktoken.Encoding = "gpt2",
+    allowed_special: Literal["all"] | Collection[str] = (ENDOFTEXT,),
+    disallowed_special: Literal["all"] | Collection[str] = "all",
     vocab_size: int | None = None,
     generator: torch.Generator | None = None,
     distinct: bool = False,
@@ -253,8 +255,11 @@ def create_dataloader(
     token buffer instead of a list of windows.
 
     Args:
-        text: a str, encoded by `encoding`, `<|endoftext|>` as its special token; or the ids themselves, (N,).
+        text: a str, encoded by `encoding`; or the ids themselves, (N,).
         encoding: a name for `get_encoding`, or a `tiktoken.Encoding`; unused if `text` is ids and `vocab_size` is given.
+        allowed_special, disallowed_special: as of `tiktoken.Encoding.encode`. Special tokens in a str that get their ids, by
+            default `<|endoftext|>` alone; and those that are an error, by default "all" others. What is neither is plain text:
+            with `allowed_special=(), disallowed_special=()` everything.
         vocab_size: number of distinct ids; default `encoding.n_vocab`.
         generator: for the shuffle; default torch's global generator (`torch.manual_seed`).
         distinct: batches are `(inputs, targets, DistinctIds)`. The worker processes find the distinct ids of `inputs`, so
@@ -264,7 +269,7 @@ def create_dataloader(
     Raises:
         TypeError: an argument is of a wrong type.
         ValueError: an argument is out of range, `text` is shorter than one window, `drop_last` would leave no batch, or
-            (from tiktoken) `text` holds a special token other than `<|endoftext|>`.
+            (from tiktoken) `text` holds a special token that is disallowed.
         ImportError, RuntimeError: as `get_encoding`.
     """
     batch_size = _positive("batch_size", batch_size)
@@ -277,7 +282,9 @@ def create_dataloader(
         if not isinstance(encoder, _import_tiktoken().Encoding):
             raise TypeError(f"encoding: expected a name or a tiktoken.Encoding, got {type(encoder).__name__}")
         vocab_size = encoder.n_vocab if vocab_size is None else vocab_size
-        text = _encode(text, encoder) if isinstance(text, str) else text
+        if isinstance(text, str):
+            special = {"allowed_special": allowed_special, "disallowed_special": disallowed_special}
+            text = _encode(text, encoder, {name: _special(name, given) for name, given in special.items()})
     dataset = TokenDataset(text, vocab_size, max_length, stride)
     if drop_last and batch_size > len(dataset):
         raise ValueError(
@@ -296,13 +303,20 @@ def create_dataloader(
     )
 
 
-def _encode(text: str, encoding: tiktoken.Encoding) -> np.ndarray[Any, Any]:
+def _special(argument: str, given: Any) -> Any:
+    is_collection = isinstance(given, Collection) and not isinstance(given, str) and all(isinstance(x, str) for x in given)
+    if given != "all" and not is_collection:
+        raise TypeError(f"{argument}: expected 'all' or a set of special tokens, got {given!r}")
+    return set(given) if is_collection else given
+
+
+def _encode(text: str, encoding: tiktoken.Encoding, special: dict[str, Any]) -> np.ndarray[Any, Any]:
     try:
-        return encoding.encode_to_numpy(text, allowed_special={ENDOFTEXT})
+        return encoding.encode_to_numpy(text, **special)
     except UnicodeEncodeError:  # a lone surrogate, which encode() replaces and encode_to_numpy() does not
         import numpy as np
 
-        return np.array(encoding.encode(text, allowed_special={ENDOFTEXT}), dtype=np.uint32)
+        return np.array(encoding.encode(text, **special), dtype=np.uint32)
 
 
 # The batches that collate_fn is given come from TokenDataset.__getitems__, not in a list as DataLoader's type says.

@@ -420,6 +420,11 @@ MUTATIONS = [
         "pyembed/data.py", "            del _encodings[name]  # a later", "            pass  # a later", DATA + " -k threads"
     ),
     Mutation("pyembed/data.py", "_encodings.items() if not found.done()]", "()]", DATA + " -k hangs"),
+    Mutation("pyembed/data.py", ".numpy()[index,]", ".numpy()[index]", DATA + " -k list_methods"),
+    Mutation(
+        "pyembed/data.py", "encoding.encode_to_numpy(text, **special)", "encoding.encode_to_numpy(text)", DATA + " -k special"
+    ),
+    Mutation("pyembed/data.py", "encoding.encode(text, **special)", "encoding.encode(text)", DATA + " -k special"),
     Mutation("pyembed/plans/rates.py", "    with _measuring:\n", "    if True:\n", PLANNER + " -k threads"),
     Mutation(CHOICE, "self.tokens = pending\n", "self.tokens = self.pending\n", PLANNER + " -k waiting"),
     Mutation(KERNELS + "interpreter.py", '.glob("[!_]*.py")', '.glob("none")', OPS + " -k imported_while"),
