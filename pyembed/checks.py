@@ -4,6 +4,7 @@ check looks at types, shapes, dtypes and devices of a Call, once for all calls t
 the values of ids, where that costs no synchronisation.
 """
 
+import operator
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +15,23 @@ from .call import BY_PLACE, LOOKUPS, TABLES, Call, Called, DistinctIds, Norm, Pr
 from .modes import autocast_dtype, can_read
 
 NORMS = ("layer", "rms", None)
+
+
+# What PyTorch's operators raise for the same arguments is a base too, so that code that was written for them catches it.
+class TensorTypeError(TypeError, RuntimeError):
+    """A tensor of another dtype."""
+
+
+class TensorValueError(ValueError, RuntimeError):
+    """A tensor of another shape, or on another device."""
+
+
+class PaddingError(ValueError, AssertionError):
+    """padding_idx is no row of its table."""
+
+
+class EmptyTableError(IndexError, RuntimeError):
+    """A table has no rows, and an id wants one."""
 
 
 def check(call: Call) -> None:
@@ -32,7 +50,7 @@ def check_integers(name: str, ids: Any) -> None:
     if not isinstance(ids, Tensor):
         raise TypeError(f"{name}: expected a Tensor, got {type(ids).__name__}")
     if ids.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{name}: expected dtype torch.int32 or torch.int64, got {ids.dtype}")
+        raise TensorTypeError(f"{name}: expected dtype torch.int32 or torch.int64, got {ids.dtype}")
 
 
 def check_shape(name: str, tensor: Any, shape: tuple[int | None, ...], meaning: str, optional: bool = True) -> None:
@@ -43,15 +61,19 @@ def check_shape(name: str, tensor: Any, shape: tuple[int | None, ...], meaning: 
         raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
     if tensor.dim() != len(shape) or any(want not in (None, got) for want, got in zip(shape, tensor.shape, strict=True)):
         wanted = str(tuple("any" if size is None else size for size in shape)).replace("'", "")
-        raise ValueError(f"{name}: expected shape {wanted}, {meaning}; got {tuple(tensor.shape)}")
+        raise TensorValueError(f"{name}: expected shape {wanted}, {meaning}; got {tuple(tensor.shape)}")
 
 
 def padding_row(padding_idx: int | None, rows: int) -> int | None:
     """padding_idx, counted from the table's beginning."""
     if padding_idx is None:
         return None
+    if type(padding_idx) is not int:  # NumPy's, or in a Tensor, as PyTorch takes them too
+        if isinstance(padding_idx, bool) or not hasattr(padding_idx, "__index__"):
+            raise TypeError(f"padding_idx: expected an int, got {type(padding_idx).__name__}")
+        padding_idx = operator.index(padding_idx)
     if not -rows <= padding_idx < rows:
-        raise ValueError(f"padding_idx: expected a row in [{-rows}, {rows}), got {padding_idx}")
+        raise PaddingError(f"padding_idx: expected a row in [{-rows}, {rows}), got {padding_idx}")
     return padding_idx + rows if padding_idx < 0 else padding_idx
 
 
@@ -59,7 +81,9 @@ def terms_row(padding_idx: int | None, rows: int) -> int:
     """padding_idx as Terms have it: counted from the table's beginning, −1 for None."""
     if padding_idx is None:
         return -1
-    row = padding_idx if 0 <= padding_idx < rows else padding_row(padding_idx, rows)
+    if type(padding_idx) is int and 0 <= padding_idx < rows:
+        return padding_idx
+    row = padding_row(padding_idx, rows)
     return -1 if row is None else row
 
 
@@ -94,7 +118,7 @@ def _check_terms(call: Call, fields: dict[str, Any]) -> None:
         # Without position_ids the length is compared; without other ids all are 0.
         used = given.numel() if given is not None else lookup.table not in BY_PLACE
         if table is not None and used and terms.ids.numel() and rows_of(table) == 0:
-            raise IndexError(f"{lookup.table_name}: expected a row for each of {lookup.ids_name}, got a table of 0 rows")
+            raise EmptyTableError(f"{lookup.table_name}: expected a row for each of {lookup.ids_name}, got a table of 0 rows")
     if not isinstance(dropout, int | float):
         raise TypeError(f"dropout: expected a number, got {type(dropout).__name__}")
     if scale is not None and not isinstance(scale, int | float):
@@ -137,7 +161,7 @@ def check_epilogue(call: Call, head_dim: int | None) -> None:
     if cos is None:
         return
     if cos.device != ids.device:
-        raise ValueError(f"rotary: expected device {ids.device}, that of ids; got {cos.device}")
+        raise TensorValueError(f"rotary: expected device {ids.device}, that of ids; got {cos.device}")
     width = 2 * cos.shape[-1]
     if head_dim is not None and (width > head_dim or head_dim % 2):
         raise ValueError(f"rotary: expected an even width up to an even head_dim ({head_dim}), got {width}")
@@ -161,14 +185,14 @@ def _check_alike(fields: dict[str, Any]) -> None:
     if isinstance(fields["token"], Called) and (token is None or _brings_weights(fields["token"])):
         return
     if not token.is_floating_point():
-        raise TypeError(f"token: expected a floating dtype, got {token.dtype}")
+        raise TensorTypeError(f"token: expected a floating dtype, got {token.dtype}")
     cast = autocast_dtype(token)
     for name, value in fields.items():
         if name in ("cos", "sin", "seed") or not isinstance(value, Tensor):
             continue
         name = "position_ids" if name == "turn_ids" else name
         if value.device != token.device:
-            raise ValueError(f"{name}: expected device {token.device}, that of token; got {value.device}")
+            raise TensorValueError(f"{name}: expected device {token.device}, that of token; got {value.device}")
         dtypes = {token.dtype}
         if "norm" in name:
             dtypes.add(wide_dtype(token.dtype))
@@ -177,10 +201,10 @@ def _check_alike(fields: dict[str, Any]) -> None:
         if name in ("weight", "bias", "query_offset") and cast:
             dtypes |= {torch.float32, torch.float16, torch.bfloat16}  # which the product casts
         if not name.endswith("ids") and value.dtype not in dtypes:
-            raise TypeError(f"{name}: expected dtype {token.dtype}, that of token; got {value.dtype}")
+            raise TensorTypeError(f"{name}: expected dtype {token.dtype}, that of token; got {value.dtype}")
     weight, bias = fields["norm_weight"], fields["norm_bias"]
     if isinstance(weight, Tensor) and bias is not None and weight.dtype != bias.dtype:
-        raise TypeError(f"norm_bias: expected dtype {weight.dtype}, that of norm_weight; got {bias.dtype}")
+        raise TensorTypeError(f"norm_bias: expected dtype {weight.dtype}, that of norm_weight; got {bias.dtype}")
     for name, value in fields.items():
         if isinstance(value, Called) and not _brings_weights(value):
             _check_devices({"weight": "qkv", "norm_weight": "norm"}.get(name, name), value, token.device)
@@ -189,7 +213,7 @@ def _check_alike(fields: dict[str, Any]) -> None:
 def _check_devices(name: str, called: Called, device: torch.device) -> None:
     for key, tensor in (*called.module.named_parameters(), *called.module.named_buffers()):
         if tensor.device != device:
-            raise ValueError(f"{name}.{key}: expected device {device}, that of token; got {tensor.device}")
+            raise TensorValueError(f"{name}.{key}: expected device {device}, that of token; got {tensor.device}")
 
 
 def _brings_weights(called: Called) -> bool:
@@ -230,7 +254,7 @@ def _check_like_ids(name: str, tensor: Tensor, ids: Tensor) -> None:
     shapes = tuple(ids.shape[-1:]), (1,) * (ids.dim() - 1) + tuple(ids.shape[-1:]), tuple(ids.shape)
     if not any(len(shape) == tensor.dim() and shape == tuple(tensor.shape) for shape in shapes):
         wanted = " or ".join(dict.fromkeys(map(str, shapes)))
-        raise ValueError(f"{name}: expected shape {wanted} for ids {tuple(ids.shape)}, got {tuple(tensor.shape)}")
+        raise TensorValueError(f"{name}: expected shape {wanted} for ids {tuple(ids.shape)}, got {tuple(tensor.shape)}")
 
 
 def check_query_biases(query_biases: Any, call: Call, head_dim: int) -> None:
@@ -244,9 +268,9 @@ def check_query_biases(query_biases: Any, call: Call, head_dim: int) -> None:
     for bias in query_biases:
         check_shape("query_biases", bias, (projection.num_heads, head_dim), "(num_heads, head_dim)", optional=False)
         if bias.device != token.device:
-            raise ValueError(f"query_biases: expected device {token.device}, that of token; got {bias.device}")
+            raise TensorValueError(f"query_biases: expected device {token.device}, that of token; got {bias.device}")
         if bias.dtype != token.dtype:
-            raise TypeError(f"query_biases: expected dtype {token.dtype}, that of token; got {bias.dtype}")
+            raise TensorTypeError(f"query_biases: expected dtype {token.dtype}, that of token; got {bias.dtype}")
 
 
 def check_ranges(call: Call) -> None:
@@ -268,8 +292,8 @@ def check_range(name: str, ids: Tensor, table: str, size: int) -> None:
         return
     low, high = torch.aminmax(ids)
     if low < 0 or high >= size:
-        place = tuple(((ids < 0) | (ids >= size)).nonzero()[0].tolist())
-        raise IndexError(f"{name}: expected values in [0, {size}), the rows of {table}; got {ids[place].item()} at {place}")
+        place, kind = tuple(((ids < 0) | (ids >= size)).nonzero()[0].tolist()), IndexError if size else EmptyTableError
+        raise kind(f"{name}: expected values in [0, {size}), the rows of {table}; got {ids[place].item()} at {place}")
 
 
 def check_distinct(distinct: DistinctIds | None, ids: Tensor) -> None:
@@ -282,7 +306,7 @@ def check_distinct(distinct: DistinctIds | None, ids: Tensor) -> None:
         check_integers(name, tensor)
         check_shape(name, tensor, tuple(shape), "sorted ids, and the place of each of the batch's ids among them")
         if tensor.device != ids.device:
-            raise ValueError(f"{name}: expected device {ids.device}, that of ids; got {tensor.device}")
+            raise TensorValueError(f"{name}: expected device {ids.device}, that of ids; got {tensor.device}")
     if not can_read(ids):
         return
     if distinct.ids.numel() > 1 and not (distinct.ids[1:] > distinct.ids[:-1]).all():

@@ -6,7 +6,16 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import settings
 from .call import NO_EPILOGUE, NO_NORM, Call, DistinctIds, Epilogue, HiddenQKV, Norm, Projection, Terms
-from .checks import check, check_integers, check_query_biases, check_range, check_shape, padding_row, terms_row
+from .checks import (
+    TensorValueError,
+    check,
+    check_integers,
+    check_query_biases,
+    check_range,
+    check_shape,
+    padding_row,
+    terms_row,
+)
 from .modes import TENSORS, can_read
 from .plans.choice import ZEROS, takes, why_torch
 from .reference import with_query_biases
@@ -34,10 +43,11 @@ def embedding(
     weight in place), norm_type, scale_grad_by_freq and sparse are PyTorch's, and with them, or over a table of a dtype that has
     no kernel, PyTorch's operator runs, whatever the backend. Differentiable any number of times.
     id_policy: what happens to an id outside [0, V), as pyembed.id_policy has it; None: what the context says, "raise" unless
-    it was changed. IndexError: there is one. TypeError, ValueError: other arguments.
+    it was changed. IndexError: there is one. TypeError, ValueError: other arguments. An error is also of the class that
+    torch.nn.functional.embedding raises there: RuntimeError for a dtype, shape or device, AssertionError for padding_idx.
     """
     policy = settings.current.id_policy if id_policy is None else policy_of(id_policy)
-    has_options = max_norm is not None or scale_grad_by_freq or sparse
+    has_options, call = max_norm is not None or scale_grad_by_freq or sparse, None
     if not has_options and _is_plain_lookup(ids, weight, padding_idx, policy):
         row = -1 if padding_idx is None else padding_idx
         if ids.is_cpu and settings.current.backend != "triton":
@@ -46,10 +56,18 @@ def embedding(
             except (IndexError, RuntimeError, TypeError):  # below is said what is wrong
                 pass
         elif takes(weight) and why_torch(weight) is None:
-            return run(Call(Terms(ids, weight, None, None, None, None, None, None, 0.0, row), id_policy=policy))
-    why = why_no_kernel(ids, weight, max_norm, scale_grad_by_freq, sparse, policy)
-    if why is None and why_torch(weight) is None:
-        return run(Call(Terms(ids, weight, padding_idx=_row(padding_idx, weight)), id_policy=policy))
+            call = Call(Terms(ids, weight, None, None, None, None, None, None, 0.0, row), id_policy=policy)
+    if call is None:
+        why = why_no_kernel(ids, weight, max_norm, scale_grad_by_freq, sparse, policy)
+        if why is None and why_torch(weight) is None:
+            call = Call(Terms(ids, weight, padding_idx=terms_row(padding_idx, weight.shape[0])), id_policy=policy)
+    if call is not None:
+        try:
+            return run(call)
+        except (IndexError, TypeError, ValueError):  # names the table `token`
+            why_no_kernel(ids, weight, max_norm, scale_grad_by_freq, sparse, policy)
+            _check_rows(ids, weight, policy)
+            raise
 
     rows = weight.shape[0]
 
@@ -63,11 +81,16 @@ def embedding(
         if has_options:  # which have side effects, so no other row is looked up in place of an absent one
             return weight.new_zeros(*ids.shape, weight.shape[1]).index_put((~absent,), look_up(ids[~absent]))
         return look_up(ids.masked_fill(absent, 0)).masked_fill(absent.unsqueeze(-1), 0)
-    except (AssertionError, IndexError, RuntimeError):  # PyTorch's message lacks what is wrong where
+    except (AssertionError, IndexError, RuntimeError, TypeError):  # PyTorch's message lacks what is wrong where
         padding_row(padding_idx, rows)
-        if can_read(ids):
-            check_range("ids", ids, "token", rows)
+        _check_rows(ids, weight, policy)
         raise
+
+
+def _check_rows(ids: Tensor, weight: Tensor, policy: str) -> None:
+    rows = weight.shape[0]
+    if (policy in ("raise", "trust") or rows == 0) and can_read(ids):
+        check_range("ids", ids, "weight", rows)
 
 
 def _is_plain_lookup(ids: Tensor, weight: Tensor, padding_idx: int | None, policy: str) -> bool:
@@ -77,7 +100,7 @@ def _is_plain_lookup(ids: Tensor, weight: Tensor, padding_idx: int | None, polic
         and type(weight) in TENSORS
         and ids.is_cpu == weight.is_cpu
         and policy in ("raise", "trust")
-        and (padding_idx is None or weight.dim() == 2 and 0 <= padding_idx < weight.shape[0])
+        and (padding_idx is None or type(padding_idx) is int and weight.dim() == 2 and 0 <= padding_idx < weight.shape[0])
         and not torch.compiler.is_compiling()
     )
 
@@ -89,9 +112,9 @@ def why_no_kernel(
     if isinstance(ids, torch.fx.Proxy) or isinstance(weight, torch.fx.Proxy):
         return "torch.fx traces it"
     check_integers("ids", ids)
-    check_shape("token", weight, (None, None), "(num_embeddings, embedding_dim)", optional=False)
+    check_shape("weight", weight, (None, None), "(num_embeddings, embedding_dim): 'weight' must be 2-D", optional=False)
     if ids.device != weight.device:
-        raise ValueError(f"ids: expected device {weight.device}, that of token; got {ids.device}")
+        raise TensorValueError(f"ids: expected device {weight.device}, that of weight; got {ids.device}")
     if max_norm is not None or scale_grad_by_freq or sparse:
         return "max_norm, scale_grad_by_freq and sparse have no kernel"
     if policy == "zero":

@@ -62,8 +62,8 @@ class _Report:
         if count:  # another thread may have been first
             *_, name, of = LOOKUPS[table]
             raise IndexError(
-                f"{name}: expected values in [0, {size}), the rows of {of}; got {value} for token {token % length} of sequence "
-                f"{token // length}, in a call on {self.device}"
+                f"{name}: expected values in [0, {size}), the rows of the {of} table; got {value} for token {token % length} "
+                f"of sequence {token // length}, in a call on {self.device}"
             )
 
 

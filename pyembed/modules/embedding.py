@@ -29,7 +29,8 @@ class Embedding(nn.Embedding, HasIdPolicy):
 
     @stock_forward
     def forward(self, input: Tensor) -> Tensor:
-        """input: ids (...) int32 or int64 -> (..., embedding_dim). IndexError: an id outside the table."""
+        """input: ids (...) int32 or int64 -> (..., embedding_dim). IndexError: an id outside the table. Other errors as in
+        functional.embedding, of `ids` and `weight`."""
         if is_scripting():
             return nn.functional.embedding(
                 input, self.weight, self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse

@@ -12,7 +12,7 @@ from pyembed.kernels import interpreter, launch, tuning
 from triton.backends.compiler import GPUTarget
 
 import pyembed
-from pyembed import checks, run
+from pyembed import checks, functional, run
 from pyembed.plans import operators
 
 
@@ -64,7 +64,7 @@ def compiled():
         (triton.runtime.driver, "_active", Driver()),
         (tuning, "device_of", lambda tensor: tuning.H100),
         *((module, "is_compiled", lambda tensor: True) for module in (operators, run)),
-        *((module, "can_read", lambda tensor: False) for module in (checks, run)),
+        *((module, "can_read", lambda tensor: False) for module in (checks, functional, run)),
         (launch, "_kinds", KINDS),
         (run, "_kinds", RUNNERS),
     ]

@@ -265,7 +265,7 @@ MUTATIONS = [
     Mutation("pyembed/functional.py", 'and policy in ("raise", "trust")', "and policy", IDS + " -k embedding"),
     Mutation(
         "pyembed/functional.py",
-        "or weight.dim() == 2 and 0 <= padding_idx < weight.shape[0])",
+        "or type(padding_idx) is int and weight.dim() == 2 and 0 <= padding_idx < weight.shape[0])",
         "or True)",
         EMBEDDING + " -k is_torchs",
     ),
@@ -415,6 +415,21 @@ MUTATIONS = [
     Mutation(TURNS_OF, "table[:, ::2] if beside else table", "table", SWAPS + " -k rotary_of_a_model"),
     Mutation(TURNS_OF, "for width in (R, R + 2):", "for width in (R + 2,):", SWAPS + " -k rotary_of_a_model"),
     Mutation("pyembed/positions.py", "if self.weight.is_inference():", "if False:", PLACES + " -k inference_mode"),
+    Mutation("pyembed/checks.py", "(TypeError, RuntimeError)", "(TypeError)", EMBEDDING + " -k torchs_class"),
+    Mutation("pyembed/checks.py", "(ValueError, RuntimeError)", "(ValueError)", EMBEDDING + " -k torchs_class"),
+    Mutation("pyembed/checks.py", "(ValueError, AssertionError)", "(ValueError)", EMBEDDING + " -k torchs_class"),
+    Mutation("pyembed/checks.py", "(IndexError, RuntimeError)", "(IndexError)", EMBEDDING + " -k torchs_class"),
+    Mutation("pyembed/checks.py", "if isinstance(padding_idx, bool) or", "if", EMBEDDING + " -k torchs_class"),
+    Mutation(
+        "pyembed/functional.py",
+        "            _check_rows(ids, weight, policy)\n",
+        "            pass\n",
+        EMBEDDING + " -k torchs_class",
+    ),
+    Mutation(
+        "pyembed/functional.py", "        padding_row(padding_idx, rows)\n", "        pass\n", EMBEDDING + " -k torchs_class"
+    ),
+    Mutation("pyembed/functional.py", "type(padding_idx) is int and weight", "weight", EMBEDDING + " -k torchs_class"),
     Mutation("pyembed/data.py", "_encodings.setdefault(name, mine)", "mine", DATA + " -k threads"),
     Mutation(
         "pyembed/data.py", "            del _encodings[name]  # a later", "            pass  # a later", DATA + " -k threads"

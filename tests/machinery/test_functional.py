@@ -73,6 +73,8 @@ WRONG = [
     ({"eps": -1.0}, ValueError, r"eps: expected a number of at least 0, got -1.0"),
     ({"weight": None}, TypeError, r"weight: expected a Tensor, got NoneType"),
     ({"padding_idx": 5}, ValueError, r"padding_idx: expected a row in \[-5, 5\), got 5"),
+    ({"padding_idx": 1.0}, TypeError, r"padding_idx: expected an int, got float"),
+    ({"padding_idx": "1"}, TypeError, r"padding_idx: expected an int, got str"),
 ]
 
 

@@ -31,7 +31,7 @@ def route(request):
 @pytest.fixture
 def unseen(monkeypatch):
     """No check looks at ids before the kernels do, as on a GPU and within a compiled graph."""
-    for module in (checks, run):
+    for module in (checks, F, run):
         monkeypatch.setattr(module, "can_read", lambda tensor: False)
     monkeypatch.setattr(run, "_kinds", {})  # those of other tests look
     with pyembed.backend("triton"):
@@ -57,7 +57,8 @@ def test_kernels_report_an_id(bad, unseen):
     ids = torch.randint(31, (3, 70), device=DEVICE)
     ids[1, 65] = bad
     match = (
-        rf"ids: expected values in \[0, 31\), the rows of token; got {bad} for token 65 of sequence 1, in a call on {DEVICE}"
+        rf"ids: expected values in \[0, 31\), the rows of the token table; got {bad} for token 65 of sequence 1, "
+        f"in a call on {DEVICE}"
     )
     raises_once(lambda: F.embedding(ids, table()), match)
     F.embedding(ids.clamp(0, 30), table())
@@ -80,7 +81,9 @@ def test_kernels_report_every_table(name, of, plan, unseen):
     broken = {"ids": ids, **call}[name]
     broken[1, 4] = {"ids": -3, "segment_ids": 2, "position_ids": place}[name]
     with pyembed.plan(plan):
-        match = rf"{name}: expected values in \[0, \d+\), the rows of {of}; got {broken[1, 4]} for token 4 of sequence 1"
+        match = (
+            rf"{name}: expected values in \[0, \d+\), the rows of the {of} table; got {broken[1, 4]} for token 4 of sequence"
+        )
         raises_once(lambda: F.embed_qkv(ids, **case.parameters, **case.options, **call), match)
 
 

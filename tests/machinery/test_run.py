@@ -99,19 +99,20 @@ def test_tables_of_integers(dtype):
     table, ids = torch.arange(5 * D).view(5, D).to(dtype), torch.tensor([7, 1])
     assert torch.equal(F.embedding(ids, table, id_policy="clamp"), table[[4, 1]])
     assert torch.equal(F.embedding(ids, table, id_policy="zero"), torch.stack([table[0] * 0, table[1]]))
-    with pytest.raises(IndexError, match=r"ids: expected values in \[0, 5\), the rows of token; got 7 at \(0,\)"):
+    with pytest.raises(IndexError, match=r"ids: expected values in \[0, 5\), the rows of weight; got 7 at \(0,\)"):
         F.embedding(ids, table)
 
 
 @pytest.mark.parametrize("token", [None, "a", 3, [1.0]])
 def test_a_table_that_is_no_tensor(token):
     ids, weight = torch.tensor([0], device=DEVICE), torch.randn(12, D, device=DEVICE)
-    for call in (
-        lambda: F.embedding(ids, token),
-        lambda: F.embed(ids, token),
-        lambda: F.embed_qkv(ids, token, weight, num_heads=2),
+    for name, call in (
+        ("weight", lambda: F.embedding(ids, token)),
+        ("token", lambda: F.embed(ids, token)),
+        ("token", lambda: F.embed(ids, token, padding_idx=0)),
+        ("token", lambda: F.embed_qkv(ids, token, weight, num_heads=2)),
     ):
-        with pytest.raises(TypeError, match=f"token: expected a Tensor, got {type(token).__name__}"):
+        with pytest.raises(TypeError, match=f"{name}: expected a Tensor, got {type(token).__name__}"):
             call()
 
 

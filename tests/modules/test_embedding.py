@@ -5,6 +5,7 @@ import io
 import pickle
 import re
 
+import numpy as np
 import pytest
 import torch
 from conftest import CUDA, DEVICE
@@ -164,13 +165,84 @@ def test_ids_without_a_row(options, backend):
     if CUDA:
         return
     for wrong in (6, -1):
-        with pytest.raises(IndexError, match=rf"ids: expected values in \[0, 6\), the rows of token; got {wrong} at \(1,\)"):
+        with pytest.raises(IndexError, match=rf"ids: expected values in \[0, 6\), the rows of weight; got {wrong} at \(1,\)"):
             ours(torch.tensor([0, wrong]))
     for wrong in (IDS.short(), IDS.float(), IDS.bool(), [1, 2], None):
         with pytest.raises(TypeError, match="ids: expected"):
             ours(wrong)
         with pytest.raises(TypeError, match="ids: expected"):
             ours.explain(wrong)
+
+
+WEIGHT = torch.arange(18.0, device=DEVICE).view(6, 3)
+WRONG_CALLS = [  # (what F.embedding is given, its message)
+    ({"ids": IDS.float()}, "^ids: expected dtype torch.int32 or torch.int64, got torch.float32$"),
+    ({"ids": IDS.float(), "max_norm": 1.0}, "^ids: expected dtype .* got torch.float32$"),
+    ({"ids": IDS.bool()}, "^ids: expected dtype .* got torch.bool$"),
+    ({"ids": IDS.short(), "sparse": True}, "^ids: expected dtype .* got torch.int16$"),
+    ({"ids": [1, 2]}, "^ids: expected a Tensor, got list$"),
+    ({"ids": None}, "^ids: expected a Tensor, got NoneType$"),
+    ({"weight": WEIGHT.tolist()}, "^weight: expected a Tensor, got list$"),
+    ({"weight": None}, "^weight: expected a Tensor, got NoneType$"),
+    ({"weight": WEIGHT[0, 0]}, r"^weight: .*'weight' must be 2-D; got \(\)$"),
+    ({"weight": WEIGHT[0]}, r"^weight: .*'weight' must be 2-D; got \(3,\)$"),
+    ({"weight": WEIGHT[None]}, r"^weight: .*'weight' must be 2-D; got \(1, 6, 3\)$"),
+    ({"weight": WEIGHT[None], "padding_idx": 0}, r"^weight: .*'weight' must be 2-D; got \(1, 6, 3\)$"),
+    ({"weight": WEIGHT[None], "max_norm": 1.0}, r"^weight: .*'weight' must be 2-D; got \(1, 6, 3\)$"),
+    ({"padding_idx": 6}, r"^padding_idx: expected a row in \[-6, 6\), got 6$"),
+    ({"padding_idx": -7, "sparse": True}, r"^padding_idx: expected a row in \[-6, 6\), got -7$"),
+    ({"padding_idx": 1.0}, "^padding_idx: expected an int, got float$"),
+    ({"padding_idx": "1"}, "^padding_idx: expected an int, got str$"),
+    ({"padding_idx": True}, "^padding_idx: expected an int, got bool$"),
+    ({"padding_idx": 1.0, "max_norm": 1.0}, "^padding_idx: expected an int, got float$"),
+]
+WRONG_ROWS = [
+    ({"ids": IDS + 1}, r"^ids: expected values in \[0, 6\), the rows of weight; got 6 at \(0, 1\)$"),
+    ({"ids": IDS - 1, "padding_idx": 1}, r"^ids: expected values in \[0, 6\), the rows of weight; got -1 at \(0, 0\)$"),
+    ({"ids": IDS + 1, "max_norm": 1.0}, r"^ids: expected values in \[0, 6\), the rows of weight; got 6 at \(0, 1\)$"),
+    ({"weight": WEIGHT[:0]}, r"^ids: expected values in \[0, 0\), the rows of weight; got 0 at \(0, 0\)$"),
+]
+
+
+@pytest.mark.parametrize("changes, message", WRONG_CALLS if CUDA else WRONG_CALLS + WRONG_ROWS)
+def test_errors_are_named_and_of_torchs_class(changes, message, backend):
+    """`except` clauses that were written for PyTorch's function catch them, and those for this library's documented classes."""
+    given = {"ids": IDS, "weight": WEIGHT.clone()} | changes
+    with pytest.raises(Exception) as theirs:
+        (lambda ids, **others: nn.functional.embedding(ids, **others))(**given)
+    for _ in range(2):  # the second time a call like it may be known
+        with pytest.raises(theirs.type, match=message) as ours:
+            F.embedding(**given)
+        assert isinstance(ours.value, TypeError | ValueError | IndexError)
+        assert str(pickle.loads(pickle.dumps(ours.value))) == str(ours.value)
+    if set(changes) <= {"ids", "weight"} and isinstance(given["weight"], torch.Tensor):
+        module = pyembed.Embedding(6, 3, device=DEVICE)
+        module.weight = nn.Parameter(given["weight"])
+        with pytest.raises(theirs.type, match=message):
+            module(given["ids"])
+
+
+@pytest.mark.parametrize("padding_idx", [np.int64(1), torch.tensor(1), -5])
+def test_whole_numbers_of_other_types_are_padding_rows(padding_idx, backend):
+    weight = WEIGHT.clone().requires_grad_()
+    F.embedding(IDS, weight, padding_idx).sum().backward()
+    assert weight.grad[:, 0].tolist() == [1, 0, 1, 0, 0, 3]
+
+
+def test_devices_that_differ(backend):
+    with pytest.raises(ValueError, match=r"^ids: expected device meta, that of weight; got cpu$") as error:
+        F.embedding(IDS.cpu(), WEIGHT.to("meta"))
+    assert isinstance(error.value, RuntimeError)  # as PyTorch's "Expected all tensors to be on the same device"
+
+
+@pytest.mark.parametrize("fullgraph", [True, False])
+def test_compiled_errors(fullgraph, backend):
+    """Of a graph's compiler, or named as they are without one."""
+    torch._dynamo.reset()
+    compiled = torch.compile(F.embedding, backend="eager", fullgraph=fullgraph)
+    for changes, message in ({"ids": IDS.float()}, "ids: expected dtype"), ({"weight": WEIGHT[None]}, "must be 2-D"):
+        with pytest.raises(RuntimeError, match=message):
+            compiled(**{"ids": IDS, "weight": WEIGHT} | changes)
 
 
 def test_padding_row(backend):
@@ -695,7 +767,7 @@ def test_torchs_module_errors(module_info, backend):
     )
     for error in errors:
         made, given = error.module_error_input.constructor_input, error.module_error_input.forward_input
-        with pytest.raises((error.error_type, TypeError)):  # ours, with what is wrong where: a TypeError for a dtype
+        with pytest.raises(error.error_type, match=r"^ids: expected|negative dimension"):  # with what is wrong where
             pyembed.Embedding(*made.args, **made.kwargs)(*given.args, **given.kwargs)
     assert errors
 
@@ -740,10 +812,11 @@ def test_torchs_operator_derivatives(op_info, backend):
 
 
 def test_torchs_operator_errors(op_info, backend):
-    """The same calls are refused; the message names the table, and the class of the error is this library's."""
+    """The same calls are refused, in the same words, by an error that is also of this library's class."""
     errors = list(op_info.error_inputs(DEVICE))
     for error in errors:
         sample = error.sample_input
-        with pytest.raises((error.error_type, ValueError), match=r"token: expected shape \(any, any\)"):
+        with pytest.raises(error.error_type, match=f"^weight: .*{error.error_regex}") as ours:
             F.embedding(*sample.args, sample.input, **sample.kwargs)
+        assert isinstance(ours.value, ValueError)
     assert errors
