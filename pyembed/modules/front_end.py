@@ -165,8 +165,8 @@ class EmbeddingQKV(KeepsTable):
         not be proved is called as it is, by no kernel; explain() says so. A module that the model replaces later (an adapter
         injected into it) is not seen: make the front end afterwards. rotary must say interleaved, and a call's pair be a
         CosSin, where functions apply_rotary… in the file of a module's class, which are tried, turn other columns than
-        (i, i + R/2) (Cohere, GLM). TypeError: a module of another kind, or one of positions that takes something else; ValueError: widths
-        that do not fit.
+        (i, i + R/2) (Cohere, GLM). TypeError: a module of another kind, or one of positions that takes something else;
+        ValueError: widths that do not fit.
         """
         for name, table in (("token", token), ("position", position), ("segment", segment)):
             if known.table_of(table) is None and (name == "token" or table is not None):
