@@ -9,6 +9,7 @@ reference.py; its lines in the kernels (arguments.py, tiles.py, embed_grad.py); 
 gradients, checks of ids, id policies and sharding go over the fields by name.
 """
 
+import operator
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -168,6 +169,10 @@ class Call(NamedTuple):
         statistics = (token.new_empty(M if kind in kinds else 0, dtype=wide) for kinds in (("layer",), ("layer", "rms")))
         return token.new_empty(*shape, token.shape[1]), *qkv, *statistics
 
+    def wants_grad(self) -> bool:
+        """Whether a gradient of it may be asked for."""
+        return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in self.values())
+
     def named(self) -> dict[str, Any]:
         """Every field of the parts by its name as an operator's argument."""
         return dict(zip(NAMES, self.values(), strict=True))
@@ -225,6 +230,23 @@ LEARNED = (*TABLES, "norm_weight", "norm_bias", "weight", "bias", "query_offset"
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """What statistics and sums are kept in: at least float32."""
     return torch.promote_types(dtype, torch.float32)
+
+
+class PaddingError(ValueError, AssertionError):
+    """padding_idx is no row of its table: PyTorch raises an AssertionError."""
+
+
+def pad_row(padding_idx: int | None, rows: int) -> int:
+    """padding_idx as Terms have it: counted from the table's beginning, −1 for None. PaddingError: no row of the table."""
+    if padding_idx is None:
+        return -1
+    if type(padding_idx) is not int:  # NumPy's, or in a Tensor, as PyTorch takes them too
+        if isinstance(padding_idx, bool) or not hasattr(padding_idx, "__index__"):
+            raise TypeError(f"padding_idx: expected an int, got {type(padding_idx).__name__}")
+        padding_idx = operator.index(padding_idx)
+    if not -rows <= padding_idx < rows:
+        raise PaddingError(f"padding_idx: expected a row in [{-rows}, {rows}), got {padding_idx}")
+    return padding_idx + rows if padding_idx < 0 else padding_idx
 
 
 def places(ids: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ check looks at types, shapes, dtypes and devices of a Call, once for all calls t
 the values of ids, where that costs no synchronisation.
 """
 
-import operator
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,10 +23,6 @@ class TensorTypeError(TypeError, RuntimeError):
 
 class TensorValueError(ValueError, RuntimeError):
     """A tensor of another shape, or on another device."""
-
-
-class PaddingError(ValueError, AssertionError):
-    """padding_idx is no row of its table."""
 
 
 class EmptyTableError(IndexError, RuntimeError):
@@ -62,29 +57,6 @@ def check_shape(name: str, tensor: Any, shape: tuple[int | None, ...], meaning: 
     if tensor.dim() != len(shape) or any(want not in (None, got) for want, got in zip(shape, tensor.shape, strict=True)):
         wanted = str(tuple("any" if size is None else size for size in shape)).replace("'", "")
         raise TensorValueError(f"{name}: expected shape {wanted}, {meaning}; got {tuple(tensor.shape)}")
-
-
-def padding_row(padding_idx: int | None, rows: int) -> int | None:
-    """padding_idx, counted from the table's beginning."""
-    if padding_idx is None:
-        return None
-    if type(padding_idx) is not int:  # NumPy's, or in a Tensor, as PyTorch takes them too
-        if isinstance(padding_idx, bool) or not hasattr(padding_idx, "__index__"):
-            raise TypeError(f"padding_idx: expected an int, got {type(padding_idx).__name__}")
-        padding_idx = operator.index(padding_idx)
-    if not -rows <= padding_idx < rows:
-        raise PaddingError(f"padding_idx: expected a row in [{-rows}, {rows}), got {padding_idx}")
-    return padding_idx + rows if padding_idx < 0 else padding_idx
-
-
-def terms_row(padding_idx: int | None, rows: int) -> int:
-    """padding_idx as Terms have it: counted from the table's beginning, −1 for None."""
-    if padding_idx is None:
-        return -1
-    if type(padding_idx) is int and 0 <= padding_idx < rows:
-        return padding_idx
-    row = padding_row(padding_idx, rows)
-    return -1 if row is None else row
 
 
 def check_heads(num_heads: int, num_kv_heads: int | None) -> int:

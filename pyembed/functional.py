@@ -5,17 +5,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import settings
-from .call import NO_EPILOGUE, NO_NORM, Call, DistinctIds, Epilogue, HiddenQKV, Norm, Projection, Terms
-from .checks import (
-    TensorValueError,
-    check,
-    check_integers,
-    check_query_biases,
-    check_range,
-    check_shape,
-    padding_row,
-    terms_row,
-)
+from .call import NO_EPILOGUE, NO_NORM, Call, DistinctIds, Epilogue, HiddenQKV, Norm, Projection, Terms, pad_row
+from .checks import TensorValueError, check, check_integers, check_query_biases, check_range, check_shape
 from .modes import TENSORS, can_read
 from .plans.choice import ZEROS, takes, why_torch
 from .reference import with_query_biases
@@ -60,7 +51,7 @@ def embedding(
     if call is None:
         why = why_no_kernel(ids, weight, max_norm, scale_grad_by_freq, sparse, policy)
         if why is None and why_torch(weight) is None:
-            call = Call(Terms(ids, weight, padding_idx=terms_row(padding_idx, weight.shape[0])), id_policy=policy)
+            call = Call(Terms(ids, weight, padding_idx=pad_row(padding_idx, weight.shape[0])), id_policy=policy)
     if call is not None:
         try:
             return run(call)
@@ -82,7 +73,7 @@ def embedding(
             return weight.new_zeros(*ids.shape, weight.shape[1]).index_put((~absent,), look_up(ids[~absent]))
         return look_up(ids.masked_fill(absent, 0)).masked_fill(absent.unsqueeze(-1), 0)
     except (AssertionError, IndexError, RuntimeError, TypeError):  # PyTorch's message lacks what is wrong where
-        padding_row(padding_idx, rows)
+        pad_row(padding_idx, rows)
         _check_rows(ids, weight, policy)
         raise
 
@@ -130,7 +121,7 @@ def why_no_kernel(
 def _row(padding_idx: int | None, table: Tensor) -> int:
     if padding_idx is not None:
         check_shape("token", table, (None, None), "(num_embeddings, embedding_dim)", optional=False)
-    return -1 if padding_idx is None else terms_row(padding_idx, table.shape[0])
+    return -1 if padding_idx is None else pad_row(padding_idx, table.shape[0])
 
 
 def embed(

@@ -16,8 +16,8 @@ from torch.distributed.tensor.parallel import ParallelStyle
 from torch.nn.utils import parametrize
 
 from . import settings, sharding  # noqa: F401  sharding: registers the operators
-from .call import Call, DistinctIds, Epilogue, HiddenQKV, MaybeTensor, Norm, Projection, Terms, as_table
-from .checks import check, check_integers, check_ranges, padding_row
+from .call import Call, DistinctIds, Epilogue, HiddenQKV, MaybeTensor, Norm, Projection, Terms, as_table, pad_row
+from .checks import check, check_integers, check_ranges
 from .functional import embedding
 from .modes import local
 from .modules import known
@@ -221,8 +221,8 @@ class _Colwise(EmbeddingQKV):
         """(..., D): the row of each id, from the rank that holds it."""
         V, n = self._modules["token"].num_embeddings, self._mesh.size()
         start = self._mesh.get_local_rank() * -(-V // n)
-        padding = padding_row(self._modules["token"].padding_idx, V)
-        padding = padding - start if padding is not None and 0 <= padding - start < len(table) else None
+        row = pad_row(self._modules["token"].padding_idx, V) - start
+        padding = row if 0 <= row < len(table) else None
         policy = self._policy()
         index = (ids.clamp(0, V - 1) if policy == "clamp" else ids) - start
         others = (index < 0) | (index >= len(table))

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .call import stock_forward
-from .checks import check_integers, padding_row
+from .call import pad_row, stock_forward
+from .checks import check_integers
 from .modes import can_read
 from .reference import sinusoids
 
@@ -40,13 +40,13 @@ def sinusoidal_table(
     a base that is not positive, an unknown convention, a padding_idx outside the table.
     """
     _check_size("max_length", max_length, 1)
-    padding_idx = padding_row(padding_idx, max_length)
+    row = pad_row(padding_idx, max_length)
     angle = torch.outer(
         torch.arange(max_length, dtype=torch.float64, device="cpu"), _frequencies(embedding_dim, base, convention)
     )
     table = _columns(angle.sin(), angle.cos(), embedding_dim, convention).float()
-    if padding_idx is not None:
-        table[padding_idx] = 0
+    if row >= 0:
+        table[row] = 0
     return table
 
 

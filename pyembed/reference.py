@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .call import NO_EPILOGUE, Call, Called, Epilogue, HiddenQKV, Norm, Projection, Terms, places, rows_of, wide_dtype
+from .call import NO_EPILOGUE, Call, Called, Epilogue, HiddenQKV, Norm, Projection, Terms, pad_row, places, rows_of, wide_dtype
 from .rotary import Pair, Rotary, turns
 
 
@@ -190,7 +190,7 @@ def embed(
     dropout: float = 0.0,
 ) -> Tensor:
     """hidden (..., T, D), as functional.embed has it."""
-    row = padding_row(padding_idx, token)
+    row = pad_row(padding_idx, token.shape[0])
     return compose_hidden(Call(Terms(ids, token, position, position_ids, segment, segment_ids, None, scale, dropout, row)))
 
 
@@ -221,7 +221,7 @@ def embed_qkv(
     heads_first: bool = False,
 ) -> HiddenQKV:
     """hidden, query, key and value, as functional.embed_qkv has them."""
-    row, heads = padding_row(padding_idx, token), num_heads if num_kv_heads is None else num_kv_heads
+    row, heads = pad_row(padding_idx, token.shape[0]), num_heads if num_kv_heads is None else num_kv_heads
     call = Call(
         Terms(ids, token, position, position_ids, segment, segment_ids, None, scale, dropout, row),
         Norm(norm or "none", norm_weight, norm_bias, eps),
@@ -231,10 +231,3 @@ def embed_qkv(
     found = compose(call if query_biases is None else with_query_biases(call, *query_biases))
     assert isinstance(found, HiddenQKV)
     return found
-
-
-def padding_row(padding_idx: int | None, token: Tensor) -> int:
-    """The row that gets no gradient; −1: none does."""
-    if padding_idx is None:
-        return -1
-    return padding_idx + token.shape[0] if padding_idx < 0 else padding_idx

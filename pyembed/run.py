@@ -192,7 +192,7 @@ def _runner_of_plan(call, observed):
     plan = settle(call)
     if plan is not None and plan.name == "one_pass":
         return one
-    other = partial(distinct.front_end, kernels=composed is None, observed=observed, grads=_wants_grad(call))
+    other = partial(distinct.front_end, kernels=composed is None, observed=observed, grads=call.wants_grad())
     if call.distinct is not None or composed is None and _must_check(call):
         other = _checked(other, composed is None and _must_check(call))
     if plan is not None:
@@ -217,7 +217,7 @@ def _kernel_runner(call, observed):
     if call.projection is not None and autocast_dtype(token) == torch.bfloat16 and not token.is_cuda:
         raise TypeError(f"autocast: {NO_BF16}")
     runner: Runner = partial(function, observed=observed)
-    kernel = None if observed or _wants_grad(call) else one_pass.kernel_of(call)
+    kernel = None if observed or call.wants_grad() else one_pass.kernel_of(call)
     if kernel is not None:
         outputs = 1 if call.projection is None else len(HiddenQKV._fields)
         runner = _Launch(kernel, outputs) if is_compiled(token) else _launched(kernel, outputs)
@@ -229,10 +229,6 @@ def _launched(kernel, outputs):
     if outputs == 1:
         return kernel
     return lambda call: HiddenQKV(*kernel(call)[:outputs])
-
-
-def _wants_grad(call):
-    return torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in call.values())
 
 
 def _must_check(call):

@@ -8,8 +8,7 @@ from torch._jit_internal import is_scripting
 
 import pyembed.settings as settings
 
-from ..call import NO_EPILOGUE, NO_NORM, Call, Called, Terms, stock_forward
-from ..checks import terms_row
+from ..call import NO_EPILOGUE, NO_NORM, Call, Called, Terms, pad_row, stock_forward
 from ..functional import embedding, why_no_kernel
 from ..ids import HasIdPolicy
 from ..plans.choice import Plan, why_torch
@@ -106,7 +105,7 @@ class TokenPositionEmbedding(HasIdPolicy):
         positions, segments = None if position is None else position.weight, None if segment is None else segment.weight
         if concat:
             positions = Called(position, weight=positions)
-        row = -1 if padding_idx is None else terms_row(padding_idx, table.shape[0])
+        row = -1 if padding_idx is None else pad_row(padding_idx, table.shape[0])
         terms = Terms(ids, table, positions, position_ids, segments, segment_ids, None, self.scale, rate, row)
         found = run(Call(terms, NO_NORM, None, NO_EPILOGUE, self._policy(), False, None, concat))
         return dropout(found) if concat else found

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 import pyembed.settings as settings
 
-from ..call import Call, DistinctIds, HiddenQKV, Terms, as_table
-from ..checks import check, check_heads, check_ranges, padding_row
+from ..call import Call, DistinctIds, HiddenQKV, Terms, as_table, pad_row
+from ..checks import check, check_heads, check_ranges
 from ..ids import apply_policy
 from ..modes import local
 from ..plans.choice import Plan, choose, weigh
@@ -81,7 +81,7 @@ class EmbeddingQKV(KeepsTable):
                 raise ValueError(f"{name}: expected a positive number, got {size}")
         if head_dim is not None and head_dim < 1:
             raise ValueError(f"head_dim: expected a positive number, got {head_dim}")
-        padding_row(padding_idx, num_embeddings)
+        pad_row(padding_idx, num_embeddings)
         if head_dim is None and embedding_dim % num_heads:
             raise ValueError(f"embedding_dim: expected a multiple of num_heads ({num_heads}), got {embedding_dim}")
         if num_segments < 0:

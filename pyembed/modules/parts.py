@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 import pyembed.settings as settings
 
-from ..call import NO_EPILOGUE, Call, Called, DistinctIds, Epilogue, Norm, Projection, Terms, wide_dtype
-from ..checks import check, check_query_biases, terms_row
+from ..call import NO_EPILOGUE, Call, Called, DistinctIds, Epilogue, Norm, Projection, Terms, pad_row, wide_dtype
+from ..checks import check, check_query_biases
 from ..ids import HasIdPolicy
 from ..plans.choice import why_torch
 from ..positions import Sinusoidal
@@ -133,7 +133,7 @@ class HoldsParts(HasIdPolicy):
                 position_ids = None  # which the rotary tables alone look up
         position = None if position is None else position._parameters["weight"]
         dropout = self._rate() if modules["dropout"].training else 0.0
-        row = -1 if padding_idx is None else terms_row(padding_idx, table.shape[0])
+        row = -1 if padding_idx is None else pad_row(padding_idx, table.shape[0])
         eps = torch.finfo(wide_dtype(table.dtype)).eps if eps is None else float(eps)
         return Call(
             Terms(ids, table, position, position_ids, None, None, None, None, dropout, row),
@@ -153,7 +153,7 @@ class HoldsParts(HasIdPolicy):
     def _terms(self, ids: Tensor, position_ids: Tensor | None, segment_ids: Tensor | None) -> Terms:
         token, segment = self._modules["token"], self._modules["segment"]
         table, segments = token.weight, None if segment is None else segment.weight
-        row = terms_row(token.padding_idx, table.shape[0])
+        row = pad_row(token.padding_idx, table.shape[0])
         return Terms(ids, table, self._position(), position_ids, segments, segment_ids, None, self._scale(), self._rate(), row)
 
     def _epilogue(self, token: Tensor) -> Epilogue:

@@ -58,11 +58,10 @@ def _cast(call: Call) -> Call:
 
 def normalises_heads(call: Call) -> bool:
     """Whether the kernel's epilogue can normalise heads: of a width that tiles have, and no gradient is wanted."""
-    wanted = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in call.values())
     head_dim = call.head_dim
     is_tile = 16 <= head_dim <= 256 and head_dim & (head_dim - 1) == 0
     called = isinstance(call.epilogue.query_norm, Called)
-    return is_tile and not wanted and not called and autocast_dtype(call.terms.token) is None
+    return is_tile and not call.wants_grad() and not called and autocast_dtype(call.terms.token) is None
 
 
 launch_hidden = partial(launch, "embed", "embed")

@@ -137,7 +137,7 @@ MUTATIONS = [
         "if self.query_norm is not None:",
         ENDS + " -k second_query",
     ),
-    Mutation(ONE_PASS, "return is_tile and not wanted", "return is_tile", ENDS + " -k where_they_learn"),
+    Mutation(ONE_PASS, "return is_tile and not call.wants_grad()", "return is_tile", ENDS + " -k where_they_learn"),
     Mutation(ONE_PASS, "16 <= head_dim <= 256 and", "head_dim <= 256 and", ENDS + " -k fused"),
     Mutation(
         ONE_PASS,
@@ -302,10 +302,10 @@ MUTATIONS = [
     Mutation(RUN, "not keeps or not _has_schema_types(call)", "not keeps", LAUNCHES + " -k eps"),
     Mutation(RUN, "look(token.device)\n", "pass\n", LAUNCHES + " -k absent"),
     Mutation(RUN, "**{field: tensor.contiguous()}", "**{field: tensor}", LAUNCHES + " -k column"),
-    Mutation(RUN, "None if observed or _wants_grad(call) else", "None if observed else", FAST + " -k like_one_before"),
-    Mutation(RUN, "None if observed or _wants_grad(call) else", "None if _wants_grad(call) else", LAUNCHES + " -k profiler"),
+    Mutation(RUN, "None if observed or call.wants_grad() else", "None if observed else", FAST + " -k like_one_before"),
+    Mutation(RUN, "None if observed or call.wants_grad() else", "None if call.wants_grad() else", LAUNCHES + " -k profiler"),
     Mutation(
-        RUN, "observed=observed, grads=_wants_grad(call))", "observed=observed, grads=False)", FAST + " -k like_one_before"
+        RUN, "observed=observed, grads=call.wants_grad())", "observed=observed, grads=False)", FAST + " -k like_one_before"
     ),
     Mutation(RUN, "return inner(apply_policy(call))", "return inner(call)", IDS + " -k clamp"),
     Mutation(
@@ -417,18 +417,16 @@ MUTATIONS = [
     Mutation("pyembed/positions.py", "if self.weight.is_inference():", "if False:", PLACES + " -k inference_mode"),
     Mutation("pyembed/checks.py", "(TypeError, RuntimeError)", "(TypeError)", EMBEDDING + " -k torchs_class"),
     Mutation("pyembed/checks.py", "(ValueError, RuntimeError)", "(ValueError)", EMBEDDING + " -k torchs_class"),
-    Mutation("pyembed/checks.py", "(ValueError, AssertionError)", "(ValueError)", EMBEDDING + " -k torchs_class"),
+    Mutation("pyembed/call.py", "(ValueError, AssertionError)", "(ValueError)", EMBEDDING + " -k torchs_class"),
     Mutation("pyembed/checks.py", "(IndexError, RuntimeError)", "(IndexError)", EMBEDDING + " -k torchs_class"),
-    Mutation("pyembed/checks.py", "if isinstance(padding_idx, bool) or", "if", EMBEDDING + " -k torchs_class"),
+    Mutation("pyembed/call.py", "if isinstance(padding_idx, bool) or", "if", EMBEDDING + " -k torchs_class"),
     Mutation(
         "pyembed/functional.py",
         "            _check_rows(ids, weight, policy)\n",
         "            pass\n",
         EMBEDDING + " -k torchs_class",
     ),
-    Mutation(
-        "pyembed/functional.py", "        padding_row(padding_idx, rows)\n", "        pass\n", EMBEDDING + " -k torchs_class"
-    ),
+    Mutation("pyembed/functional.py", "        pad_row(padding_idx, rows)\n", "        pass\n", EMBEDDING + " -k torchs_class"),
     Mutation("pyembed/functional.py", "type(padding_idx) is int and weight", "weight", EMBEDDING + " -k torchs_class"),
     Mutation("pyembed/data.py", "_encodings.setdefault(name, mine)", "mine", DATA + " -k threads"),
     Mutation(
