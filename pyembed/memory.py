@@ -1,12 +1,12 @@
 """A caching allocator for large CPU results.
 
 PyTorch maps fresh pages for each large result, and the page faults of the first write cost several times the write itself.
-Here each large result has a buffer, which a later call reuses once no tensor refers to it (by Python's reference count of the
-buffer). Unused buffers hold at most KEEP_BYTES together; empty_cache() frees them.
+Here the storages of large results are kept, and a later result of the same size reuses one that nothing else refers to, by
+PyTorch's count of references and by Python's. They are PyTorch's own, and as large as their results, which can so be resized,
+shared and saved like any other tensor. Unused storages hold at most KEEP_BYTES together; empty_cache() frees them.
 """
 
 import math
-import mmap
 import os
 import sys
 import threading
@@ -15,39 +15,42 @@ import torch
 
 SMALL_BYTES = 4 << 20  # the C library's malloc reuses smaller blocks by itself
 KEEP_BYTES = 1 << 30
-_buffers: list[mmap.mmap] = []  # those in use and those kept, oldest first
+_storages: list[torch.UntypedStorage] = []  # those in use and those kept, the one that was used last at the end
 _lock = threading.Lock()
-_counts_references = getattr(sys, "_is_gil_enabled", lambda: True)()
+_counts_references = hasattr(torch._C, "_storage_Use_Count") and getattr(sys, "_is_gil_enabled", lambda: True)()
 
 
-def _idle() -> list[mmap.mmap]:
-    """Buffers that no tensor refers to: those with no more references than an object that only a list holds."""
-    (unused,) = [sys.getrefcount(buffer) for buffer in [bytearray()]]
-    return [buffer for buffer in _buffers if sys.getrefcount(buffer) <= unused]
+def _idle() -> list[torch.UntypedStorage]:
+    """Storages that this list alone refers to. Forgets those that another process may see, and those that were made small."""
+    _storages[:] = [storage for storage in _storages if storage.nbytes() >= SMALL_BYTES and not storage.is_shared()]
+    (unused,) = [sys.getrefcount(storage) for storage in [torch.UntypedStorage(0)]]
+    alone = [storage for storage in _storages if sys.getrefcount(storage) <= unused]  # enough in torch 2.13
+    return [storage for storage in alone if torch._C._storage_Use_Count(storage._cdata) == 1]
 
 
-def pages(size: int) -> mmap.mmap:
-    """Zeroed pages straight from the operating system, never memory that malloc has kept. Private: copied on fork."""
-    return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+def _storage(size: int) -> torch.UntypedStorage:
+    """One of so many bytes that nothing else refers to."""
+    found = next((storage for storage in _idle() if storage.nbytes() == size), None)
+    if found is None:
+        found = torch.UntypedStorage(size, device="cpu")
+    _storages[:] = [*(storage for storage in _storages if storage is not found), found]
+    return found
 
 
-def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-    """torch.empty on the CPU; a tensor of at least SMALL_BYTES may reuse a buffer that no other tensor refers to."""
+def empty(*shape: int, dtype: torch.dtype, has_room: bool = False) -> torch.Tensor:
+    """torch.empty on the CPU; a tensor of at least SMALL_BYTES may reuse memory that nothing else refers to.
+
+    has_room: its storage may be a quarter larger, so that it serves tensors of other sizes too: of what no user sees."""
     count = math.prod(shape)
     size = count * dtype.itemsize
     if size < SMALL_BYTES or not _counts_references:
         return torch.empty(shape, dtype=dtype, device="cpu")
+    step = 1 << size.bit_length() - 3 if has_room else 1
     with _lock:
-        fitting = [buffer for buffer in _idle() if size <= len(buffer) <= size * 5 // 4]
-        buffer = min(fitting, key=len, default=None)
-        if buffer is None:
-            buffer = pages(size)
-            _buffers.append(buffer)
-        flat = torch.frombuffer(buffer, dtype=dtype, count=count)
-        # Not a view of flat: autograd refuses in-place changes of views made under no_grad or in a custom Function.
+        storage = _storage(-(-size // step) * step)
+        # Not a view: autograd refuses in-place changes of views made under no_grad or in a custom Function.
         strides = [math.prod(shape[axis:]) for axis in range(1, len(shape) + 1)]
-        tensor = torch.empty(0, dtype=dtype, device="cpu").set_(flat.untyped_storage(), 0, shape, strides)
-        del buffer, fitting, flat
+        tensor = torch.empty(0, dtype=dtype, device="cpu").set_(storage, 0, shape, strides)
         _trim(KEEP_BYTES)
         return tensor
 
@@ -58,10 +61,10 @@ def empty_each(shapes: list[tuple[int, ...]], dtype: torch.dtype) -> list[torch.
 
 
 def _after_fork() -> None:
-    """The child starts anew: at the fork another thread of the parent may have held the lock, or been taking a buffer."""
+    """The child starts anew: at the fork another thread of the parent may have held the lock, or been taking memory."""
     global _lock
     _lock = threading.Lock()
-    _buffers.clear()
+    _storages.clear()
 
 
 if hasattr(os, "register_at_fork"):
@@ -69,15 +72,16 @@ if hasattr(os, "register_at_fork"):
 
 
 def empty_cache() -> None:
-    """Frees the CPU buffers that are kept for reuse and that no tensor uses. (For GPU memory: torch.cuda.empty_cache.)"""
+    """Frees the CPU memory that is kept for reuse and that no tensor uses. (For GPU memory: torch.cuda.empty_cache.)"""
     with _lock:
         _trim(0)
 
 
 def _trim(limit: int) -> None:
-    """Drops idle buffers, oldest first, until they hold at most `limit` bytes."""
+    """Drops idle storages, those not used for longest first, until they hold at most `limit` bytes."""
     idle = _idle()
-    excess = sum(map(len, idle)) - limit
+    excess = sum(storage.nbytes() for storage in idle) - limit
     while idle and excess > 0:
-        excess -= len(idle[0])
-        _buffers.remove(idle.pop(0))
+        dropped = idle.pop(0)
+        excess -= dropped.nbytes()
+        _storages[:] = [storage for storage in _storages if storage is not dropped]

@@ -196,7 +196,7 @@ def forward(call: Call, rows: Tensor | None = None, index: Tensor | None = None)
     if norm.weight is not None:
         used *= norm.weight
     # In fp16 small projections would lose digits, so they stay in fp32.
-    projected = empty(used.shape[0], N, dtype=wide if dtype == torch.float16 else dtype)
+    projected = empty(used.shape[0], N, dtype=wide if dtype == torch.float16 else dtype, has_room=True)
     hidden, *results = empty_each([(*ids.shape, D), *((*ids.shape, n // head_dim, head_dim) for n in widths)], dtype)
     rstd = torch.empty(batch.M if norm.kind != "none" else 0, dtype=wide)
     parts, product = [], product_dtype(weight.device, weight.dtype)
@@ -302,7 +302,10 @@ def _sum_backward(
 ) -> Tensor:
     """Gradient of the distinct tokens (U, D) through hidden and rstd; adds that of the positions to grad_places (P, D)."""
     wide = grad_places.dtype
-    streamed = grad.contiguous() if grad is not None and pull is None else empty(batch.M, token.shape[1], dtype=wide)
+    if grad is not None and pull is None:
+        streamed = grad.contiguous()
+    else:
+        streamed = empty(batch.M, token.shape[1], dtype=wide, has_room=True)
     for block in batch.blocks():
         g = streamed[block.tokens]
         if pull is not None:

@@ -1,14 +1,13 @@
 """Matrix product and memory rates of a device, measured once per process: for the planner's cost model and product_dtype."""
 
 import functools
+import mmap
 import threading
 import time
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-
-from ..memory import pages
 
 
 class Rates(NamedTuple):
@@ -58,8 +57,8 @@ def _measure(device: torch.device, dtype: torch.dtype) -> Rates:
 
 
 def _fresh() -> torch.Tensor:
-    """(FRESH_BYTES,) uint8 in pages fresh from the operating system, not written to yet."""
-    return torch.frombuffer(pages(FRESH_BYTES), dtype=torch.uint8)
+    """(FRESH_BYTES,) uint8 in pages fresh from the operating system, never memory that malloc has kept."""
+    return torch.frombuffer(mmap.mmap(-1, FRESH_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=torch.uint8)
 
 
 def _time(device: torch.device, dtype: torch.dtype) -> Rates:

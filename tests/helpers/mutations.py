@@ -41,6 +41,7 @@ PROOFS = "pyembed/modules/proofs.py"
 SWAPS, PLACES = (f"tests/modules/test_{name}.py" for name in ("swaps", "positions"))
 TURNS, TURNS_OF = "pyembed/rotary.py", "pyembed/rotary_of.py"
 BENCH, DATA = (f"tests/tools/test_{name}.py" for name in ("bench", "data"))
+MEMORY = "pyembed/memory.py"
 MUTATIONS = [
     Mutation(
         KERNELS + "tiles.py",
@@ -368,6 +369,10 @@ MUTATIONS = [
     Mutation(
         "pyembed/settings.py", "        current = current._replace(**before)\n", "        pass\n", PLANNER + " -k restored"
     ),
+    Mutation(MEMORY, "for storage in _storages if sys.getrefcount(storage) <= unused]", "for storage in _storages]", SAMES),
+    Mutation(MEMORY, " and not storage.is_shared()]", "]", SAMES + " -k memory"),
+    Mutation(MEMORY, "if has_room else 1\n", "\n", SAMES + " -k file"),
+    Mutation(MEMORY, "if storage.nbytes() == size)", "if storage.nbytes() >= size)", SAMES + " -k file"),
     Mutation("pyembed/plans/distinct_cpu.py", "pull *= rstd.pow(3) / -D", "pull *= rstd / -D", SAMES + " -k gradcheck"),
     Mutation(
         "pyembed/plans/distinct_cpu.py",

@@ -1,6 +1,7 @@
 """The `distinct` plan: the same answer, whatever repeats."""
 
 import gc
+import io
 import os
 
 import pytest
@@ -216,12 +217,75 @@ def test_memory_is_given_back(monkeypatch):
     held = [large(float(i)) for i in range(4)]
     del held
     gc.collect()
-    assert len(memory._buffers) == 4
+    assert len(memory._storages) == 4
     monkeypatch.setattr(memory, "KEEP_BYTES", 16 << 20)
     kept = large(0.0)
-    assert len(memory._buffers) == 3
+    assert len(memory._storages) == 3
     pyembed.empty_cache()
-    assert len(memory._buffers) == 1 and (kept == 0.0).all()
+    assert len(memory._storages) == 1 and (kept == 0.0).all()
+
+
+def resized_to_nothing_and_back(x):
+    size = x.untyped_storage().nbytes()
+    x.untyped_storage().resize_(0)
+    x.untyped_storage().resize_(size)
+    return x.fill_(2.0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: x.resize_(1025, 1024)[:1024],
+        lambda x: x.resize_(2, 3),
+        lambda x: x.resize_(0),
+        resized_to_nothing_and_back,
+        lambda x: x.set_(torch.ones(2)),
+        lambda x: x.set_(x.untyped_storage(), 1024, (3, 1024), (1, 4)),
+        lambda x: x.mul_(3.0).t_(),
+        lambda x: torch.from_numpy(x.numpy()),
+        lambda x: torch.from_dlpack(x),
+        lambda x: x.share_memory_(),
+    ],
+    ids=["larger", "smaller", "nothing", "storage", "set", "set to its own", "in place", "numpy", "dlpack", "shared"],
+)
+def test_results_are_like_any_tensor(change):
+    """In new memory and in memory that was used before: what is done with PyTorch's can be done with them, to the same end."""
+    memory.empty_cache()
+    expected = change(torch.full((1024, 1024), 1.5))
+    for _ in range(3):
+        result = memory.empty(1024, 1024, dtype=torch.float32).fill_(1.5)
+        assert result.untyped_storage().nbytes() == result.nbytes and result.data_ptr() % 64 == 0
+        found = change(result)
+        assert torch.equal(found, expected) and found.stride() == expected.stride()
+        assert found.untyped_storage().nbytes() == expected.untyped_storage().nbytes()
+        del result, found
+
+
+def test_memory_that_others_hold_is_not_used_again():
+    """A storage without a tensor, and one that another process may have been sent."""
+    memory.empty_cache()
+    storage = large(1.0).untyped_storage()
+    assert large(2.0).data_ptr() != storage.data_ptr() and torch.tensor(storage[:8]).view(torch.float32).eq(1.0).all()
+    del storage
+    sent = large(3.0)
+    received = torch.UntypedStorage._new_shared_fd_cpu(*sent.untyped_storage()._share_fd_cpu_())
+    del sent
+    assert not any(large(value).is_shared() for value in (4.0, 5.0, 6.0))
+    assert torch.tensor(received[:8]).view(torch.float32).eq(3.0).all()
+
+
+@pytest.mark.parametrize("tokens", [1200, 1024])
+def test_a_file_holds_the_result_alone(tokens):
+    """Also where what lay in the memory before was larger."""
+    memory.empty_cache()
+    token, weight = torch.randn(8, 1024), torch.randn(3 * 1024, 1024)
+    for M in (1200, tokens):
+        found = None  # gives its memory back
+        found = F.embed_qkv(torch.randint(8, (M,)), token, weight, num_heads=8)
+    for result in found:
+        file = io.BytesIO()
+        torch.save(result, file)
+        assert result.nbytes < len(file.getvalue()) < result.nbytes + 2000
 
 
 @pytest.mark.sample
@@ -270,7 +334,7 @@ def test_a_forked_process_has_its_own_results():
     if child == 0:
         torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
         result.zero_()
-        os._exit(0 if not memory._buffers else 1)
+        os._exit(0 if not memory._storages else 1)
     assert os.waitpid(child, 0)[1] == 0
     assert (result == 1).all()
 
