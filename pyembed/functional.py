@@ -193,7 +193,7 @@ def embed_qkv(
     rotary: turns query and key, in fp32 by the kernels: a Rotary, by position_ids, or cosines and sines (T, R), (1, T, R) or
     (..., T, R) of each token, half behind half, as most of transformers passes them, to turn columns (i, i + R/2); a CosSin
     says what else a pair may be. They get no gradient. ValueError: values laid out otherwise (they are looked at on the CPU,
-    on a GPU within pyembed.debug(); elsewhere query and key become far too large, above 1e28).
+    on a GPU within pyembed.debug(); elsewhere query and key become NaN).
     query_biases: two of (num_heads, head_dim), Transformer-XL's u and v: query is (2, …), q + u and q + v.
     Differentiable once in every floating argument. All tensors share one dtype (float32, float16, bfloat16; float64 on the
     CPU) and one device. fp32 products on a GPU use tf32 where torch.backends.cuda.matmul says so.

@@ -1,6 +1,7 @@
 """Rotary position embedding (RoPE, Su et al. 2021): pairs of columns of query and key are rotated by angles that grow with the
 position."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -121,10 +122,9 @@ class CosSin(NamedTuple):
 
     cos, sin: (T, R), (1, T, R) or (..., T, R), the value of each pair of columns twice: half behind half (Llama, GLM) or side
     by side (Cohere); or, doubled=False, (..., T, R/2), each once (GPT-J, GPT-OSS, flash-attn). interleaved: the pairs are
-    columns (2i, 2i+1) (Cohere, GLM, Helium, Ernie 4.5, GPT-J), else (i, i + R/2). Where the values stand is seen from
-    them, without waiting for a device; values laid out otherwise are a ValueError on a CPU and within debug(), and elsewhere
-    make query and key far too large (1e28) where they come doubled. Which columns are pairs cannot be seen from the values:
-    GLM passes what Llama passes.
+    columns (2i, 2i+1) (Cohere, GLM, Helium, Ernie 4.5, GPT-J), else (i, i + R/2). Values laid out otherwise are a ValueError on
+    a CPU and within debug(); elsewhere nothing waits for a device, and doubled ones make query and key NaN. Which columns are
+    pairs cannot be seen from the values: GLM passes what Llama passes.
     """
 
     cos: Tensor
@@ -159,9 +159,6 @@ def turns(rotary: Rotary | Pair | None, ids: Tensor, position_ids: Tensor | None
     return own_cos, own_sin, position_ids, rotary.interleaved
 
 
-FAR = 1e38  # an extrapolation so far that it magnifies every difference
-
-
 def _once(pair: CosSin) -> tuple[Tensor, Tensor]:
     """cos and sin (..., T, R/2). ValueError: values laid out otherwise, where they can be read without waiting."""
     cos, sin, interleaved, doubled = pair
@@ -173,8 +170,8 @@ def _once(pair: CosSin) -> tuple[Tensor, Tensor]:
     # Sines tell more than cosines, which are 1 for all small angles.
     first, second = sin[..., :half], sin[..., half:]
     if not interleaved:
-        if not readable:  # equal halves stay as they are, bit for bit; no difference survives
-            return cos[..., :half], torch.lerp(first, second, FAR)
+        if not readable:
+            return cos[..., :half], _nan_unless_equal(first, second)
         if not torch.equal(first, second):
             raise ValueError(
                 "rotary: expected cos and sin whose second half repeats the first, got others: pass pyembed.CosSin(cos, sin, "
@@ -184,7 +181,8 @@ def _once(pair: CosSin) -> tuple[Tensor, Tensor]:
     left, right = sin[..., ::2], sin[..., 1::2]
     if not readable:
         beside = (left == right).all()
-        return torch.where(beside, cos[..., ::2], cos[..., :half]), torch.where(beside, left, torch.lerp(first, second, FAR))
+        halves = _nan_unless_equal(first, second)
+        return torch.where(beside, cos[..., ::2], cos[..., :half]), torch.where(beside, left, halves)
     if torch.equal(left, right):
         return cos[..., ::2], left
     if torch.equal(first, second):
@@ -193,6 +191,11 @@ def _once(pair: CosSin) -> tuple[Tensor, Tensor]:
         "rotary: expected cos and sin with each value twice, side by side or half behind half, got others: pass doubled=False "
         "if each comes once"
     )
+
+
+def _nan_unless_equal(first: Tensor, second: Tensor) -> Tensor:
+    """first, NaN where second is another: what a device tells of wrong values without a wait."""
+    return torch.where(first == second, first, math.nan)
 
 
 def _checked_pair(rotary: Any, ids: Tensor, interleaved: bool) -> CosSin:

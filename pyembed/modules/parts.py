@@ -12,7 +12,6 @@ from ..call import NO_EPILOGUE, Call, Called, DistinctIds, Epilogue, Norm, Proje
 from ..checks import check, check_query_biases
 from ..ids import HasIdPolicy
 from ..plans.choice import why_torch
-from ..positions import Sinusoidal
 from ..reference import with_query_biases
 from ..rotary import CosSin, Rotary, Turns, turns
 from ..settings import policy_of
@@ -28,7 +27,7 @@ class HoldsParts(HasIdPolicy):
 
     _modules: dict[str, Any]  # read in place of attributes, which are slow
     token: nn.Embedding  # or a module around one, as in all that follow
-    position: nn.Embedding | Sinusoidal | None
+    position: nn.Module | None
     segment: nn.Embedding | None
     embedding_transform: nn.Module | None
     norm: nn.Module | None

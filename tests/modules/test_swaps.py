@@ -391,7 +391,8 @@ def test_electra(backend):
         embedding_transform=torch.nn.Sequential(embeddings.LayerNorm, embeddings.dropout, model.embeddings_project),
         qkv=three(attention, ("query", "key", "value")), num_heads=4, heads_first=True,
     )  # fmt: skip
-    hold(front, seen_by_attention(model, attention), backend)
+    found = hold(front, seen_by_attention(model, attention), backend)
+    assert found.hidden.shape == (2, 9, 32)
 
 
 @BACKENDS
