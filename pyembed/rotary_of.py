@@ -103,14 +103,14 @@ def is_doubled(table: Tensor) -> bool:
     return torch.equal(table[..., :half], table[..., half:]) or torch.equal(table[..., ::2], table[..., 1::2])
 
 
-def unlike_halves(modules: Iterable[nn.Module | None]) -> str | None:
+def unlike_halves(modules: Iterable[nn.Module]) -> str | None:
     """The class of one of these modules if its model does not turn columns (i, i + R/2); None: nothing says so."""
     angle = torch.tensor([0.3, 1.0, 2.0], device="cpu")
     tables = angle.cos(), angle.sin()
     layouts = [(of(tables[0]), of(tables[1])) for of in (lambda x: x.repeat(2), lambda x: x.repeat_interleave(2))]
-    for module in modules:
-        if module is not None and ways(type(module), layouts, *tables) - {False}:
-            return type(module).__name__
+    for kind in dict.fromkeys(map(type, modules)):
+        if ways(kind, layouts, *tables) - {False}:
+            return kind.__name__
     return None
 
 
