@@ -61,8 +61,13 @@ def is_dtensor(value: object) -> "TypeGuard[DTensor]":
 
 
 def brings_operators(value: object) -> bool:
-    """Whether it is a tensor of another kind around others, as quantised weights are; a DTensor has its own way."""
-    if not isinstance(value, Tensor) or not is_traceable_wrapper_subclass(value):
+    """Whether it is a tensor of another kind, as quantised weights are; a DTensor has its own way."""
+    if not isinstance(value, Tensor) or type(value) in TENSORS:
+        return False
+    function = type(value).__torch_function__
+    is_usual = function is torch._C._disabled_torch_function_impl
+    is_usual = is_usual or getattr(function, "__func__", None) is getattr(Tensor.__torch_function__, "__func__", 0)
+    if is_usual and not is_traceable_wrapper_subclass(value):
         return False
     return not (has_process_group() and is_dtensor(value))
 

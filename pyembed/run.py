@@ -92,7 +92,7 @@ def run(call: Call) -> Any:
     for guard, state, runner in kind.runners.get(key, ()):
         if guard.check(*tensors) and state.check():
             # Modes change dispatch keys, which the guards compare; PyTorch's own operators see profilers and forward-mode AD.
-            if runner is not compose and runner is not compose_hidden and (is_profiled() or forward_ad._current_level >= 0):
+            if runner is not compose and runner is not compose_hidden and _is_watched():
                 break
             try:
                 return runner(call)
@@ -100,6 +100,11 @@ def run(call: Call) -> Any:
                 _explain(call)
                 raise
     return _run_first(call, (kind, key, tensors))
+
+
+def _is_watched():
+    """Whether something watches operators that the guards do not tell: a profiler, forward-mode AD, a selective checkpoint."""
+    return is_profiled() or forward_ad._current_level >= 0 or torch._C._len_torch_dispatch_stack() > 0
 
 
 _TABLES = frozenset((*TENSORS, Called))

@@ -1,5 +1,6 @@
 """The modules without a projection: nn.Embedding, and its sum with positions."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from ..plans.choice import Plan, why_torch
 from ..positions import Sinusoidal, make
 from ..run import run
 from ..settings import policy_of
-from .known import COMBINES
+from .known import COMBINES, Known, is_stock, looks_up, place_rows, table_of
 from .parts import dropout_rate
 
 
@@ -65,6 +66,7 @@ class TokenPositionEmbedding(HasIdPolicy):
     position: nn.Embedding | Sinusoidal | None
     segment: Embedding | None
     dropout: nn.Dropout
+    _known: Known
 
     def __init__(
         self,
@@ -90,25 +92,35 @@ class TokenPositionEmbedding(HasIdPolicy):
         self.register_module("position", make(position, max_length, embedding_dim, **factory))
         self.register_module("segment", Embedding(num_segments, embedding_dim, **factory) if num_segments else None)
         self.dropout = nn.Dropout(dropout)
-        self.combine, self.scale = combine, scale
+        self.combine, self.scale, self._known = combine, scale, Known()
 
     def _policy(self) -> str:
-        own = self._id_policy or self._modules["token"]._id_policy
+        own = self._id_policy or getattr(self._modules["token"], "_id_policy", None)
         return settings.current.id_policy if own is None else policy_of(own)
 
     def forward(self, ids: Tensor, position_ids: Tensor | None = None, segment_ids: Tensor | None = None) -> Tensor:
         """ids (..., T), position_ids and segment_ids (T,), (1, T) or like ids, None: 0 … T−1, and 0 -> hidden (..., T,
         embedding_dim)."""
         modules, concat = self._modules, self.combine == "concat"
-        token, position, segment, dropout = modules["token"], modules["position"], modules["segment"], modules["dropout"]
-        table, padding_idx, rate = token.weight, token.padding_idx, 0.0 if concat else dropout_rate(dropout, dropout.training)
-        positions, segments = None if position is None else position.weight, None if segment is None else segment.weight
-        if concat:
-            positions = Called(position, weight=positions)
+        dropout, table = modules["dropout"], self._table("token")
+        positions, segments, rate = self._table("position"), self._table("segment"), 0.0
+        if not concat:
+            rate = dropout_rate(dropout, dropout.training)
+        elif isinstance(positions, Tensor):
+            positions = Called(modules["position"], weight=positions)
+        padding_idx = None if isinstance(table, Called) else modules["token"].padding_idx
         row = -1 if padding_idx is None else pad_row(padding_idx, table.shape[0])
         terms = Terms(ids, table, positions, position_ids, segments, segment_ids, None, self.scale, rate, row)
         found = run(Call(terms, NO_NORM, None, NO_EPILOGUE, self._policy(), False, None, concat))
         return dropout(found) if concat else found
+
+    def _table(self, name: str) -> Any:
+        """The weight of a part that only looks up its rows; else the part, which is called."""
+        module = self._modules[name]
+        if module is None or looks_up(name, module):
+            return None if module is None else module.weight
+        function = None if name != "position" else partial(place_rows, module, self._known.way(module), offset=0)
+        return Called(module, function, table_of(module), has_rows=is_stock(name, module))
 
     def extra_repr(self) -> str:
         return f"combine={self.combine!r}" + ("" if self.scale is None else f", scale={self.scale}")

@@ -255,7 +255,7 @@ class EmbeddingQKV(KeepsTable):
     def explain(self, ids: Tensor, position_ids: Tensor | None = None, distinct: DistinctIds | None = None) -> Plan:
         """Which plan a call with these arguments would run now, why, and the seconds predicted for each that could run it.
 
-        Nothing runs and no table is built; its str() is a line to read. On a GPU it waits for the ids to be counted. Errors as
+        No call runs and no table is built; its str() is a line to read. On a GPU it waits for the ids to be counted. Errors as
         in forward.
         """
         ids, position_ids, forced = local(ids), local(position_ids), settings.current.plan

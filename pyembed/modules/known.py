@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as _module
 
-from ..call import Norm, wide_dtype
-from ..modes import TENSORS, brings_operators, has_process_group, is_dtensor
+from ..call import STOCK_FORWARDS, Norm, wide_dtype
+from ..modes import TENSORS, autocast_dtype, brings_operators, has_process_group, is_dtensor
 from ..rotary import Rotary
 from . import proofs
 from .proofs import PositionFinding, Proof, is_patched, prove
@@ -18,6 +19,7 @@ from .proofs import PositionFinding, Proof, is_patched, prove
 NAMES = ("token", "position", "segment", "norm", "qkv", "query_norm", "key_norm")
 HEAD_NORMS = ("query_norm", "key_norm")
 COMBINES = ("sum", "concat")
+TRIES = 16  # of one part's module; one that changes more often is called
 # The forward of each class of PyTorch, if nothing had replaced it when this file was imported.
 FORWARDS: dict[Any, Any] = {
     kind: kind.forward if kind.forward.__module__.startswith("torch.nn.modules.") else None
@@ -47,7 +49,7 @@ def _inherits(name: str, module: nn.Module) -> bool:
 
 def is_ours(module: nn.Module) -> bool:
     """Whether it is one of our modules that look up rows."""
-    return getattr(type(module).forward, "is_stock", False)
+    return type(module).forward in STOCK_FORWARDS
 
 
 class Known:
@@ -55,15 +57,18 @@ class Known:
 
     def __init__(self) -> None:
         self.proofs: dict[str, Proof] = {}
+        self._tries: dict[str, int] = {}
 
     def finding(self, name: str, module: nn.Module, place: str = "") -> Any:
         """Of a module that is not PyTorch's: what a proof found, made now if need be; None: nothing. place: among several."""
-        proof = self.proofs.get(name + place)
+        proof, tries = self.proofs.get(name + place), self._tries.get(name + place, 0)
         if proof is None or not proof.holds(module):
-            proof = prove(_PROVERS[name], module) if name in _PROVERS else None
+            if name not in _PROVERS or tries == TRIES:
+                return None
+            proof = prove(_PROVERS[name], module)
             if proof is None:
                 return None
-            self.proofs[name + place] = proof
+            self.proofs[name + place], self._tries[name + place] = proof, tries + 1
         return proof.finding
 
     def found(self, name: str, place: str = "") -> Any:
@@ -86,10 +91,26 @@ class Known:
 
     def is_transposed(self, place: str = "") -> bool:
         """Whether qkv's weight is (D, N), as that of Hugging Face's Conv1D."""
-        return bool(self.found("qkv", place))
+        found = self.found("qkv", place)
+        return found is not None and found.transposed
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"proofs": {}}  # of other objects
+        return {"proofs": {}, "_tries": {}}  # of other objects
+
+
+def looks_up(name: str, module: nn.Module) -> bool:
+    """Fast path: whether an embedding returns rows of its weight, and nothing else happens."""
+    state, kind = module.__dict__, type(module)
+    if kind.forward not in STOCK_FORWARDS and kind.forward is not FORWARDS[nn.Embedding] or is_patched(module):
+        return False
+    if state["_forward_hooks"] or state["_forward_pre_hooks"] or state["_backward_hooks"] or state["_backward_pre_hooks"]:
+        return False
+    if (_module._global_forward_hooks or _module._global_forward_pre_hooks) and has_global_hooks():
+        return False
+    if not isinstance(module, nn.Embedding):
+        return True
+    changes = module.max_norm is not None or module.scale_grad_by_freq or module.sparse
+    return not changes and (name == "token" or module.padding_idx is None)
 
 
 def parts_of(name: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -109,6 +130,8 @@ def table_of(module: nn.Module | None) -> Tensor | None:
 
 def foreign(modules: dict[str, Any], known: Known, offset: int = 0, names: tuple[str, ...] = NAMES) -> str | None:
     """Why the parts must be called, since their weights are not all that they do; None: they are."""
+    if has_global_hooks():
+        return "global module hooks are registered"
     for name in names:
         module = modules[name]
         if module is None:
@@ -122,16 +145,36 @@ def foreign(modules: dict[str, Any], known: Known, offset: int = 0, names: tuple
             if part._forward_pre_hooks or part._forward_hooks or part._backward_pre_hooks or part._backward_hooks:
                 return f"{name} has hooks"
             if is_patched(part):
-                return f"{name}, a {type(part).__name__}, has a forward of its own"
+                return f"{name}, a {type(part).__name__}, has a patched forward"
             if not _inherits(name, part):
                 found = known.finding(name, part, place)
-                is_read = found is not None and (name != "token" or _can_scale(part, found))
-                if not is_read or name == "position" and found.offset != offset:
+                if (
+                    found is None
+                    or name == "token"
+                    and not _can_scale(part, found)
+                    or name == "position"
+                    and found.offset != offset
+                ):
                     return f"{name}, a {type(part).__name__}, has a forward of its own"
+                if name == "qkv" and not found.casts and autocast_dtype(linear_weights(part, known, place)[0]) is not None:
+                    return f"qkv, a {type(part).__name__}, has another dtype under autocast than an nn.Linear"
+                if name == "norm" and not _fits(part, table_of(modules["token"])):
+                    return "norm's weight has another dtype than token's rows"
             for weight in part._parameters.values():
                 if type(weight) not in TENSORS and brings_operators(weight):
                     return f"{name}'s weight is a {type(weight).__name__}, which brings operators of its own"
     return None
+
+
+def has_global_hooks() -> bool:
+    """Whether hooks of all modules would run; those that PyTorch's FlopCounterMode registers only keep track."""
+    hooks = (*_module._global_forward_hooks.values(), *_module._global_forward_pre_hooks.values())
+    return any(getattr(hook, "__module__", None) != "torch.utils.module_tracker" for hook in hooks)
+
+
+def _fits(norm: nn.Module, table: Any) -> bool:
+    """Whether its weights have the dtype of the rows, or the wider one."""
+    return all(p.dtype in (table.dtype, wide_dtype(table.dtype)) for p in norm.parameters())
 
 
 def _trains_row(module: nn.Embedding, name: str, offset: int) -> bool:
@@ -184,6 +227,7 @@ def norm_of(name: str, norm: Any, dtype: torch.dtype, known: Known) -> Norm:
     if one_plus:
         assert weight is not None
         weight = 1.0 + weight.to(wide_dtype(dtype))
+        bias = None if bias is None else bias.to(weight.dtype)
     return Norm(kind, weight, bias, getattr(norm, eps) if isinstance(eps, str) else eps)
 
 
@@ -196,7 +240,10 @@ def _scale_tensor(token: nn.Module, found: Any) -> Tensor | None:
 def _can_scale(token: nn.Module, found: Any) -> bool:
     """Whether the number that multiplies rows can be read: not from a compiler's tensor, nor from one without memory."""
     scale = _scale_tensor(token, found)
-    return scale is None or not (torch.compiler.is_compiling() or scale.is_meta or type(scale) not in (Tensor, nn.Buffer))
+    if scale is None:
+        return isinstance(getattr(token, found.scale), float) if found.scale else True
+    readable = type(scale) in (Tensor, nn.Buffer) and not scale.is_meta and scale.numel() == 1
+    return readable and not scale.requires_grad and not torch.compiler.is_compiling()
 
 
 class OwnScale:
@@ -221,7 +268,8 @@ class OwnScale:
 
 def linear_weights(qkv: Any, known: Known, place: str = "") -> tuple[Tensor, Tensor | None]:
     """Weight (N, D) and bias (N,) or None of one linear map."""
-    return qkv.weight.t() if known.is_transposed(place) and not is_stock("qkv", qkv) else qkv.weight, qkv.bias
+    weight = qkv.weight.t() if known.is_transposed(place) and not is_stock("qkv", qkv) else qkv.weight
+    return weight, getattr(qkv, "bias", None)
 
 
 def projection(qkv: Any, known: Known, groups: int = 0, head_dim: int = 0) -> tuple[Tensor, Tensor | None]:
@@ -296,9 +344,12 @@ def _widths(linear: Any, known: Known, place: str) -> tuple[int, int]:
 def _check_norm(name: str, norm: nn.Module | None, known: Known, widths: tuple[int, ...], meaning: str) -> None:
     if norm is None:
         return
-    found = None if is_stock(name, norm) else known.finding(name, norm)
+    is_known = is_stock(name, norm)
+    found = None if is_known else known.finding(name, norm)
+    if not is_known and found is None:
+        return  # it alone knows
     weight = getattr(norm, "weight" if found is None else found.weight or "weight", None)
-    shape = tuple(getattr(norm, "normalized_shape", getattr(weight, "shape", widths[:1])))
+    shape = tuple(getattr(norm, "normalized_shape", widths[:1])) if weight is None else tuple(weight.shape)
     if shape not in [(width,) for width in widths]:
         raise ValueError(f"{name}: expected normalized_shape {(widths[0],)}, {meaning}; got {shape}")
 
@@ -338,8 +389,9 @@ def links(modules: dict[str, Any], known: Known) -> list[tuple[dict[str, Any], s
     if isinstance(modules["qkv"], nn.ModuleList):
         found += [(modules["qkv"]._modules, name, module) for name, module in modules["qkv"]._modules.items()]
     for module in [value for _, _, value in found if isinstance(value, nn.Module)]:
-        plain = {name: value for name, value in module.__dict__.items() if isinstance(value, float)}  # an eps is among them
-        found += [(module.__dict__, name, value) for name, value in plain.items()]
+        plain = {name: value for name, value in module.__dict__.items() if isinstance(value, int | float | None)}
+        plain.pop("training")
+        found += [(module.__dict__, name, value) for name, value in plain.items()]  # an eps is among them
         for name in {"weight", "bias", *module._parameters, *module._buffers, *getattr(module, "parametrizations", ())}:
             home = next((home for home in (module._parameters, module._buffers) if name in home), None)
             if home is not None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as _module
 
 import pyembed.settings as settings
 
@@ -19,6 +20,7 @@ from . import known
 from .known import FORWARDS, HEAD_NORMS, NAMES, Known, OwnScale
 from .proofs import is_patched
 
+CALL = nn.Module.__call__
 PACK_TOKENS = 256  # below so many, packing a projection's rows costs more than one kernel saves
 
 
@@ -102,7 +104,8 @@ class HoldsParts(HasIdPolicy):
         modules = self._modules
         token, position, norm, qkv = modules["token"], modules["position"], modules["norm"], modules["qkv"]
         return (
-            self.combine == "sum"
+            not (_module._global_forward_hooks or _module._global_forward_pre_hooks)
+            and self.combine == "sum"
             and self.scale is None
             and not (self.position_offset or self._groups)
             and modules["segment"] is None
@@ -218,6 +221,9 @@ class HoldsParts(HasIdPolicy):
         found = "positions stand beside token rows" if self.combine == "concat" else None
         names = tuple(name for name in NAMES if name not in HEAD_NORMS)
         found = found or known.foreign(self._modules, self._known, self.position_offset, names)
+        own = None if found or self.scale is None else self._known.found("token")
+        if own is not None and own.scale is not None:
+            found = "both scale and token multiply its rows"
         if found and self.batch_invariant:
             raise RuntimeError(f"batch_invariant: expected modules that are no more than their weights, but {found}")
         return found
@@ -269,14 +275,14 @@ class HoldsParts(HasIdPolicy):
 def _is_plain(module: nn.Module | None, *kinds: type[nn.Module]) -> bool:
     """Whether it is of just that class, calls nothing else, and holds weight and bias as parameters: attributes are slow."""
     kind: Any = type(module)
-    if kind not in kinds or kind.forward is not FORWARDS[kind]:
+    if module is None or kind not in kinds or kind.forward is not FORWARDS[kind] or kind.__call__ is not CALL:
         return False
     state = module.__dict__
     parameters = state["_parameters"]
     if "weight" not in parameters or kind in (nn.Linear, nn.LayerNorm) and "bias" not in parameters:
         return False
     hooks = state["_forward_hooks"] or state["_forward_pre_hooks"] or state["_backward_hooks"] or state["_backward_pre_hooks"]
-    return not (hooks or "forward" in state)
+    return not (hooks or "forward" in state or torch.compiler.is_compiling() and is_patched(module))
 
 
 def _only_looks_up(module: nn.Embedding) -> bool:

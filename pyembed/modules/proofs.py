@@ -1,12 +1,15 @@
-"""What a module computes, proved by value: its forward runs at random parameters and inputs, and results and gradients are
-compared with a formula. The name of a class proves nothing.
+"""What a module computes, found by trying it: its forward runs at random parameters and inputs of many magnitudes, ranks and
+modes, and results and gradients are compared with a formula. The name of a class proves nothing.
 
-A finding holds while the module's class, its forward, its attributes and the dtypes of its weights are those of the proof. What
-is not proved is called as it is.
+A finding holds while the module's class, the functions and plain values of its classes, its attributes, and the names and
+dtypes of its weights are those of the trial. Not seen: other state of the process that a forward reads. What is not proved is
+called as it is.
 """
 
 import inspect
+import threading
 from collections.abc import Callable, Iterator
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -15,10 +18,10 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..call import wide_dtype
-from ..modes import is_plain_eager
 
 EPS = (1e-5, 1e-6, 1e-12, 1e-8, torch.finfo(torch.float32).eps)  # that a norm may have in its code
 COLUMNS = 4  # of random tables, which have all rows of the module's
+NUMBERS = (3.3007, -0.37, 250.0)  # that an attribute is given; the first is rounded by 16 bits
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device, torch.Size)
 _OWN = frozenset(nn.Module().__dict__)
 
@@ -40,6 +43,13 @@ class RowsFinding(NamedTuple):
     rounds: bool  # to the weight's dtype, before it multiplies
 
 
+class LinearFinding(NamedTuple):
+    """x·weightᵀ + bias, as nn.Linear; or x·weight + bias, as Hugging Face's Conv1D."""
+
+    transposed: bool
+    casts: bool  # under autocast as nn.Linear does
+
+
 class PositionFinding(NamedTuple):
     """How a module of positions is called, and whether it returns rows of its weight."""
 
@@ -51,52 +61,82 @@ class Proof:
     """A finding, and what it depends on. finding: None where nothing could be proved."""
 
     def __init__(self, module: nn.Module, finding: Any) -> None:
-        self.finding, self._kind, self._forward = finding, type(module), type(module).forward
+        self.finding, self._kind = finding, type(module)
+        self._code = _code_of(type(module))
         self._names = [name for name, value in module.__dict__.items() if name not in _OWN and _is_plain(value)]
-        self._size, self._weights = len(module.__dict__), list(module._parameters)
-        self._values, self._dtypes = self._read(module)
+        self._size = len(module.__dict__)
+        self._values = [module.__dict__[name] for name in self._names]
+        self._weights = [(name, None if p is None else p.dtype) for name, p in module._parameters.items()]
+        self._others = len(module._buffers), len(module._modules)
 
     def holds(self, module: nn.Module) -> bool:
         """Whether module still is as it was when the proof was made."""
-        kind = type(module)
-        if kind is not self._kind or kind.forward is not self._forward:
-            return False
-        return len(module.__dict__) == self._size and self._read(module) == (self._values, self._dtypes)
-
-    def _read(self, module: nn.Module) -> tuple[list[Any], list[Any]]:
         state, parameters = module.__dict__, module._parameters
-        weights = [parameters.get(name) for name in self._weights]
-        dtypes = [None if weight is None else weight.dtype for weight in weights]
-        return [state.get(name) for name in self._names], [len(parameters), *dtypes]
+        if type(module) is not self._kind or len(state) != self._size or len(parameters) != len(self._weights):
+            return False
+        for name, value in zip(self._names, self._values, strict=True):
+            now = state.get(name)
+            if now is not value and (type(now) is not type(value) or now != value):
+                return False
+        for name, dtype in self._weights:
+            weight = parameters.get(name)
+            if (None if weight is None else weight.dtype) != dtype:
+                return False
+        for kind, name, function in self._code:
+            if getattr(kind, name, None) is not function:
+                return False
+        return (len(module._buffers), len(module._modules)) == self._others
+
+
+def _code_of(kind: type) -> list[tuple[type, str, Any]]:
+    """(class, name, value) of what a forward may use: functions and plain values of its classes, and PyTorch's forward."""
+    found = dict[tuple[type, str], Any]()
+    for base in kind.__mro__[: kind.__mro__.index(nn.Module)]:
+        own = not base.__module__.startswith("torch.nn.modules.")
+        for name, value in vars(base).items():
+            is_code = isinstance(value, FunctionType | property) or not isinstance(value, str) and _is_plain(value)
+            if name == "forward" or own and not name.startswith("__") and is_code:
+                for where in (base, kind):  # what super() finds, and what the module's own lookup finds
+                    found[where, name] = getattr(where, name)
+    return [(*key, value) for key, value in found.items()]
 
 
 def prove(function: Callable[[nn.Module], Any], module: nn.Module) -> Proof | None:
-    """A Proof by one of the functions below, of the forward of the module's class; None: values cannot be looked at now."""
-    if not is_plain_eager() or torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+    """A Proof by one of the functions below, of the forward of the module's class; None: it cannot be tried now.
+
+    It is tried in a thread of its own, where no mode, tracer, autocast or hook of the caller's is at work."""
+    if torch.compiler.is_compiling() or torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         return None
-    finding = None
     is_alone = not module._modules or is_parametrized(module) and len(module._modules) == 1
     is_simple = all(name in _OWN or _is_plain(value) or isinstance(value, Tensor) for name, value in module.__dict__.items())
-    if is_alone and (is_simple or is_patched(module)):
+    if not is_alone or not (is_simple or is_patched(module)):
+        return Proof(module, None)
+    found: list[Any] = []
+
+    def attempt() -> None:
         devices = {p.device for p in module.parameters() if p.is_cuda}
-        with (
-            torch.random.fork_rng([device.index for device in devices]),
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            torch.autocast("cpu", enabled=False),
-            torch.autocast("cuda", enabled=False),
-            torch.device("cpu"),
-        ):
+        with torch.random.fork_rng([device.index for device in devices]), torch.cuda.device(next(iter(devices), -1)):
             try:
-                finding = function(module)
+                found.append(function(module))
+            except torch.OutOfMemoryError:
+                pass
             except Exception:  # whatever it takes, it is something else
-                finding = None
-    return Proof(module, finding)
+                found.append(None)
+
+    thread = threading.Thread(target=attempt)
+    thread.start()
+    thread.join()
+    return Proof(module, found[0]) if found else None
 
 
 def is_patched(module: nn.Module) -> bool:
     """Whether more than its class's forward runs, hooks aside."""
-    return "forward" in module.__dict__ or type(module).__call__ is not nn.Module.__call__
+    kind = type(module)
+    if kind.__call__ is not nn.Module.__call__ or kind._call_impl is not nn.Module._call_impl:
+        return True
+    if torch.compiler.is_compiling():  # which guards this lookup, not a question to the dictionary
+        return getattr(module.forward, "__func__", None) is not kind.forward
+    return "forward" in module.__dict__
 
 
 def _is_plain(value: Any) -> bool:
@@ -109,93 +149,135 @@ def weights_of(module: nn.Module) -> dict[str, Tensor]:
     return {name: weight for name in names if (weight := getattr(module, name)) is not None}
 
 
-def _random(*shape: int, dtype: torch.dtype = torch.float32, device: Any = "cpu") -> Tensor:
-    """Numbers around 1 of a generator of their own: that of the process does not move."""
-    generator = torch.Generator("cpu").manual_seed(1 + sum(shape))
-    return (1 + torch.randn(*shape, generator=generator, device="cpu") / 2).to(device, dtype)
+def _random(*shape: int, dtype: torch.dtype = torch.float32, device: Any = "cpu", seed: int = 0) -> Tensor:
+    """Normal numbers of a generator of their own: that of the process does not move."""
+    generator = torch.Generator("cpu").manual_seed(seed + sum(shape))
+    return torch.randn(*shape, generator=generator, device="cpu", dtype=torch.float32).to(device, dtype)
+
+
+class _Changes(Exception):
+    """A forward changed the module, so that a call has effects."""
 
 
 def _call(module: nn.Module, tensors: dict[str, Tensor], *inputs: Any, training: bool = False, **changes: Any) -> Any:
-    """forward(inputs) of a shallow copy whose parameters, buffers and attributes are these: no hook runs, and nothing of the
-    module changes. Inputs are positional but for a last dict of keyword arguments."""
+    """forward(inputs) of a copy whose parameters, buffers and attributes are these: no hook runs, and nothing of the module
+    changes. Inputs are positional but for a last dict of keyword arguments."""
     kind: Any = type(module).__mro__[1] if is_parametrized(module) else type(module)
     twin = kind.__new__(kind)
-    held = {**dict.fromkeys(module._parameters), **tensors}
-    buffers = {name: changes.pop(name, torch.tensor(1.7)) for name in module._buffers}
+    buffers = {name: changes.pop(name, torch.tensor(1.7, dtype=torch.float32)) for name in module._buffers}
     twin.__dict__.update(module.__dict__)
-    twin.__dict__.update(training=training, _parameters=held, _buffers=buffers, _modules={}, **changes)
+    twin.__dict__.pop("forward", None)
+    twin.__dict__.update(training=training, _buffers=buffers, _modules={}, **changes)
+    twin.__dict__["_parameters"] = {**dict.fromkeys(module._parameters), **tensors}
+    before, held = dict(twin.__dict__), [x for x in (*buffers.values(), *twin.__dict__.values()) if isinstance(x, Tensor)]
+    versions = [x._version for x in held]
     *positional, last = inputs
     keywords = last if isinstance(last, dict) else {}
-    return kind.forward(twin, *positional, *(() if keywords else (last,)), **keywords)
+    out = kind.forward(twin, *positional, *(() if keywords else (last,)), **keywords)
+    after = twin.__dict__
+    if before.keys() != after.keys() or any(after[name] is not value for name, value in before.items()):
+        raise _Changes
+    if [x._version for x in held] != versions or any(buffers[name] is not x for name, x in twin._buffers.items()):
+        raise _Changes
+    return out
 
 
-def _agree(one: Callable[..., Tensor], other: Callable[..., Tensor], tensors: list[Tensor], rtol: float = 1e-4) -> bool:
-    """Whether two functions have the same values and gradients."""
+Function = Callable[..., Tensor]
+
+
+def _near(a: Tensor, b: Tensor, rtol: float) -> bool:
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return bool(((a - b).abs() <= rtol * (b.abs() + b.abs().amax(-1, keepdim=True) / 8)).all())
+
+
+def _agree(one: Function, other: Function, tensors: list[Tensor], rtol: float = 1e-4) -> bool:
+    """Whether two functions have the same values and gradients, and the same values where none are recorded."""
     found = []
     for function in (one, other):
         leaves = [tensor.detach().clone().requires_grad_() for tensor in tensors]
         out = function(*leaves)
         grads = torch.autograd.grad(out, leaves, _random(*out.shape, device=out.device).to(out.dtype), allow_unused=True)
-        found.append((out, *grads))
-    return all(
-        a is None and b is None
-        or a is not None and b is not None and a.shape == b.shape and a.dtype == b.dtype
-        and bool(((a - b).abs() <= rtol * (b.abs() + b.abs().amax(-1, keepdim=True) / 8)).all())
-        for a, b in zip(*found, strict=True)
-    )  # fmt: skip
+        with torch.no_grad():
+            found.append((out, *grads, function(*tensors)))
+    pairs = list(zip(*found, strict=True))
+    return all((a is None) == (b is None) for a, b in pairs) and all(a is None or _near(a, b, rtol) for a, b in pairs)
+
+
+def _same_ranks(one: Function, other: Function, x: Tensor, rtol: float) -> bool:
+    """Whether two functions of x (a, b, D) have the same values for other ranks, and are not finite for the same inputs."""
+    with torch.no_grad():
+        shapes = (x.unsqueeze(0), x[0], x[0, 0], x[:, :1])
+        if not all(_near(one(part), other(part), rtol) for part in shapes):
+            return False
+        odd = x.clone()
+        odd[0, 0, 0], odd[0, 1, 0] = torch.nan, torch.inf
+        return torch.equal(one(odd).isnan(), other(odd).isnan())
 
 
 def norm(module: nn.Module) -> NormFinding | None:
     """Whether it is a LayerNorm or an RMSNorm over the last axis, in the dtype in use, in training and in inference."""
     held = weights_of(module)
     names, parameters = list(held), list(held.values())
-    if len(names) > 2 or module._buffers or len({p.shape for p in parameters}) > 1 or any(p.dim() != 1 for p in parameters):
+    if len(names) > 2 or module._buffers or any(isinstance(value, Tensor) for value in module.__dict__.values()):
         return None
-    D = parameters[0].shape[0] if parameters else 16
+    if len({p.shape for p in parameters}) > 1 or any(p.dim() != 1 for p in parameters):
+        return None
+    D = parameters[0].shape[0] if parameters else (*getattr(module, "normalized_shape", ()), 16)[0]
     device = parameters[0].device if parameters and parameters[0].is_cuda else "cpu"
     dtype = parameters[0].dtype if parameters else torch.float32
-    rows = 4 ** torch.arange(-11.0, 6.0, 2)[:, None]  # small ones tell eps, shifted ones tell the mean
-    x = torch.stack([rows * (_random(len(rows), D) - 1), rows * _random(len(rows), D)]).to(device)
-    weights = [_random(D, device=device) + place for place in range(len(names))]
+    if D < 2:
+        return None
+    rows = 4.0 ** torch.arange(-11, 9, 2)[:, None]  # small ones tell eps, shifted ones tell the mean
+    x = torch.stack([rows * _random(len(rows), D), rows * (1 + _random(len(rows), D) / 2)]).to(device)
+    weights = [_random(D, device=device, seed=place) for place in range(len(names))]
     numbers = [name for name, value in module.__dict__.items() if isinstance(value, float) and name not in _OWN]
 
     def run(x: Tensor, *weights: Tensor, training: bool = False, **changes: Any) -> Tensor:
         return _call(module, dict(zip(names, weights, strict=True)), x, training=training, **changes)
 
-    for finding, eps, changes in _norms(names, numbers):
+    def formula(finding: NormFinding, eps: float) -> Function:
+        return lambda x, *weights: _norm(x, finding, eps, dict(zip(names, weights, strict=True)))
 
-        def formula(x: Tensor, *weights: Tensor, finding: NormFinding = finding, eps: float = eps) -> Tensor:
-            return _norm(x, finding, eps, dict(zip(names, weights, strict=True)))
-
-        if not bool((run(x, *weights, **changes) - formula(x, *weights)).abs().amax() < 1e-2):
+    for finding in _norms(names, numbers):
+        tried: list[tuple[float, dict[str, Any]]] = [(eps, {str(finding.eps): eps}) for eps in (3e-5, 2e-9, 0.7)]
+        if not isinstance(finding.eps, str):
+            tried = [(finding.eps, {})]
+        eps, changes = tried[0]
+        if not _near(run(x, *weights, **changes), formula(finding, eps)(x, *weights), 1e-2):
             continue
+        for eps, changes in tried:
+            expected = formula(finding, eps)
+            for training in (True, False):
 
-        def trains(*tensors: Tensor, changes: Any = changes) -> Tensor:
-            return run(*tensors, training=True, **changes)
+                def found(*tensors: Tensor, changes: Any = changes, training: bool = training) -> Tensor:
+                    return run(*tensors, training=training, **changes)
 
-        def infers(*tensors: Tensor, changes: Any = changes) -> Tensor:
-            return run(*tensors, **changes)
-
-        if not (_agree(trains, formula, [x, *weights]) and _agree(infers, formula, [x, *weights])):
-            continue
-        used = [tensor.to(dtype) for tensor in (x, *weights)]
-        wide = [tensor.to(wide_dtype(dtype)) for tensor in used]
-        return finding if _close(run(*used, **changes), formula(*wide), dtype) else None
+                if not all(_agree(found, expected, [x, *(w * size for w in weights)]) for size in (1.0, 60.0, 0.02)):
+                    return None
+            ranks = [lambda x, f=f: f(x, *weights) for f in (found, expected)]
+            if not _same_ranks(ranks[0], ranks[1], x, 1e-4):
+                return None
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+                if not _near(found(x, *weights), expected(x, *weights), 2e-2):
+                    return None
+            used = [tensor.to(dtype) for tensor in (x.clamp(-64, 64), *weights)]
+            if not _close(found(*used), expected(*[tensor.to(wide_dtype(dtype)) for tensor in used]), dtype):
+                return None
+        return finding
     return None
 
 
-def _norms(names: list[str], numbers: list[str]) -> Iterator[tuple[NormFinding, float, dict[str, Any]]]:
-    """Formulas that a module with these parameters and numbers may have; the attribute that is eps gets another value."""
+def _norms(names: list[str], numbers: list[Any]) -> Iterator[NormFinding]:
+    """Formulas that a module with these parameters and numbers may have."""
     roles: list[tuple[str | None, str | None]] = [(None, None)] if not names else [(names[0], None)]
     if len(names) == 2:
         roles = [(names[0], names[1]), (names[1], names[0])]
     for kind in ("rms", "layer") if len(names) < 2 else ("layer",):
         for weight, bias in roles:
             for one_plus in (False, True) if weight else (False,):
-                for name in numbers:
-                    yield NormFinding(kind, weight, bias, one_plus, name), 3e-5, {name: 3e-5}
-                for eps in EPS:
-                    yield NormFinding(kind, weight, bias, one_plus, eps), eps, {}
+                for eps in (*numbers, *EPS):
+                    yield NormFinding(kind, weight, bias, one_plus, eps)
 
 
 def _norm(x: Tensor, finding: NormFinding, eps: float, weights: dict[str, Tensor]) -> Tensor:
@@ -212,31 +294,50 @@ def _close(found: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
     return found.dtype == dtype and bool((error <= 3 * eps * (expected.abs() + 0.1)).all())
 
 
-def linear(module: nn.Module) -> bool | None:
-    """False: x·weightᵀ + bias, as nn.Linear; True: x·weight + bias, as Hugging Face's Conv1D; None: something else."""
+def linear(module: nn.Module) -> LinearFinding | None:
+    """Whether it is a linear map of its last axis, in the dtype in use, in training and in inference."""
     named = weights_of(module)
     if not {"weight"} <= named.keys() <= {"weight", "bias"} or named["weight"].dim() != 2 or module._buffers:
         return None
-    names = sorted(named, reverse=True)
-    weights, (rows, columns) = [_random(*named[name].shape) - 1 for name in names], named["weight"].shape
+    if any(isinstance(value, Tensor) for value in module.__dict__.values()):
+        return None
+    names, dtype = sorted(named, reverse=True), named["weight"].dtype
+    weights, (rows, columns) = [_random(*named[name].shape) for name in names], named["weight"].shape
 
-    def trains(x: Tensor, *weights: Tensor) -> Tensor:
-        return _call(module, dict(zip(names, weights, strict=True)), x, training=True)
-
-    def infers(x: Tensor, *weights: Tensor) -> Tensor:
-        return _call(module, dict(zip(names, weights, strict=True)), x)
+    def run(x: Tensor, *weights: Tensor, training: bool = False) -> Tensor:
+        return _call(module, dict(zip(names, weights, strict=True)), x, training=training)
 
     for transposed, width in ((False, columns), (True, rows)):
 
         def formula(x: Tensor, weight: Tensor, *bias: Tensor, transposed: bool = transposed) -> Tensor:
             return F.linear(x, weight.t() if transposed else weight, *bias)
 
-        tensors = [_random(2, 3, width) - 1, *weights]
+        x = _random(2, 3, width)
         try:
-            if _agree(trains, formula, tensors, 1e-3) and _agree(infers, formula, tensors, 1e-3):
-                return transposed
+            if not _near(run(x, *weights), formula(x, *weights), 1e-2):
+                continue
         except RuntimeError:  # of widths that do not fit
             continue
+        for training in (True, False):
+
+            def found(*tensors: Tensor, training: bool = training) -> Tensor:
+                return run(*tensors, training=training)
+
+            if not _agree(found, formula, [x, *weights], 1e-3):
+                return None
+            large = [3e4 * x, *weights]
+            if not _near(found(*large), formula(*large), 1e-3):
+                return None
+        if not _same_ranks(lambda x: found(x, *weights), lambda x: formula(x, *weights), x, 1e-3):
+            return None
+        used, sizes = [tensor.to(dtype) for tensor in (x, *weights)], formula(*[tensor.abs() for tensor in (x, *weights)])
+        exact = formula(*[tensor.to(wide_dtype(dtype)) for tensor in used])
+        with torch.no_grad():
+            error = (found(*used).to(exact.dtype) - exact).abs() if found(*used).dtype == dtype else torch.inf
+            with torch.autocast("cpu", torch.bfloat16):
+                casts = _near(found(x, *weights), formula(x, *weights), 0.1)
+        near = bool((torch.as_tensor(error) <= 4 * max(torch.finfo(dtype).eps, 1e-6) * sizes).all())
+        return LinearFinding(transposed, casts) if near else None
     return None
 
 
@@ -244,39 +345,64 @@ def rows(module: nn.Module) -> RowsFinding | None:
     """Whether a token embedding's forward returns its rows, multiplied by a number or not, and refuses ids outside of it."""
     if not isinstance(module, nn.Embedding) or set(module._parameters) != {"weight"}:
         return None
-    V, dtype = module.num_embeddings, module.weight.dtype
-    table, ids = _random(V, COLUMNS, dtype=dtype), torch.randperm(V, generator=torch.Generator().manual_seed(0))[None]
+    V, D, dtype = module.num_embeddings, module.embedding_dim, module.weight.dtype
     held = [*module._buffers, *(name for name, value in module.__dict__.items() if isinstance(value, Tensor))]
     numbers = [name for name, value in module.__dict__.items() if isinstance(value, float) and name not in _OWN]
-    given = torch.tensor(3.3007)  # which 16 bits round
+    ids = torch.randperm(V, generator=torch.Generator().manual_seed(0))
+    ids = torch.cat([ids, ids[: min(V, 8)]])[None]
+    table = _random(V, COLUMNS, dtype=dtype)
+    whole = _random(V + D, dtype=dtype).as_strided((V, D), (1, 1))  # rows as wide as the module's, in little memory
 
     def run(table: Tensor, ids: Tensor = ids, **changes: Any) -> Tensor:
         return _call(module, {"weight": table}, ids, **changes)
 
-    if _accepts(lambda: run(table, torch.tensor([-1]))) or _accepts(lambda: run(table, torch.tensor([V]))):
+    if any(_accepts(run, table, torch.tensor([outside])) for outside in (-1, V, -2, -100, V + 1000, 2**40)):
         return None
-    candidates: list[tuple[RowsFinding, float, dict[str, Any]]] = [(RowsFinding(None, False), 1.0, {})]
-    for name in held:
-        candidates += [(RowsFinding(name, False), given.item(), {name: given})]
-        candidates += [(RowsFinding(name, True), given.to(dtype).item(), {name: given})]
-    candidates += [(RowsFinding(name, False), given.item(), {name: given.item()}) for name in numbers]
-    for finding, number, changes in candidates:
-
-        def formula(table: Tensor, number: float = number) -> Tensor:
-            return F.embedding(ids, table, module.padding_idx) * number
-
-        def scaled(table: Tensor, changes: Any = changes) -> Tensor:
-            return run(table, **changes)
-
-        # Bits: 3.3007 and its rounding are nearer to each other than a tolerance can tell.
-        if torch.equal(scaled(table), formula(table)) and _agree(scaled, formula, [table]):
+    if len(held) > 1:  # one may be the number; of others nothing is known
+        return None
+    candidates = [RowsFinding(name, rounds) for name in held for rounds in (False, True)]
+    candidates += [RowsFinding(name, False) for name in numbers if not held] + [RowsFinding(None, False)] * (not held)
+    for finding in candidates:
+        if all(_scales(module, run, finding, number, (table, whole), ids, held) for number in NUMBERS):
             return finding
     return None
 
 
-def _accepts(function: Callable[[], Any]) -> bool:
+def _scales(module: Any, run: Any, finding: RowsFinding, number: float, tables: Any, ids: Tensor, held: list[str]) -> bool:
+    """Whether rows are multiplied by the attribute of the finding, where that is this number."""
+    (table, whole), factor = tables, 1.0 if finding.scale is None else number
+    given = torch.tensor(number, dtype=torch.float32)
+    changes = {} if finding.scale is None else {finding.scale: given if held else number}
+    if finding.scale in held:
+        factor = (given.to(table.dtype) if finding.rounds else given).item()
+
+    def expected(table: Tensor, ids: Tensor = ids) -> Tensor:
+        return F.embedding(ids, table, module.padding_idx) * factor
+
+    few = ids[:, :5]
+    with torch.no_grad():
+        if not torch.equal(run(whole, few, **changes), expected(whole, few)):
+            return False
+        for part in (ids[0], ids[0, 0], few.expand(2, 3, -1)):
+            if not torch.equal(run(table, part, **changes), expected(table, part)):
+                return False
+    # Bits: a number and its rounding are nearer to each other than a tolerance can tell.
+    for training in (True, False):
+
+        def found(table: Tensor, training: bool = training) -> Tensor:
+            return run(table, training=training, **changes)
+
+        large = table * (30.0 if table.dtype == torch.float16 else 1e3)
+        if not torch.equal(found(large), expected(large)):
+            return False
+        if number == NUMBERS[0] and not _agree(found, expected, [table]):
+            return False
+    return True
+
+
+def _accepts(function: Callable[..., Any], *arguments: Any) -> bool:
     try:
-        function()
+        function(*arguments)
     except (IndexError, RuntimeError):
         return False
     return True
@@ -287,23 +413,36 @@ def positions(module: nn.Module) -> PositionFinding | None:
     if not isinstance(module, nn.Embedding) or set(module._parameters) != {"weight"}:
         return None
     by_keyword = "position_ids" in inspect.signature(type(module).forward).parameters
-    R = module.num_embeddings
+    R, is_simple = module.num_embeddings, not module._buffers
+    is_simple = is_simple and not any(isinstance(value, Tensor) for value in module.__dict__.values())
     table = _random(R, COLUMNS, dtype=module.weight.dtype)
 
-    def run(ids: Tensor, table: Tensor = table) -> Tensor:
-        inputs = (ids[None], {"position_ids": ids}) if by_keyword else (ids,)
-        return _call(module, {"weight": table}, *inputs).reshape(*ids.shape, -1)
+    def run(ids: Tensor, table: Tensor = table, training: bool = False) -> Tensor:
+        flat = ids.reshape(-1)
+        inputs = (flat[None], {"position_ids": flat}) if by_keyword else (ids,)
+        return _call(module, {"weight": table}, *inputs, training=training).reshape(*ids.shape, -1)
 
     start = (table == run(torch.tensor([0]))).all(-1).nonzero()
-    if len(start) == 1:
+    if len(start) == 1 and is_simple:
         offset = int(start)
         ids = torch.arange(R - offset).flip(0)
+        ids = torch.cat([ids, ids[:3]])
 
-        def look_up(table: Tensor) -> Tensor:
+        def look_up(table: Tensor, ids: Tensor = ids) -> Tensor:
             return F.embedding(ids + offset, table, module.padding_idx)
 
-        exact = torch.equal(run(ids), look_up(table)) and not _accepts(lambda: run(torch.tensor([R - offset])))
-        if exact and _agree(lambda t: run(ids, t), look_up, [table]):
+        exact = not any(_accepts(run, torch.tensor([outside])) for outside in (R - offset, R + 1000, 2**40))
+        for below in (-1, -100):  # which may count from the end, as indexing does
+            row = table[below + offset] if below + offset >= -R else None
+            exact = exact and (
+                not _accepts(run, torch.tensor([below])) or row is not None and torch.equal(run(torch.tensor([below]))[0], row)
+            )
+        for part in (ids, ids[None], ids[:2].expand(2, 3, -1)) if exact else ():
+            exact = exact and torch.equal(run(part), look_up(table, part))
+        exact = exact and torch.equal(run(ids, 1e3 * table), look_up(1e3 * table))
+        for training in (True, False):
+            exact = exact and _agree(lambda t, training=training: run(ids, t, training), look_up, [table])
+        if exact:
             return PositionFinding(by_keyword, offset)
     ids = torch.arange(min(R, 8) - 2)  # a row depends on its position alone, and differs from the others
     straight, turned = run(ids), run(ids.flip(0))
