@@ -115,11 +115,21 @@ def apply_policy(call: Call) -> Call:
         absent = ((turn_ids < 0) | (turn_ids >= epilogue.cos.shape[0])).reshape(-1)
         rows = turn_ids.reshape(-1).masked_fill(absent, 0)
         cos, sin = (
-            table.index_select(0, rows).masked_fill(absent.unsqueeze(-1), value)
+            table.index_select(0, rows).masked_fill(absent.unsqueeze(-1), value).view(*turn_ids.shape, -1)
             for table, value in ((epilogue.cos, 1.0), (epilogue.sin, 0.0))
         )
         epilogue = epilogue._replace(cos=cos, sin=sin, turn_ids=None)
     return call._replace(terms=terms, epilogue=epilogue, distinct=None)  # which is of ids as they came
+
+
+def write_out(call: Call) -> Call:
+    """The call with positions 0 … T−1 written out, so that a trace of it looks up, and misses, those of any length."""
+    terms, epilogue, own = call.terms, call.epilogue, places(call.terms.ids)
+    if terms.position is not None and terms.position_ids is None:
+        terms = terms._replace(position_ids=own)
+    if epilogue.cos is not None and epilogue.turn_ids is None and epilogue.cos.dim() == 2:
+        epilogue = epilogue._replace(turn_ids=own)
+    return call._replace(terms=terms, epilogue=epilogue)
 
 
 def _written_out(ids: Tensor, position_ids: Tensor | None, table: Tensor | Called | None) -> Tensor | None:

@@ -1,6 +1,8 @@
 """What of PyTorch's machinery is at work: compilers, tracers, transforms, autocast."""
 
-from typing import TYPE_CHECKING, TypeGuard
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NoReturn, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +24,30 @@ def is_traced() -> bool:
     return any(torch._C._get_dispatch_mode(key) is not None for key in (modes.FAKE, modes.PROXY, modes.FUNCTIONAL))
 
 
+def is_recorded() -> bool:
+    """Whether torch.jit.trace records what runs, to replay it with ids of other values and lengths."""
+    return not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None
+
+
+@contextlib.contextmanager
+def unrecorded() -> Iterator[None]:
+    """What looks at the example that is traced, and belongs to no replay."""
+    state, set_state = torch._C._get_tracing_state(), getattr(torch._C, "_set_tracing_state")  # noqa: B009  not in its stubs
+    set_state(None)
+    try:
+        yield
+    finally:
+        set_state(state)
+
+
+def refuse_scripting(module: nn.Module) -> NoReturn:
+    """The __prepare_scriptable__ of modules whose forward is more than TorchScript knows."""
+    raise RuntimeError(
+        f"torch.jit.script: expected modules that TorchScript can compile, got {type(module).__name__}, which it cannot: take "
+        "torch.jit.trace, torch.export or torch.compile"
+    )
+
+
 def is_transformed() -> bool:
     """Whether torch.func or forward-mode AD is at work, for which our operators have no rules."""
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
@@ -37,7 +63,7 @@ def can_read(tensor: Tensor) -> bool:
     here = tensor.device.type == "cpu" or settings.current.debug and tensor.is_cuda
     if not here or torch.compiler.is_compiling() or is_traceable_wrapper_subclass(tensor):
         return False
-    return not is_traced() and not is_transformed()
+    return not (is_traced() or is_transformed() or is_recorded())
 
 
 def autocast_dtype(token: Tensor) -> torch.dtype | None:

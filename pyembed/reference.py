@@ -116,19 +116,14 @@ def _normalise_heads(x: Tensor, weight: Tensor | Called | None, eps: float) -> T
 def rotate(x: Tensor, epilogue: Epilogue) -> Tensor:
     """x (..., h, d_h) -> the same, the first R columns of each head turned (Su et al. 2021), in x's dtype."""
     cos, sin, ids, interleaved = epilogue.cos, epilogue.sin, epilogue.turn_ids, epilogue.interleaved
-    if x.numel() == 0 or cos is None or sin is None:
+    if cos is None or sin is None:
         return x
-    half = cos.shape[-1]
+    half, heads = cos.shape[-1], x if x.dim() > 2 else x.unsqueeze(0)
     if ids is not None:  # looked up, where indexing would count negative ones from the end
-        ids = ids.reshape(-1)
         cos, sin = torch.embedding(cos, ids), torch.embedding(sin, ids)
-    elif cos.dim() != 2:
-        cos, sin = cos.reshape(-1, half), sin.reshape(-1, half)
-    rows = cos.shape[0]
-    if x.dim() > 2 and rows != x.shape[-3] and rows * x.shape[-2:].numel() != x.numel():
-        raise IndexError(f"rotary: expected rows for {x.shape[-3]} or {x.shape[:-2].numel()} tokens, got {rows}")
-    heads = x.reshape(-1, rows, *x.shape[-2:])  # sequences of as many tokens as there are rows
-    cos, sin = cos.to(x.dtype).unsqueeze(1), sin.to(x.dtype).unsqueeze(1)
+    elif cos.shape[-2] != heads.shape[-3]:  # a single row would turn all tokens
+        raise IndexError(f"rotary: expected rows for {heads.shape[-3]} tokens, got {cos.shape[-2]}")
+    cos, sin = cos.to(x.dtype).unsqueeze(-2), sin.to(x.dtype).unsqueeze(-2)
     if interleaved:
         a, b = heads[..., 0 : 2 * half : 2], heads[..., 1 : 2 * half : 2]
     else:

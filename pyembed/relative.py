@@ -25,6 +25,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from .modes import refuse_scripting
+
 
 class RelativeBias(nn.Module):
     """Interface, checks and causal mask. Subclasses define _dense and _term of (query, key, offset, Tq, Tk, device)."""
@@ -34,6 +36,7 @@ class RelativeBias(nn.Module):
     reads_key = False
     _dense: Callable[..., Tensor]  # -> the bias without the causal mask
     _term: Callable[..., Callable[..., Tensor]]  # -> f(b, h, q, k, distance), the bias of one score
+    __prepare_scriptable__ = refuse_scripting
 
     def __init__(self, num_heads: int) -> None:
         super().__init__()

@@ -20,8 +20,8 @@ from torch.compiler import is_compiling
 from . import settings
 from .call import LOOKUPS, NO_EPILOGUE, SCHEMA, Call, Called, DistinctIds, HiddenQKV
 from .checks import check, check_distinct, check_ranges, compare_ranges
-from .ids import apply_policy, look, report_of
-from .modes import TENSORS, autocast_dtype, can_read, has_process_group, is_dtensor
+from .ids import apply_policy, look, report_of, write_out
+from .modes import TENSORS, autocast_dtype, can_read, has_process_group, is_dtensor, is_recorded, unrecorded
 from .plans import distinct, one_pass
 from .plans.choice import NO_BF16, calls_modules, settle, weigh_now, why_composed
 from .plans.operators import is_compiled, is_observed, is_profiled, is_strange, kernels
@@ -120,7 +120,14 @@ def _run_first(call, home):
 
         local, gather = localise(call)
         return gather(run(local))
-    check(call)
+    if is_recorded():
+        with unrecorded():
+            check(call)
+            if call.id_policy == "raise":
+                check_ranges(call)
+        call = write_out(call)
+    else:
+        check(call)
     keeps = home is not None and all(type(tensor) in TENSORS and not is_strange(tensor) for tensor in home[2])
     runner = _runner_of(call, not keeps or not _has_schema_types(call))
     try:
@@ -206,8 +213,10 @@ def _runner_of_plan(call, observed):
 
 
 def _composition_runner(call):
-    if call.batch_invariant and torch.compiler.is_compiling():
-        raise RuntimeError("batch_invariant: expected the kernels or no compiler, which orders PyTorch's sums as it likes")
+    if call.batch_invariant and (torch.compiler.is_compiling() or is_recorded()):
+        raise RuntimeError(
+            "batch_invariant: expected the kernels, or no compiler, which orders PyTorch's sums as it likes, and no tracer"
+        )
     # PyTorch accepts any position for computed sines, and a module may add to positions before it looks them up.
     position = call.terms.position
     is_lenient = isinstance(position, Called) or position is not None and not position.is_floating_point()

@@ -12,6 +12,7 @@ import pyembed.settings as settings
 from ..call import NO_EPILOGUE, NO_NORM, Call, Called, Terms, pad_row, stock_forward
 from ..functional import embedding, why_no_kernel
 from ..ids import HasIdPolicy
+from ..modes import refuse_scripting
 from ..plans.choice import Plan, why_torch
 from ..positions import Sinusoidal, make
 from ..run import run
@@ -67,6 +68,7 @@ class TokenPositionEmbedding(HasIdPolicy):
     segment: Embedding | None
     dropout: nn.Dropout
     _known: Known
+    __prepare_scriptable__ = refuse_scripting
 
     def __init__(
         self,

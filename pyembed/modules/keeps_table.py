@@ -14,7 +14,7 @@ import pyembed.settings as settings
 from ..call import NO_NORM, Call, DistinctIds, Epilogue, HiddenQKV, Projection
 from ..checks import check, check_epilogue, check_query_biases, check_ranges
 from ..ids import apply_policy
-from ..modes import is_plain_eager
+from ..modes import is_plain_eager, is_recorded, refuse_scripting
 from ..plans.choice import refuses, why_torch
 from ..plans.table import DoesNotFit, Table, nbytes
 from ..reference import finish
@@ -31,6 +31,7 @@ class KeepsTable(HoldsParts):
     _table: Table | None = None
     _table_dtype: torch.dtype | None = None
     _keeps_table = _table_failed = False
+    __prepare_scriptable__ = refuse_scripting
 
     def table_nbytes(self, dtype: torch.dtype | None = None) -> int:
         """Bytes that build_table(dtype) takes: (V + L)·N elements. TypeError as there."""
@@ -178,7 +179,7 @@ class KeepsTable(HoldsParts):
         refused = refused or known.distributed(self._modules)
         if refused:
             return refused
-        return None if is_plain_eager() else "a compiler, torch.func or forward-mode AD is at work"
+        return "a compiler, tracer, torch.func or forward-mode AD is at work" if is_recorded() or not is_plain_eager() else None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "KeepsTable":
         self._table = None  # its memory need not wait for the next call

@@ -16,7 +16,7 @@ import pyembed.settings as settings
 
 from ..call import TABLES, Call, Called
 from ..memory import SMALL_BYTES
-from ..modes import autocast_dtype, brings_operators, is_plain_eager, is_traced, is_transformed
+from ..modes import autocast_dtype, brings_operators, is_plain_eager, is_recorded, is_traced, is_transformed
 from .operators import launcher
 from .rates import measure, product_dtype
 
@@ -152,10 +152,10 @@ def settle(call: Call) -> Plan | None:
                 + ("" if token.is_cuda else ", or no compiler, exporter, torch.func or forward-mode AD")
             )
         return Plan("distinct", "forced", {})
-    compiles = torch.compiler.is_compiling()  # whose graph shall serve any number of tokens
+    compiles = torch.compiler.is_compiling() or is_recorded()  # whose graph shall serve any number of tokens
     if not compiles and _is_small(call, kernels):
         return Plan("one_pass", f"{ids.numel()} tokens are too few for another plan to save time", {})
-    if not runs or kernels != token.is_cuda or token.is_cuda and compiles:
+    if not runs or kernels != token.is_cuda or compiles:
         return Plan("one_pass", "distinct and table do not run here", {})
     return None
 

@@ -33,7 +33,7 @@ IDS, CAST, FUNCTIONS = (f"tests/machinery/test_{name}.py" for name in ("ids", "a
 FAST, LAUNCHES, OPS = (f"tests/machinery/test_{name}.py" for name in ("fast_path", "launches", "ops"))
 EMBEDDING, MODULES, TAKEN = (f"tests/modules/test_{name}.py" for name in ("embedding", "modules", "known"))
 SAMES, PLANNER = (f"tests/plans/test_{name}.py" for name in ("distinct", "planner"))
-PARALLEL = "tests/machinery/test_parallel.py"
+PARALLEL, TRACES = "tests/machinery/test_parallel.py", "tests/machinery/test_traces.py"
 RUN, ONE_PASS, OPERATORS = (f"pyembed/{name}.py" for name in ("run", "plans/one_pass", "plans/operators"))
 CHOICE, PARTS = "pyembed/plans/choice.py", "pyembed/modules/parts.py"
 KNOWN, KEEPS = "pyembed/modules/known.py", "pyembed/modules/keeps_table.py"
@@ -381,6 +381,11 @@ MUTATIONS = [
     Mutation(
         "pyembed/settings.py", "        current = current._replace(**before)\n", "        pass\n", PLANNER + " -k restored"
     ),
+    Mutation(CHOICE, "is_compiling() or is_recorded()  # whose", "is_compiling()  # whose", TRACES + " -k weighs"),
+    Mutation(RUN, "        call = write_out(call)\n", "", TRACES + " -k row"),
+    Mutation(KEEPS, "if is_recorded() or not is_plain_eager()", "if not is_plain_eager()", TRACES + " -k follows"),
+    Mutation("pyembed/modules/proofs.py", "            unrecorded(),\n", "", TRACES + " -k example"),
+    Mutation("pyembed/reference.py", "elif cos.shape[-2] != heads.shape[-3]:", "elif False:", ROTARY + " -k too_few"),
     Mutation(MEMORY, "for storage in _storages if sys.getrefcount(storage) <= unused]", "for storage in _storages]", SAMES),
     Mutation(MEMORY, " and not storage.is_shared()]", "]", SAMES + " -k memory"),
     Mutation(MEMORY, "if has_room else 1\n", "\n", SAMES + " -k file"),
