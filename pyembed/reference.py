@@ -121,7 +121,7 @@ def rotate(x: Tensor, epilogue: Epilogue) -> Tensor:
     half, heads = cos.shape[-1], x if x.dim() > 2 else x.unsqueeze(0)
     if ids is not None:  # looked up, where indexing would count negative ones from the end
         cos, sin = torch.embedding(cos, ids), torch.embedding(sin, ids)
-    elif cos.shape[-2] != heads.shape[-3]:  # a single row would turn all tokens
+    elif cos.dim() > 1 and cos.shape[-2] != heads.shape[-3]:  # a single row would turn all tokens
         raise IndexError(f"rotary: expected rows for {heads.shape[-3]} tokens, got {cos.shape[-2]}")
     cos, sin = cos.to(x.dtype).unsqueeze(-2), sin.to(x.dtype).unsqueeze(-2)
     if interleaved:

@@ -294,7 +294,6 @@ MUTATIONS = [
         "qkv.narrow(-2, 0, query_heads + heads)",
         ROTARY + " -k passes_them",
     ),
-    Mutation("pyembed/reference.py", "rows != x.shape[-3] and rows * x.shape[-2:]", "rows * x.shape[-2:]", ROTARY),
     Mutation(KERNELS + "launch.py", "append(argument.data_ptr() % 16)", "append(0)", LAUNCHES + " -k address"),
     Mutation(KERNELS + "launch.py", "            append(argument)\n", "            append(0)\n", LAUNCHES),
     Mutation(KERNELS + "launch.py", "if len(names) < len(given):", "if False:", LAUNCHES + " -k two_places"),
@@ -371,7 +370,9 @@ MUTATIONS = [
     Mutation(CHOICE, "handicapped = {name: value * MARGIN if", "handicapped = {name: value if", PLANNER + " -k promise"),
     Mutation(CHOICE, "if token.requires_grad and torch.is_grad_enabled() and", "if", PLANNER + " -k small_calls"),
     Mutation(CHOICE, "return before + weight.requires_grad", "return before", PLANNER + " -k frozen"),
-    Mutation("pyembed/modes.py", "return not is_traced() and not is_transformed()", "return True", PLANNER + " -k fake"),
+    Mutation(
+        "pyembed/modes.py", "return not (is_traced() or is_transformed() or is_recorded())", "return True", PLANNER + " -k fake"
+    ),
     Mutation(
         "pyembed/modes.py",
         'device.type == "cpu" or settings.current.debug and',
@@ -385,7 +386,12 @@ MUTATIONS = [
     Mutation(RUN, "        call = write_out(call)\n", "", TRACES + " -k row"),
     Mutation(KEEPS, "if is_recorded() or not is_plain_eager()", "if not is_plain_eager()", TRACES + " -k follows"),
     Mutation("pyembed/modules/proofs.py", "            unrecorded(),\n", "", TRACES + " -k example"),
-    Mutation("pyembed/reference.py", "elif cos.shape[-2] != heads.shape[-3]:", "elif False:", ROTARY + " -k too_few"),
+    Mutation(
+        "pyembed/reference.py",
+        "elif cos.dim() > 1 and cos.shape[-2] != heads.shape[-3]:",
+        "elif False:",
+        ROTARY + " -k too_few",
+    ),
     Mutation(MEMORY, "for storage in _storages if sys.getrefcount(storage) <= unused]", "for storage in _storages]", SAMES),
     Mutation(MEMORY, " and not storage.is_shared()]", "]", SAMES + " -k memory"),
     Mutation(MEMORY, "if has_room else 1\n", "\n", SAMES + " -k file"),

@@ -423,6 +423,19 @@ def test_a_place_without_a_row_is_nan_by_the_kernel(plan):
     assert query[0, 0].isfinite().all() and query[0, 1:].isnan().all()
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("shape", [(8,), (1, 8)], ids=str)
+def test_a_single_id_with_its_own_pair(shape, backend):
+    """ids of shape (), whose pair may be too."""
+    token, weight, angle = torch.randn(3, 6), torch.randn(24, 6), torch.rand(4)
+    pair = tuple(x.repeat(2).view(shape) for x in (angle.cos(), angle.sin()))
+    with pyembed.backend(backend):
+        query = F.embed_qkv(torch.tensor(2), token, weight, num_heads=1, rotary=pair).query
+    x = torch.view_as_complex((token[2] @ weight[:8].T).view(2, 4).T.contiguous())
+    expected = torch.view_as_real(x * torch.polar(torch.ones(4), angle)).T.reshape(1, 8)
+    torch.testing.assert_close(query, expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("tokens", [6, 300])
 def test_too_few_rows_never_wrap_around(tokens):
     """Two sequences of 6 tokens are three of 4: where rows lack, nothing may be taken for another token's."""
