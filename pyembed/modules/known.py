@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
 from ..call import STOCK_FORWARDS, Norm, wide_dtype
-from ..modes import TENSORS, autocast_dtype, brings_operators, has_process_group, is_dtensor
+from ..modes import TENSORS, autocast_dtype, brings_operators, has_process_group, is_dtensor, is_recorded
 from ..rotary import Rotary
 from . import proofs
 from .proofs import PositionFinding, Proof, is_patched, prove
@@ -243,7 +243,7 @@ def _can_scale(token: nn.Module, found: Any) -> bool:
     if scale is None:
         return isinstance(getattr(token, found.scale), float) if found.scale else True
     readable = type(scale) in (Tensor, nn.Buffer) and not scale.is_meta and scale.numel() == 1
-    return readable and not scale.requires_grad and not torch.compiler.is_compiling()
+    return readable and not (scale.requires_grad or torch.compiler.is_compiling() or is_recorded())
 
 
 class OwnScale:

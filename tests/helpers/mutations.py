@@ -240,7 +240,9 @@ MUTATIONS = [
     Mutation(KNOWN, "kind.forward is FORWARDS[stock] and issubclass", "issubclass", TAKEN + " -k what_they_compute"),
     Mutation(KNOWN, "            if is_patched(part):\n", "            if False:\n", TAKEN + " -k after_the_proof"),
     Mutation(KNOWN, "if proof is None or not proof.holds(module):", "if proof is None:", TAKEN + " -k after_the_proof"),
-    Mutation(KNOWN, "not scale.requires_grad and not torch.compiler.is_compiling()", "not scale.requires_grad", TAKEN + " -k of_graphs"),
+    Mutation(
+        KNOWN, "scale.requires_grad or torch.compiler.is_compiling() or", "scale.requires_grad or", TAKEN + " -k of_graphs"
+    ),
     Mutation(KNOWN, "if scale.is_cpu or version is None", "if version is None", TAKEN + " -k those_of_the_call"),
     Mutation(KNOWN, ".item() if found.rounds else", ".item() if False else", TAKEN + " -k those_of_the_call"),
     Mutation(KNOWN, "if offset and way.offset is None:", "if offset:", TAKEN + " -k ones_own"),
@@ -385,7 +387,6 @@ MUTATIONS = [
     Mutation(CHOICE, "is_compiling() or is_recorded()  # whose", "is_compiling()  # whose", TRACES + " -k weighs"),
     Mutation(RUN, "        call = write_out(call)\n", "", TRACES + " -k row"),
     Mutation(KEEPS, "if is_recorded() or not is_plain_eager()", "if not is_plain_eager()", TRACES + " -k follows"),
-    Mutation("pyembed/modules/proofs.py", "            unrecorded(),\n", "", TRACES + " -k example"),
     Mutation(
         "pyembed/reference.py",
         "elif cos.dim() > 1 and cos.shape[-2] != heads.shape[-3]:",
