@@ -62,12 +62,12 @@ class Called:
         return self.function(*inputs)
 
 
-STOCK_FORWARDS = set[Any]()  # of modules of ours that do no more than look up rows of their weight
+STOCK_FORWARDS = list[Any]()  # of modules of ours that do no more than look up rows of their weight
 
 
 def stock_forward(forward: Any) -> Any:
     """Marks the forward of such a module, which need not be called."""
-    STOCK_FORWARDS.add(forward)
+    STOCK_FORWARDS.append(forward)
     return forward
 
 

@@ -49,7 +49,8 @@ def _inherits(name: str, module: nn.Module) -> bool:
 
 def is_ours(module: nn.Module) -> bool:
     """Whether it is one of our modules that look up rows."""
-    return type(module).forward in STOCK_FORWARDS
+    own: Any = type(module).forward
+    return any(own is forward for forward in STOCK_FORWARDS)  # a compiler does not find a function in a set
 
 
 class Known:
@@ -101,7 +102,7 @@ class Known:
 def looks_up(name: str, module: nn.Module) -> bool:
     """Fast path: whether an embedding returns rows of its weight, and nothing else happens."""
     state, kind = module.__dict__, type(module)
-    if kind.forward not in STOCK_FORWARDS and kind.forward is not FORWARDS[nn.Embedding] or is_patched(module):
+    if kind.forward is not FORWARDS[nn.Embedding] and not is_ours(module) or is_patched(module):
         return False
     if state["_forward_hooks"] or state["_forward_pre_hooks"] or state["_backward_hooks"] or state["_backward_pre_hooks"]:
         return False
