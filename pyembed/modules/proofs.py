@@ -134,8 +134,8 @@ def is_patched(module: nn.Module) -> bool:
     kind = type(module)
     if kind.__call__ is not nn.Module.__call__ or kind._call_impl is not nn.Module._call_impl:
         return True
-    if torch.compiler.is_compiling():  # which guards this lookup, not a question to the dictionary
-        return getattr(module.forward, "__func__", None) is not kind.forward
+    if torch.compiler.is_compiling():
+        module.forward  # noqa: B018  a compiler guards this lookup, not the question below
     return "forward" in module.__dict__
 
 

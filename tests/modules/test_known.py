@@ -769,3 +769,17 @@ def test_a_dropout_of_its_own_is_switched_alone_too():
         assert not look()
         front.eval(), front.dropout.train()
         assert look()
+
+
+@pytest.mark.parametrize("norm", [LlamaRMSNorm(16), nn.LayerNorm(16)], ids=["proved", "stock"])
+def test_graphs_hold_the_fused_operator(norm):
+    """A compiler does not make known modules unknown."""
+    front, names = front_of(norm=norm), []
+
+    def backend(graph, inputs):
+        names.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    with pyembed.backend("triton"), torch.no_grad():
+        torch.compile(front, backend=backend, fullgraph=True)(IDS)
+    assert any("embed_qkv" in name for name in names)
