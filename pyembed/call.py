@@ -103,15 +103,32 @@ class Norm(NamedTuple):
 class Projection(NamedTuple):
     """The linear map to query, key and value: N = (num_heads + 2·num_kv_heads)·head_dim outputs."""
 
-    weight: Tensor  # (N, D), rows of query, then key, then value
-    bias: Tensor | None  # (N,)
+    weight: Tensor  # (N, D), rows of query, then key, then value; or of query alone, where key and value have their own
+    bias: Tensor | None  # (N,), or of query alone
     num_heads: int
     num_kv_heads: int
+    key_weight: Tensor | None = None  # (H_kv·d_h, D)
+    value_weight: Tensor | None = None
+    key_bias: Tensor | None = None  # (H_kv·d_h,)
+    value_bias: Tensor | None = None
 
     @property
     def groups(self) -> tuple[int, int, int]:
         """Heads of query, key and value."""
         return self.num_heads, self.num_kv_heads, self.num_kv_heads
+
+    @property
+    def own(self) -> tuple[tuple[Tensor, Tensor | None], ...]:
+        """Weight and bias of query, key and value, where each has its own; else none."""
+        weight, bias, _, _, key_weight, value_weight, key_bias, value_bias = self
+        if key_weight is None or value_weight is None:
+            return ()
+        return (weight, bias), (key_weight, key_bias), (value_weight, value_bias)
+
+    @property
+    def rows(self) -> int:
+        """N."""
+        return sum(weight.shape[0] for weight, _ in self.own) or self.weight.shape[0]
 
 
 class Epilogue(NamedTuple):
@@ -126,6 +143,7 @@ class Epilogue(NamedTuple):
     interleaved: bool = False  # pairs (2i, 2i+1); else (i, i + R/2)
     head_eps: float = 0.0
     heads_first: bool = False  # (..., h, T, d_h)
+    query_bias: Tensor | None = None  # (H·d_h,) added to query before all else
 
     def split_turns(self) -> tuple["Epilogue", "Epilogue"]:
         """What a kernel does that can only rotate heads, and what PyTorch's operators apply afterwards."""
@@ -153,8 +171,7 @@ class Call(NamedTuple):
     def head_dim(self) -> int:
         """Width of a head."""
         assert self.projection is not None
-        weight, _, heads, kv_heads = self.projection
-        return weight.shape[0] // (heads + 2 * kv_heads)
+        return self.projection.rows // sum(self.projection.groups)
 
     def empty_outputs(self) -> tuple[Tensor, ...]:
         """hidden, query, key, value, mean (M,) or (0,), rstd (M,) or (0,): what the kernels fill and a fake call returns.
@@ -162,7 +179,7 @@ class Call(NamedTuple):
         Query, key and value have the dtype of weight, which differs from token's under autocast.
         """
         assert self.projection is not None
-        (ids, token, *_), kind, (weight, _, heads, kv_heads) = self.terms, self.norm.kind, self.projection
+        (ids, token, *_), kind, (weight, _, heads, kv_heads, *_) = self.terms, self.norm.kind, self.projection
         shape, M, wide = tuple(ids.shape), ids.numel(), torch.promote_types(token.dtype, torch.float32)
         width, qkv = weight.shape[0] // (heads + 2 * kv_heads), list[Tensor]()
         for n in (heads, kv_heads, kv_heads):
@@ -171,6 +188,38 @@ class Call(NamedTuple):
             qkv.append(weight.new_empty((2, *own) if second else own))
         statistics = (token.new_empty(M if kind in kinds else 0, dtype=wide) for kinds in (("layer",), ("layer", "rms")))
         return token.new_empty(*shape, token.shape[1]), *qkv, *statistics
+
+    def packed(self) -> "Call":
+        """With one weight and one bias of query, key and value, as kernels take them."""
+        projection, added = self.projection, self.epilogue.query_bias
+        if projection is None or added is None and projection.key_weight is None:
+            return self
+        weight, bias, heads, kv_heads, *_ = projection
+        own = projection.own
+        if own:
+            weight = torch.cat([weight for weight, _ in own])
+            if any(bias is not None for _, bias in own):
+                bias = torch.cat([weight.new_zeros(weight.shape[0]) if bias is None else bias for weight, bias in own])
+        if added is not None:
+            added = torch.nn.functional.pad(added, (0, weight.shape[0] - added.numel()))
+            bias = added if bias is None else bias + added
+        epilogue = self.epilogue if added is None else self.epilogue._replace(query_bias=None)
+        return self._replace(projection=Projection(weight, bias, heads, kv_heads), epilogue=epilogue)
+
+    def unpacked(self, grads: dict[str, Tensor], needs: set[str]) -> dict[str, Tensor]:
+        """Gradients by name, those of the weight and bias of packed() among them -> of this call's fields in needs, each with
+        memory of its own."""
+        assert self.projection is not None
+        found, rows = dict(grads), [heads * self.head_dim for heads in self.projection.groups]
+        if "query_bias" in needs and "bias" in grads:
+            found["query_bias"] = grads["bias"][: rows[0]].clone()
+        if self.projection.own:
+            for packed in ("weight", "bias"):
+                parts = grads[packed].split(rows) if packed in grads else ()
+                for name, part in zip((packed, f"key_{packed}", f"value_{packed}"), parts, strict=False):
+                    if name in needs:
+                        found[name] = part.clone()
+        return found
 
     def wants_grad(self) -> bool:
         """Whether a gradient of it may be asked for."""
@@ -227,7 +276,19 @@ LOOKUPS = (
 BY_PLACE = ("position", "cos")  # tables whose row is the token's place in its sequence where no ids are given; of others row 0
 # What a backward by kernels has gradients of; the norms of heads are PyTorch's where a gradient is wanted.
 TABLES = ("token", "position", "segment")
-LEARNED = (*TABLES, "norm_weight", "norm_bias", "weight", "bias", "query_offset")
+PROJECTING = ("weight", "bias", "query_offset", "query_bias", "key_weight", "value_weight", "key_bias", "value_bias")
+LEARNED = (*TABLES, "norm_weight", "norm_bias", *PROJECTING)
+
+
+def _sources(output: str, own: bool) -> tuple[str, ...]:
+    if output == "hidden":
+        return TABLES
+    weights = ("weight", "bias") if output == "query" or not own else (f"{output}_weight", f"{output}_bias")
+    return (*TABLES, "norm_weight", "norm_bias", *weights, *(("query_offset", "query_bias") if output == "query" else ()))
+
+
+# Of LEARNED, what hidden, query, key and value depend on; [True]: where key and value have weights of their own.
+SOURCES = [tuple(_sources(output, own) for output in HiddenQKV._fields) for own in (False, True)]
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:

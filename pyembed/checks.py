@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .call import BY_PLACE, LOOKUPS, TABLES, Call, Called, DistinctIds, Norm, Projection, rows_of, wide_dtype
+from .call import BY_PLACE, LOOKUPS, PROJECTING, TABLES, Call, Called, DistinctIds, Norm, Projection, rows_of, wide_dtype
 from .modes import autocast_dtype, can_read
 
 NORMS = ("layer", "rms", None)
@@ -102,7 +102,7 @@ def _check_terms(call: Call, fields: dict[str, Any]) -> None:
 def _check_front_end(call: Call, projection: Projection) -> None:
     """Norm, projection and epilogue."""
     token = call.terms.token
-    weight, bias, num_heads, num_kv_heads = projection
+    weight, bias, num_heads, num_kv_heads, *_ = projection
     width = None if isinstance(token, Called) else token.shape[1]
     check_heads(num_heads, num_kv_heads)
     if call.norm.kind != "called":
@@ -110,11 +110,18 @@ def _check_front_end(call: Call, projection: Projection) -> None:
     if isinstance(weight, Called):
         check_epilogue(call, None)
         return
-    check_shape("weight", weight, (None, width), "(query, key and value rows, embedding_dim of token)", optional=False)
-    check_shape("bias", bias, (weight.shape[0],), "the rows of weight")
-    total = num_heads + 2 * num_kv_heads
-    if weight.shape[0] % total:
-        raise ValueError(f"weight: expected a multiple of num_heads + 2·num_kv_heads = {total} rows, got {weight.shape[0]}")
+    if projection.own:
+        head_dim = weight.shape[0] // num_heads
+        for part, (heads, (own_weight, own_bias)) in enumerate(zip(projection.groups, projection.own, strict=True)):
+            rows, meaning = heads * head_dim, "(heads·head_dim, embedding_dim of token)"
+            check_shape(f"qkv.{part}.weight", own_weight, (rows, width), meaning, optional=False)
+            check_shape(f"qkv.{part}.bias", own_bias, (rows,), "the rows of its weight")
+    else:
+        check_shape("weight", weight, (None, width), "(query, key and value rows, embedding_dim of token)", optional=False)
+        check_shape("bias", bias, (weight.shape[0],), "the rows of weight")
+        total = num_heads + 2 * num_kv_heads
+        if weight.shape[0] % total:
+            raise ValueError(f"weight: expected a multiple of num_heads + 2·num_kv_heads = {total} rows, got {weight.shape[0]}")
     check_epilogue(call, call.head_dim)
     query_norm, key_norm, *_ = call.epilogue
     check_shape("query_norm", query_norm, (call.head_dim,), "head_dim", optional=key_norm is None)
@@ -158,11 +165,14 @@ def _check_alike(fields: dict[str, Any]) -> None:
         return
     if not token.is_floating_point():
         raise TensorTypeError(f"token: expected a floating dtype, got {token.dtype}")
-    cast = autocast_dtype(token)
+    cast, names = autocast_dtype(token), {"turn_ids": "position_ids"}
+    if fields["key_weight"] is not None:
+        parts = (f"qkv.{part}.{name}" for name in ("weight", "bias") for part in range(3))
+        names |= zip(("weight", "key_weight", "value_weight", "bias", "key_bias", "value_bias"), parts, strict=True)
     for name, value in fields.items():
         if name in ("cos", "sin", "seed") or not isinstance(value, Tensor):
             continue
-        name = "position_ids" if name == "turn_ids" else name
+        projects, name = name in PROJECTING, names.get(name, name)
         if value.device != token.device:
             raise TensorValueError(f"{name}: expected device {token.device}, that of token; got {value.device}")
         dtypes = {token.dtype}
@@ -170,7 +180,7 @@ def _check_alike(fields: dict[str, Any]) -> None:
             dtypes.add(wide_dtype(token.dtype))
         if name == "position":
             dtypes.add(torch.int64)  # positions.sinusoidal_steps
-        if name in ("weight", "bias", "query_offset") and cast:
+        if projects and cast:
             dtypes |= {torch.float32, torch.float16, torch.bfloat16}  # which the product casts
         if not name.endswith("ids") and value.dtype not in dtypes:
             raise TensorTypeError(f"{name}: expected dtype {token.dtype}, that of token; got {value.dtype}")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from .call import LEARNED
+from .call import LEARNED, PROJECTING
 from .plans import distinct, one_pass
 from .plans.operators import FrontEnd, Operator
 
@@ -20,7 +20,8 @@ def _register(plan: FrontEnd, rows: Callable[[dict[str, Any]], int]) -> None:
         @register_flop_formula(getattr(torch.ops.pyembed, operator.op._schema.name.rpartition(":")[2]))
         def formula(*shapes: Any, out_shape: Any = None, **options: Any) -> int:
             named = dict(zip(operator.names, shapes, strict=False)) | dict(zip(results, out_shape, strict=False))
-            return _products(named) * 2 * rows(named) * math.prod(named["weight"])
+            weights = [named[name] for name in ("weight", "key_weight", "value_weight") if named[name] is not None]
+            return _products(named) * 2 * rows(named) * sum(map(math.prod, weights))
 
     count(plan.forward, plan.outputs)
     count(plan.backward, ())
@@ -33,8 +34,8 @@ def _products(named: dict[str, Any]) -> int:
     if all(named[f"grad_{output}"] is None for output in ("query", "key", "value")):
         return 0
     needs = dict(zip(LEARNED, named["needs"], strict=True))
-    before = any(needs[name] for name in LEARNED if name not in ("weight", "bias", "query_offset"))
-    return needs["weight"] + before
+    before = any(needs[name] for name in LEARNED if name not in PROJECTING)
+    return any(needs[name] for name in PROJECTING if name.endswith("weight")) + before
 
 
 _register(one_pass.embed_qkv, lambda named: math.prod(named["ids"]))

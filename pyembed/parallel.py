@@ -81,11 +81,9 @@ class ColwiseQKV(ParallelStyle):
         for part in (module.position, module.segment, module.norm, module.query_norm, module.key_norm):
             if part is not None:
                 self._spread(part, device_mesh, Replicate())
-        if isinstance(qkv, nn.ModuleList):
-            for linear in qkv:
-                self._spread(linear, device_mesh, Shard(0))
-        elif module._groups:
-            self._spread(qkv, device_mesh, Shard(0), {"weight": Shard(1 if module._known.is_transposed() else 0)})
+        if isinstance(qkv, nn.ModuleList) or module._groups:
+            for place, linear in known.parts_of("qkv", qkv):
+                self._spread(linear, device_mesh, Shard(0), {"weight": Shard(int(module._known.is_transposed(place)))})
         else:
             heads = module.num_heads, module.num_kv_heads, module.num_kv_heads
             self._split(module, device_mesh, [count * module._head_dim for count in heads])
@@ -263,19 +261,12 @@ class _Colwise(EmbeddingQKV):
 
     def _projection(self) -> Projection:
         """This rank's rows of weight and bias: its heads of query, key and value."""
-        qkv = self._modules["qkv"]
-        linears = qkv if isinstance(qkv, nn.ModuleList) else [qkv]
-        weights, biases = ([local(getattr(x, name)) for x in linears] for name in ("weight", "bias"))
-        if self._known.is_transposed():
-            weights = [weights[0].t()]
-        if len(linears) > 1 and any(bias is not None for bias in biases):
-            biases = [w.new_zeros(len(w)) if b is None else b for w, b in zip(weights, biases, strict=True)]
-        weight = torch.cat(weights) if len(linears) > 1 else weights[0]
-        bias = torch.cat(biases) if len(linears) > 1 and biases[0] is not None else biases[0]
-        n = self._mesh.size()
-        if self._groups:
-            weight, bias = (x if x is None else known.ungroup(x, 0, self._groups // n, self._head_dim) for x in (weight, bias))
-        return Projection(weight, bias, self.num_heads // n, self.num_kv_heads // n)
+        qkv, n = self._modules["qkv"], self._mesh.size()
+        found: list[Any] = []
+        for place, linear in known.parts_of("qkv", qkv):
+            weight, bias = (local(getattr(linear, name)) for name in ("weight", "bias"))
+            found.append((weight.t() if self._known.is_transposed(place) else weight, bias))
+        return known.projection_of(found, self.num_heads // n, self.num_kv_heads // n, self._groups // n, self._head_dim)
 
     def _summed(self, value: MaybeTensor) -> MaybeTensor:
         return _Sum.apply(local(value), None, self._mesh.get_group(), False) if isinstance(value, Tensor) else value
@@ -287,12 +278,15 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, rows: Tensor | None, group: Any, summed: bool) -> Tensor:
+        ctx.set_materialize_grads(False)  # what the loss does not reach, on every rank alike
         ctx.rows, ctx.group = rows, group
         return _sum(x, group) if summed else x.view_as(x)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return None, None, None, None
         if ctx.rows is None:
             return _sum(grad, ctx.group), None, None, None
         rows = ctx.rows.reshape(-1).clamp(0, grad.shape[0] - 1)

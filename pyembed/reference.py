@@ -75,15 +75,20 @@ def compose(call: Call) -> Tensor | HiddenQKV:
     hidden = compose_hidden(call)
     if call.projection is None:
         return hidden
-    weight, bias, query_heads, heads = call.projection
-    normed = normalise(hidden, call.norm)
+    weight, bias, query_heads, heads, key_weight, *_ = call.projection
+    normed, epilogue = normalise(hidden, call.norm), call.epilogue
+    linear: Any = invariant_linear if call.batch_invariant else F.linear
     if isinstance(weight, Called):
-        qkv = weight(normed)
+        qkv: Any = weight(normed)
+    elif key_weight is not None:  # not packed, by which gradients of zeros would reach what a loss does not
+        qkv = tuple([linear(normed, *each) for each in call.projection.own])
     else:
-        qkv = invariant_linear(normed, weight, bias) if call.batch_invariant else F.linear(normed, weight, bias)
+        qkv = linear(normed, weight, bias)
+    if isinstance(qkv, tuple):
+        split = [x.unflatten(-1, (n, -1)) for x, n in zip(qkv, call.projection.groups, strict=True)]
+        return finish(HiddenQKV(hidden, *split), epilogue)
     total = query_heads + 2 * heads
     qkv = qkv.view(*qkv.shape[:-1], total, qkv.shape[-1] // total)
-    epilogue = call.epilogue
     if epilogue.cos is not None and epilogue.query_norm is None and epilogue.query_offset is None:
         # Query and key together: half the operators. Not by split, whose views could not be changed in place.
         turned, value = rotate(qkv.narrow(-2, 0, query_heads + heads), epilogue), qkv.narrow(-2, query_heads + heads, heads)
@@ -99,6 +104,8 @@ def finish(found: HiddenQKV, epilogue: Epilogue) -> HiddenQKV:
     if epilogue.query_norm is not None:
         weights = (query, epilogue.query_norm), (key, epilogue.key_norm)
         query, key = (_normalise_heads(x, weight, epilogue.head_eps) for x, weight in weights)
+    if epilogue.query_bias is not None:
+        query = query + epilogue.query_bias.view(query.shape[-2:]).to(query.dtype)
     if epilogue.query_offset is not None:
         query = torch.stack([query, query + epilogue.query_offset.view(query.shape[-2:]).to(query.dtype)])
     if epilogue.cos is not None:
@@ -149,22 +156,8 @@ def invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
 
 def with_query_biases(call: Call, first: Tensor, second: Tensor) -> Call:
     """The call with query biases (H, d_h), Transformer-XL's u and v: query + first, and behind it query + second."""
-    projection = call.projection
-    assert projection is not None
-    weight, bias, offset = projection.weight, projection.bias, (second - first).flatten()
-    if isinstance(weight, Called):
-        linear = weight
-
-        def project(normed: Tensor) -> Tensor:
-            qkv = linear(normed)
-            return qkv + F.pad(first.flatten(), (0, qkv.shape[-1] - first.numel())).to(qkv.dtype)
-
-        added: Any = Called(linear.module, project)
-        projection = projection._replace(weight=added)
-    else:
-        bias = weight.new_zeros(weight.shape[0]) if bias is None else bias
-        projection = projection._replace(bias=bias + F.pad(first.flatten(), (0, weight.shape[0] - first.numel())))
-    return call._replace(projection=projection, epilogue=call.epilogue._replace(query_offset=offset))
+    epilogue = call.epilogue._replace(query_bias=first.flatten(), query_offset=(second - first).flatten())
+    return call._replace(epilogue=epilogue)
 
 
 def embedding(ids: Tensor, weight: Tensor, padding_idx: int | None = None) -> Tensor:

@@ -215,7 +215,7 @@ def _runner_of_plan(call, observed):
 def _composition_runner(call):
     if call.batch_invariant and (torch.compiler.is_compiling() or is_recorded()):
         raise RuntimeError(
-            "batch_invariant: expected the kernels, or no compiler, which orders PyTorch's sums as it likes, and no tracer"
+            "batch_invariant: expected the kernels or no compiler, which orders PyTorch's sums as it likes, and no tracer"
         )
     # PyTorch accepts any position for computed sines, and a module may add to positions before it looks them up.
     position = call.terms.position
@@ -235,6 +235,8 @@ def _kernel_runner(call, observed):
     if kernel is not None:
         outputs = 1 if call.projection is None else len(HiddenQKV._fields)
         runner = _Launch(kernel, outputs) if is_compiled(token) else _launched(kernel, outputs)
+        if call.packed() is not call:
+            runner = partial(_packed_first, runner)
     must_check = _must_check(call)
     return _checked(runner, must_check) if must_check or call.distinct is not None else runner
 
@@ -243,6 +245,11 @@ def _launched(kernel, outputs):
     if outputs == 1:
         return kernel
     return lambda call: HiddenQKV(*kernel(call)[:outputs])
+
+
+def _packed_first(runner, call):
+    """Packing is no part of the launch that is repeated."""
+    return runner(call.packed())
 
 
 def _must_check(call):

@@ -337,7 +337,7 @@ def embed_qkv(
     terms, norm, projection, epilogue = call[:4]
     assert projection is not None
     hidden, query, key, value, mean, rstd = outputs = call.empty_outputs()
-    weight, _, heads, kv_heads = projection
+    weight, _, heads, kv_heads, *_ = projection
     M, (V, D), N, head_dim = terms.ids.numel(), terms.token.shape, weight.shape[0], value.shape[-1]
     if M == 0 or N == 0 or D == 0:
         return outputs

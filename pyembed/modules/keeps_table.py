@@ -17,7 +17,7 @@ from ..ids import apply_policy
 from ..modes import is_plain_eager, is_recorded, refuse_scripting
 from ..plans.choice import refuses, why_torch
 from ..plans.table import DoesNotFit, Table, nbytes
-from ..reference import finish
+from ..reference import finish, with_query_biases
 from . import known
 from .parts import HoldsParts
 
@@ -113,9 +113,8 @@ class KeepsTable(HoldsParts):
             if query_biases is None:
                 return found.look_up(call, kernels)
             check_query_biases(query_biases, given, self._head_dim)
-            plain, (first, second) = found.look_up(call._replace(epilogue=Epilogue()), kernels), query_biases
-            epilogue = call.epilogue._replace(query_offset=(second - first).flatten())
-            return finish(plain._replace(query=plain.query + first), epilogue)
+            plain = found.look_up(call._replace(epilogue=Epilogue()), kernels)
+            return finish(plain, with_query_biases(call, *query_biases).epilogue)
         except (AttributeError, IndexError, RuntimeError, TypeError):
             self._check(given)  # says what is wrong, if it is an argument
             raise

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
-from ..call import STOCK_FORWARDS, Norm, wide_dtype
+from ..call import STOCK_FORWARDS, Norm, Projection, wide_dtype
 from ..modes import TENSORS, autocast_dtype, brings_operators, has_process_group, is_dtensor, is_recorded
 from ..rotary import Rotary
 from . import proofs
@@ -273,20 +273,19 @@ def linear_weights(qkv: Any, known: Known, place: str = "") -> tuple[Tensor, Ten
     return weight, getattr(qkv, "bias", None)
 
 
-def projection(qkv: Any, known: Known, groups: int = 0, head_dim: int = 0) -> tuple[Tensor, Tensor | None]:
-    """Weight (N, D), rows of query, key, value, and bias (N,) or None of qkv, whatever holds them.
+def projection_of(
+    weights: list[tuple[Tensor, Tensor | None]], num_heads: int, num_kv_heads: int, groups: int = 0, head_dim: int = 0
+) -> Projection:
+    """Of weight and bias of qkv, or of its three modules.
 
     groups: of heads, each its queries, its key and its value, in which the rows of qkv lie; 0: they lie as returned."""
-    if isinstance(qkv, nn.ModuleList):
-        weights, biases = zip(*(linear_weights(part, known, place) for place, part in parts_of("qkv", qkv)), strict=True)
-        if len({w.device for w in weights}) > 1:
-            raise ValueError(f"qkv: expected weights on one device, got {', '.join(str(w.device) for w in weights)}")
-        zeros = (w.new_zeros(w.shape[0]) if b is None else b for w, b in zip(weights, biases, strict=True))
-        return torch.cat(weights), None if all(bias is None for bias in biases) else torch.cat(tuple(zeros))
-    weight, bias = linear_weights(qkv, known)
-    if not groups:
-        return weight, bias
-    return ungroup(weight, 0, groups, head_dim), None if bias is None else ungroup(bias, 0, groups, head_dim)
+    (weight, bias), *others = weights
+    if others:
+        (key_weight, key_bias), (value_weight, value_bias) = others
+        return Projection(weight, bias, num_heads, num_kv_heads, key_weight, value_weight, key_bias, value_bias)
+    if groups:
+        weight, bias = ungroup(weight, 0, groups, head_dim), None if bias is None else ungroup(bias, 0, groups, head_dim)
+    return Projection(weight, bias, num_heads, num_kv_heads)
 
 
 def ungroup(x: Tensor, dim: int, groups: int, head_dim: int) -> Tensor:
@@ -408,7 +407,9 @@ def over_heads(norm: nn.Module, head_dim: int, x: Tensor) -> Tensor:
     return norm(x.flatten(-2)).view(x.shape) if whole and x.shape[-2] > 1 else norm(x)
 
 
-def called_projection(qkv: nn.Module, normed: Tensor, groups: int, head_dim: int) -> Tensor:
-    """Query, key and value of all heads, behind one another, by calling the module or modules that project."""
-    projected = torch.cat([linear(normed) for linear in qkv], -1) if isinstance(qkv, nn.ModuleList) else qkv(normed)
-    return ungroup(projected, -1, groups, head_dim) if groups else projected
+def called_projection(qkv: nn.Module, normed: Tensor, groups: int, head_dim: int) -> Any:
+    """Query, key and value of all heads, behind one another, by calling the module that projects; or of three modules, a tuple
+    of what each gives."""
+    if isinstance(qkv, nn.ModuleList):
+        return tuple([linear(normed) for linear in qkv])
+    return ungroup(qkv(normed), -1, groups, head_dim) if groups else qkv(normed)

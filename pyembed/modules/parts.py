@@ -268,8 +268,9 @@ class HoldsParts(HasIdPolicy):
         return dropout_rate(dropout, training)
 
     def _projection(self) -> Projection:
-        weight, bias = known.projection(self._modules["qkv"], self._known, self._groups, self._head_dim)
-        return Projection(weight, bias, self.num_heads, self.num_kv_heads)
+        parts = known.parts_of("qkv", self._modules["qkv"])
+        found = [known.linear_weights(part, self._known, place) for place, part in parts]
+        return known.projection_of(found, self.num_heads, self.num_kv_heads, self._groups, self._head_dim)
 
 
 def _is_plain(module: nn.Module | None, *kinds: type[nn.Module]) -> bool:

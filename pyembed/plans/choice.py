@@ -119,14 +119,14 @@ def _is_small(call: Call, kernels: bool) -> bool:
     """Whether a call has so little to compute, and no dense gradient of a large table to make (filling fresh memory with zeros
     would cost more than all else), that no plan can save time."""
     assert call.projection is not None
-    token, weight = call.terms.token, call.projection.weight
+    token = call.terms.token
     if token.is_cuda:
         return call.terms.ids.numel() < LEAST_TOKENS
     if kernels or token.is_meta:
         return False
     if token.requires_grad and torch.is_grad_enabled() and token.numel() * token.element_size() >= SMALL_BYTES:
         return False
-    return 2.0 * call.terms.ids.numel() * weight.numel() < LEAST_FLOPS
+    return 2.0 * call.terms.ids.numel() * call.projection.rows * token.shape[1] < LEAST_FLOPS
 
 
 def settle(call: Call) -> Plan | None:
@@ -184,10 +184,16 @@ def backward_products(call: Call) -> int | None:
     if not torch.is_grad_enabled():
         return None
     assert call.projection is not None
-    (weight, bias, *_), terms, norm = call.projection, call.terms, call.norm
-    before = any(x is not None and x.requires_grad for x in (terms.token, terms.position, norm.weight, norm.bias))
-    wanted = before or weight.requires_grad or bias is not None and bias.requires_grad
-    return before + weight.requires_grad if wanted else None
+    (weight, bias, *_, key_weight, value_weight, key_bias, value_bias), terms, norm = call.projection, call.terms, call.norm
+    before, weights, biases = (
+        any(x is not None and x.requires_grad for x in tensors)
+        for tensors in (
+            (terms.token, terms.position, norm.weight, norm.bias),
+            (weight, key_weight, value_weight),
+            (bias, key_bias, value_bias),
+        )
+    )
+    return before + weights if before or weights or biases else None
 
 
 def weigh(call: Call, distinct: int, has_table: bool = False) -> Plan:
@@ -199,7 +205,7 @@ def weigh(call: Call, distinct: int, has_table: bool = False) -> Plan:
     """
     assert call.projection is not None
     ids, token, position, position_ids, *_ = call.terms
-    M, (N, D), size = ids.numel(), call.projection.weight.shape, token.element_size()
+    M, N, D, size = ids.numel(), call.projection.rows, token.shape[1], token.element_size()
     T, normed, products = call.terms.length, call.norm.kind != "none", backward_products(call)
     places = 0 if position is None else T if position_ids is None else min(position_ids.numel(), position.shape[0])
     rate = measure(token.device, token.dtype)

@@ -184,7 +184,7 @@ def forward(call: Call, rows: Tensor | None = None, index: Tensor | None = None)
     positions, then of tokens, and the batch's rows (U,) and index (M,), which may be given. The epilogue is not applied."""
     (ids, token, position, *_), norm, projection = call.terms, call.norm, call.projection
     assert projection is not None
-    weight, bias, heads, kv_heads = projection
+    weight, bias, heads, kv_heads, *_ = projection
     D, N, dtype = token.shape[1], weight.shape[0], token.dtype
     batch = Batch(call.terms, max(D, N), rows, index)
     assert batch.rows is not None

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..call import HIDDEN, LOOKUPS, SCHEMA, TABLES, Call, Called, Epilogue, HiddenQKV, Terms
+from ..call import HIDDEN, LOOKUPS, PROJECTING, SCHEMA, TABLES, Call, Called, Epilogue, HiddenQKV, Terms
 from ..modes import autocast_dtype
 from ..reference import finish
 from .operators import FrontEnd, Operator, launch, launcher, refuse_tangents, result_types, save_inputs, saved_inputs
@@ -47,13 +47,15 @@ def kernel_of(call: Call) -> Callable[[Call], tuple[Tensor, ...]] | None:
 
 
 def _cast(call: Call) -> Call:
-    """Under autocast weight, bias and the second query's offset have its dtype, hidden and the norm keep theirs."""
+    """Under autocast weights, biases and the second query's offset have its dtype, hidden and the norm keep theirs."""
     projection, epilogue, dtype = call.projection, call.epilogue, autocast_dtype(call.terms.token)
     if dtype is None or projection is None:
         return call
-    bias, offset = (x if x is None else x.to(dtype) for x in (projection.bias, epilogue.query_offset))
-    projection = projection._replace(weight=projection.weight.to(dtype), bias=bias)
-    return call._replace(projection=projection, epilogue=epilogue._replace(query_offset=offset))
+
+    def cast(part: Any) -> Any:
+        return part._replace(**{name: x.to(dtype) for name in PROJECTING if (x := getattr(part, name, None)) is not None})
+
+    return call._replace(projection=cast(projection), epilogue=cast(epilogue))
 
 
 def normalises_heads(call: Call) -> bool:

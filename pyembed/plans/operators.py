@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._C._autograd import _profiler_enabled
 from torch.autograd import forward_ad, profiler
 
-from ..call import FRONT_END, LEARNED, TABLES, Call, HiddenQKV
+from ..call import FRONT_END, LEARNED, SOURCES, Call, HiddenQKV
 from ..ids import forget, look, report_of
 
 Function = Callable[..., Any]
@@ -168,13 +168,18 @@ def refuse_tangents(*grads: Tensor | None) -> None:
         )
 
 
+# What a backward does not read: its values are not kept, and the user may change them meanwhile.
+UNSAVED = ("bias", "key_bias", "value_bias", "query_bias", "query_offset", "query_norm", "key_norm")
+PACKED = {"query_bias": "bias"} | {f"{of}_{name}": name for of in ("key", "value") for name in ("weight", "bias")}
+
+
 def empty_grad(call: Call, name: str, needed: bool) -> Tensor:
     """A gradient of a learned field, or an empty tensor where it is not needed: an operator returns tensors only."""
     assert call.projection is not None
-    fields, weight = call.named(), call.projection.weight
-    if name in ("bias", "query_offset"):  # their values are not kept for the backward
-        size = weight.shape[0] if name == "bias" else call.projection.num_heads * call.head_dim
-        return weight.new_empty(size if needed else 0)
+    fields, (query, key, value) = call.named(), (heads * call.head_dim for heads in call.projection.groups)
+    if name in UNSAVED:
+        sizes = {"bias": query if call.projection.own else query + key + value, "key_bias": key, "value_bias": value}
+        return call.projection.weight.new_empty(sizes.get(name, query) if needed else 0)
     like = call.terms.token if fields[name] is None else fields[name]
     return like.new_empty(like.shape if needed else 0)
 
@@ -188,17 +193,19 @@ class FrontEnd:
 
     options: the schema of the plan's own arguments, if any; results: what the forward returns behind hidden, query, key and
     value, for the backward alone. forward(call, *options) -> all of these. backward(call, gradients of the four, results,
-    options, needs: names in LEARNED) -> {name: gradient}. empty(call, *options): the forward's results without values.
+    options, needs: names in LEARNED) -> {name: gradient}. empty(call, *options): the forward's results without values. All
+    three are given calls of one packed weight and bias; the operators, whose gradients are those of each weight, any.
     """
 
     def __init__(self, name: str, options: str, results: str, forward: Function, backward: Function, empty: Function) -> None:
-        self.without_gradients, self._backward, self._empty = forward, backward, empty
+        self._forward, self._backward, self._empty = forward, backward, empty
         kept, arguments = results.split(), ", ".join(filter(None, (FRONT_END.schema, options)))
         self.outputs = (*HiddenQKV._fields, *kept)
         self.forward = Operator(name, f"({arguments}) -> ({result_types(self.outputs)})", self._run_forward, self._fake_forward)
         inputs = [*(f"Tensor? grad_{output}" for output in HiddenQKV._fields), *(f"Tensor {result}" for result in kept)]
         schema = f"({', '.join(inputs)}, {arguments}, bool[] needs) -> ({result_types(LEARNED)})"
         self.backward = Operator(f"{name}_backward", schema, self._run_backward, self._fake_backward)
+        self._places = [[[*map(self.forward.names.index, names)] for names in sources] for sources in SOURCES]
         self.forward.register_autograd(self._save, self._differentiate)
         self.backward.register_autograd(lambda ctx, inputs, output: None, refuse_double_backward)
 
@@ -207,6 +214,10 @@ class FrontEnd:
         if observed or grads:
             return self.forward(*FRONT_END.flatten(call), *options, observed=observed)
         return self.without_gradients(call, *options)
+
+    def without_gradients(self, call: Call, *options: Any) -> tuple[Tensor, ...]:
+        """The forward of a call, without the operator."""
+        return self._forward(call.packed(), *options)
 
     def _call(self, arguments: Any) -> tuple[Call, Any]:
         fields = len(FRONT_END.names)
@@ -218,7 +229,7 @@ class FrontEnd:
 
     def _fake_forward(self, *arguments: Any) -> tuple[Tensor, ...]:
         call, options = self._call(arguments)
-        return self._empty(call, *options)
+        return self._empty(call.packed(), *options)
 
     def _parts(self, arguments: Any) -> tuple[Any, Any, Call, Any, dict[str, bool]]:
         """Of the backward's arguments: gradients, results, the call, options, and {name: whether its gradient is needed}."""
@@ -229,7 +240,9 @@ class FrontEnd:
 
     def _run_backward(self, *arguments: Any) -> tuple[Tensor, ...]:
         grads, results, call, options, needs = self._parts(arguments)
-        found = self._backward(call, grads, results, options, {name for name, needed in needs.items() if needed})
+        wanted = {name for name, needed in needs.items() if needed}
+        packed = {PACKED.get(name, name) for name in wanted}
+        found = call.unpacked(self._backward(call.packed(), grads, results, options, packed), wanted)
         return tuple(
             found[name] if needed and found.get(name) is not None else empty_grad(call, name, needed).zero_()
             for name, needed in needs.items()
@@ -240,13 +253,14 @@ class FrontEnd:
         return tuple(empty_grad(call, name, needed) for name, needed in needs.items())
 
     def _save(self, ctx: Any, inputs: Any, output: Any) -> None:
-        results = output[len(HiddenQKV._fields) :]
+        outputs, results = output[: len(HiddenQKV._fields)], output[len(HiddenQKV._fields) :]
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*results)
         named = dict(zip(self.forward.names, inputs, strict=True))
-        ctx.has_head_norm = named["query_norm"] is not None
-        unused = dict.fromkeys(("bias", "query_offset", "query_norm", "key_norm"))  # the user may change them meanwhile
-        save_inputs(ctx, tuple((named | unused).values()), results)
+        ctx.has_head_norm, ctx.sources = named["query_norm"] is not None, SOURCES[named["key_weight"] is not None]
+        wanted, places = ctx.needs_input_grad, self._places[named["key_weight"] is not None]
+        constant = (x for x, inputs in zip(outputs, places, strict=True) if not any([wanted[place] for place in inputs]))
+        ctx.mark_non_differentiable(*results, *constant)
+        save_inputs(ctx, tuple((named | dict.fromkeys(UNSAVED)).values()), results)
 
     def _differentiate(self, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         refuse_tangents(*grads)
@@ -256,8 +270,8 @@ class FrontEnd:
         outputs = grads[: len(HiddenQKV._fields)]
         if all(grad is None for grad in outputs):
             return (None,) * len(wanted)
-        # The gradient of hidden alone reaches only the tables.
-        reached = LEARNED if any(grad is not None for grad in outputs[1:]) else TABLES
+        # What the given gradients reach: that of hidden alone only the tables, that of query alone no weight of a key's own.
+        reached = {name for grad, names in zip(outputs, ctx.sources, strict=True) if grad is not None for name in names}
         needs = [wanted[name] and name in reached for name in LEARNED]
         inputs, results = saved_inputs(ctx)
         found = dict(zip(LEARNED, self.backward(*outputs, *results, *inputs, needs), strict=True))

@@ -33,7 +33,7 @@ def nbytes(call: Call, dtype: torch.dtype | None = None) -> int:
     token, position, projection = call.terms.token, call.terms.position, call.projection
     assert projection is not None
     rows = token.shape[0] + (0 if position is None else position.shape[0])
-    return rows * projection.weight.shape[0] * (dtype or token.dtype).itemsize
+    return rows * projection.rows * (dtype or token.dtype).itemsize
 
 
 def available(device: torch.device) -> float:
@@ -66,7 +66,8 @@ class Table:
     _columns: list[tuple[Tensor, Tensor]]  # of the tables, compared by row
 
     def __init__(self, links: list[tuple[dict[str, Any], str, Any]], call: Call, dtype: torch.dtype | None = None) -> None:
-        assert call.projection is not None
+        projection = call.packed().projection
+        assert projection is not None
         (_, self.token, self.position, *_), self.norm, token = call.terms, call.norm, call.terms.token
         self.dtype = token.dtype if dtype is None else dtype
         sources = [value for _, _, value in links if isinstance(value, Tensor)]
@@ -79,7 +80,7 @@ class Table:
         self._sample(sources)
         try:
             with torch.no_grad():
-                self._build(call.projection.weight, call.projection.bias)
+                self._build(projection.weight, projection.bias)
         except RuntimeError as error:
             if isinstance(error, torch.OutOfMemoryError) or "memory" not in str(error):
                 raise

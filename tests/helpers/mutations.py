@@ -33,7 +33,7 @@ IDS, CAST, FUNCTIONS = (f"tests/machinery/test_{name}.py" for name in ("ids", "a
 FAST, LAUNCHES, OPS = (f"tests/machinery/test_{name}.py" for name in ("fast_path", "launches", "ops"))
 EMBEDDING, MODULES, TAKEN = (f"tests/modules/test_{name}.py" for name in ("embedding", "modules", "known"))
 SAMES, PLANNER = (f"tests/plans/test_{name}.py" for name in ("distinct", "planner"))
-PARALLEL, TRACES = "tests/machinery/test_parallel.py", "tests/machinery/test_traces.py"
+PARALLEL, TRACES, UNUSED = (f"tests/machinery/test_{name}.py" for name in ("parallel", "traces", "unused"))
 RUN, ONE_PASS, OPERATORS = (f"pyembed/{name}.py" for name in ("run", "plans/one_pass", "plans/operators"))
 CHOICE, PARTS = "pyembed/plans/choice.py", "pyembed/modules/parts.py"
 KNOWN, KEEPS = "pyembed/modules/known.py", "pyembed/modules/keeps_table.py"
@@ -175,7 +175,7 @@ MUTATIONS = [
     Mutation("pyembed/ids.py", "return reports[raises].words", "return reports[True].words", IDS),
     Mutation("pyembed/reference.py", "rows.split(ROWS)", "rows.split(max(1, rows.shape[0]))", SAME + " -k invariant"),
     Mutation(OPERATORS, "torch.autocast(device_type, enabled=False)", "contextlib.nullcontext()", CAST),
-    Mutation(ONE_PASS, "(weight=projection.weight.to(dtype), bias=bias)", "(bias=bias)", CAST),
+    Mutation(ONE_PASS, "projection=cast(projection),", "projection=projection,", CAST),
     Mutation(CHOICE, 'return "autocast is on"', "pass", CAST + " -k plans"),
     Mutation(KNOWN, 'return f"{name} has a padding_idx"', "pass", MODULES + " -k padding_row"),
     Mutation(
@@ -351,14 +351,34 @@ MUTATIONS = [
     Mutation(OPERATORS, "        or torch._C._len_torch_dispatch_stack()\n", "", LAUNCHES + " -k modes"),
     Mutation(OPERATORS, "        or torch._ops._len_torch_dispatch_stack_pre_dispatch()\n", "", LAUNCHES + " -k tracers"),
     Mutation(OPERATORS, "return type(tensor) in (Tensor, nn.Parameter) and not", "return not", PARALLEL),
-    Mutation(OPERATORS, "reached = LEARNED if any(", "reached = LEARNED if True or any(", QKV + " -k single_output"),
+    Mutation(
+        OPERATORS, "ctx.sources, strict=True) if grad is not None", "ctx.sources, strict=True)", QKV + " -k single_output"
+    ),
+    Mutation(OPERATORS, 'SOURCES[named["key_weight"] is not None]', "SOURCES[0]", UNUSED + " -k without"),
+    Mutation("pyembed/call.py", "found[name] = part.clone()", "found[name] = part", UNUSED + " -k their_own"),
+    Mutation("pyembed/reference.py", "elif key_weight is not None:  # not", "elif False:  # not", UNUSED + " -k without"),
+    Mutation(
+        KNOWN,
+        "return tuple([linear(normed) for linear in qkv])",
+        "return torch.cat([linear(normed) for linear in qkv], -1)",
+        UNUSED,
+    ),
+    Mutation("pyembed/parallel.py", "        if grad is None:\n", "        if False:\n", PARALLEL),
     Mutation(OPERATORS, "[wanted[name] and name in reached for", "[name in reached for", QKV + " -k frozen_costs"),
     Mutation(OPERATORS, "        if all(grad is None for grad in outputs):\n", "        if False:\n", OPS),
     Mutation(OPERATORS, "        if ctx.has_head_norm:\n", "        if False:\n", ENDS + " -k operator"),
     Mutation(OPERATORS, "        refuse_tangents(*grads)\n        if", "        if", OPS + " -k tangents"),
-    Mutation(OPERATORS, "(named | unused).values()", "named.values()", QKV + " -k changed_between"),
+    Mutation(OPERATORS, "(named | dict.fromkeys(UNSAVED)).values()", "named.values()", QKV + " -k changed_between"),
     Mutation(OPERATORS, "ctx.set_materialize_grads(False)", "pass", QKV + " -k single_output"),
-    Mutation(OPERATORS, "        ctx.mark_non_differentiable(*results)\n", "", QKV + " -k operator_is_given"),
+    Mutation(
+        OPERATORS, "ctx.mark_non_differentiable(*results, ", "ctx.mark_non_differentiable(", QKV + " -k operator_is_given"
+    ),
+    Mutation(
+        OPERATORS,
+        "ctx.mark_non_differentiable(*results, *constant)",
+        "ctx.mark_non_differentiable(*results)",
+        UNUSED + " -k frozen",
+    ),
     Mutation(OPERATORS, "empty_grad(call, name, needed).zero_()", "empty_grad(call, name, needed)", QKV + " -k empty"),
     Mutation(
         OPERATORS,
@@ -371,7 +391,7 @@ MUTATIONS = [
     Mutation("pyembed/call.py", "is not None and not qkv\n", "is not None and False\n", ENDS + " -k second"),
     Mutation(CHOICE, "handicapped = {name: value * MARGIN if", "handicapped = {name: value if", PLANNER + " -k promise"),
     Mutation(CHOICE, "if token.requires_grad and torch.is_grad_enabled() and", "if", PLANNER + " -k small_calls"),
-    Mutation(CHOICE, "return before + weight.requires_grad", "return before", PLANNER + " -k frozen"),
+    Mutation(CHOICE, "return before + weights if", "return before if", PLANNER + " -k frozen"),
     Mutation(
         "pyembed/modes.py", "return not (is_traced() or is_transformed() or is_recorded())", "return True", PLANNER + " -k fake"
     ),

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import pyembed
 import pyembed.functional as F
 from pyembed import run
+from pyembed.modules import parts
 
 pytestmark = pytest.mark.skipif(DEVICE == "cuda", reason="a device has a driver of its own")
 V, D, L, H, KV = 40, 32, 16, 4, 2
@@ -214,14 +215,19 @@ def test_absent_rows_are_reported(replayed):
     pyembed.check_ids()
 
 
-def test_modules(replayed):
-    front = pyembed.EmbeddingQKV(V, D, H, num_kv_heads=KV, max_length=L).requires_grad_(False)
-    summed = pyembed.TokenPositionEmbedding(V, D, L).requires_grad_(False)
+def test_modules(replayed, monkeypatch):
+    """Three projections are packed anew before each launch."""
+    monkeypatch.setattr(parts, "PACK_TOKENS", 0)
+    front = pyembed.EmbeddingQKV(V, D, H, num_kv_heads=KV, max_length=L)
+    summed = pyembed.TokenPositionEmbedding(V, D, L)
+    linears = tuple(nn.Linear(D, N // (H + 2 * KV) * heads, bias=heads == H) for heads in (H, KV, KV))
+    three = pyembed.EmbeddingQKV.from_modules(nn.Embedding(V, D), qkv=linears, num_heads=H, num_kv_heads=KV)
+    modules = nn.ModuleList([front, summed, three]).requires_grad_(False)
     for step in range(3):
-        for parameter in (*front.parameters(), *summed.parameters()):
+        for parameter in modules.parameters():
             nn.init.normal_(parameter)
         ids = torch.randint(V, (1, 4))
-        for module in (front, summed):
+        for module in modules:
             found = module(ids)
             assert replayed() == (step > 0), module
             with pyembed.backend("torch"):

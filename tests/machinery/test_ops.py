@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import pyembed
 from pyembed import functional as F
 from pyembed.call import FRONT_END, HIDDEN, LEARNED, Call, Epilogue, Norm, Projection, Terms
-from pyembed.plans import one_pass
+from pyembed.plans import distinct, one_pass
 
 
 def draw(*shape, dtype=torch.float32, requires_grad=True):
@@ -58,10 +58,32 @@ def test_opcheck_embed_qkv(norm):
     *outputs, mean, rstd = one_pass.embed_qkv(call, observed=False)
     grads = [torch.randn_like(output) for output in outputs]
     learned = {name: value is not None for name, value in call.named().items() if name in LEARNED}
-    assert [learned[name] for name in LEARNED] == [True, True, False, norm != "none", norm == "layer", True, True, False]
+    norms = {"layer": {"norm_weight", "norm_bias"}, "rms": {"norm_weight"}, "none": set()}[norm]
+    assert {name for name in LEARNED if learned[name]} == {"token", "position", "weight", "bias", *norms}
     backward, arguments = one_pass.embed_qkv.backward.op, (mean, rstd, *FRONT_END.flatten(call))
     opcheck(backward, (*grads, *arguments, [learned[name] for name in LEARNED]))
     opcheck(backward, (None, None, *grads[2:], *arguments, [False] * len(LEARNED)))
+
+
+def with_own_weights(call, **options):
+    """The call with query, key and value weights of their own, and biases of some."""
+    query, key, value = (draw(3, 6, **options) for _ in range(3))
+    own = {"key_weight": key, "value_weight": value, "value_bias": draw(3, **options)}
+    return call._replace(projection=call.projection._replace(weight=query, bias=draw(3, **options), **own))
+
+
+@pytest.mark.parametrize("plan", [one_pass.embed_qkv, full(distinct.distinct_qkv)])
+def test_opcheck_own_weights(plan):
+    call, options = with_own_weights(inputs()), () if plan is one_pass.embed_qkv else (None, None, True)
+    call = call._replace(epilogue=Epilogue(query_bias=draw(3)) if not options else Epilogue())
+    utilities = ("test_schema", "test_autograd_registration", "test_faketensor")
+    opcheck(plan.forward.op, (*FRONT_END.flatten(call), *options), test_utils=utilities)
+    call = with_own_weights(inputs(requires_grad=False), requires_grad=False)
+    outputs = plan(call, *options, observed=False)
+    grads = [torch.randn_like(output) for output in outputs[:4]]
+    needs = [call.named()[name] is not None for name in LEARNED]
+    arguments = (*grads, *outputs[4:], *FRONT_END.flatten(call), *options, needs)
+    opcheck(plan.backward.op, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_opcheck_embed():
@@ -272,7 +294,8 @@ def test_flops_of_the_plan(plan, rows, frozen):
     leaves = {k: p.detach().requires_grad_(k not in frozen) for k, p in case.parameters.items()}
     with pyembed.plan(plan), pyembed.backend("triton"), FlopCounterMode(display=False) as counter:
         outputs = F.embed_qkv(case.ids, **leaves, **case.options)
-        torch.autograd.backward(list(outputs), case.grads)
+        pairs = [(x, grad) for x, grad in zip(outputs, case.grads, strict=True) if x.requires_grad]
+        torch.autograd.backward(*zip(*pairs, strict=True))
     assert counter.get_total_flops() == (3 if not frozen else 2) * 2 * rows * leaves["weight"].numel()
 
 

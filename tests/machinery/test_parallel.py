@@ -138,6 +138,23 @@ def tensor_parallel(rank, n, folder):
 
 
 @check
+def tensor_parallel_of_one_result(rank, n, folder):
+    """What a loss does not reach gets None, as on one process."""
+    ids, mesh = batch(), init_device_mesh("cpu", (n,))
+    for style, plan, used in ((style, plan, used) for style in STYLES for plan in ("auto", "distinct") for used in (0, 1)):
+        several, one = of_model("three"), of_model("three")
+        parallelize_module(several.front[0], mesh, ColwiseQKV(**style))
+        with pyembed.plan(plan):
+            loss_of([several(ids)[used]], share=(rank, n)).backward()
+        loss_of([one(ids)[used]]).backward()
+        for name, parameter in one.named_parameters():
+            found = several.get_parameter(name).grad
+            assert (found is None) == (parameter.grad is None), f"{style} {plan} {used}: {name}"
+            if found is not None:
+                torch.testing.assert_close(whole(found), parameter.grad, rtol=1e-4, atol=1e-5, msg=f"{style} {used}: {name}")
+
+
+@check
 def tensor_parallel_table_is_known_again(rank, n, folder):
     """What the planner has seen of a table's ids it finds at the next call."""
     front, tables = make(), []

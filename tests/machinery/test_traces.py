@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 from conftest import DEVICE, full
+from stock import outputs_of, stock
 from torch import nn
 
 import pyembed
@@ -50,40 +51,7 @@ MODULES = {
 }
 
 
-def turned(x, rotary, places):
-    """Complex numbers, times e^(i·position·frequency)."""
-    half = rotary.rotary_dim // 2
-    turn = torch.polar(torch.ones(()).double(), places[..., None, None] * rotary.inv_freq)
-    pairs, rest = x[..., : 2 * half].double(), x[..., 2 * half :]
-    pairs = pairs.unflatten(-1, (half, 2)) if rotary.interleaved else pairs.unflatten(-1, (2, half)).transpose(-1, -2)
-    pairs = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * turn)
-    pairs = pairs.flatten(-2) if rotary.interleaved else pairs.transpose(-1, -2).flatten(-2)
-    return torch.cat([pairs.to(x.dtype), rest], -1)
-
-
-def stock(module, ids, position_ids=None):
-    """The same by PyTorch's modules."""
-    places = torch.arange(ids.shape[-1], device=ids.device) if position_ids is None else position_ids
-    hidden = nn.functional.embedding(ids, module.token.weight) * (getattr(module, "scale", None) or 1.0)
-    if module.segment is not None:
-        hidden = hidden + module.segment.weight[0]
-    if module.position is not None:
-        rows = module.position(places)
-        hidden = torch.cat([hidden, rows.expand_as(hidden)], -1) if module.combine == "concat" else hidden + rows
-    if isinstance(module, pyembed.TokenPositionEmbedding):
-        return [module.dropout(hidden)]
-    hidden = module.dropout(hidden)
-    normed, qkv = module.norm(hidden), module.qkv
-    projected = torch.cat([linear(normed) for linear in qkv], -1) if isinstance(qkv, nn.ModuleList) else qkv(normed)
-    heads = list(projected.unflatten(-1, (-1, 4)).split(2, -2))
-    if module.query_norm is not None:
-        heads[:2] = module.query_norm(heads[0]), module.key_norm(heads[1])
-    if module.rotary is not None:
-        heads[:2] = [turned(x, module.rotary, places) for x in heads[:2]]
-    return [hidden, *(x.transpose(-3, -2) if module.heads_first else x for x in heads)]
-
-
-def draw(module, seed, *shape, with_places=False):
+def draw(seed, *shape, with_places=False):
     g = torch.Generator().manual_seed(seed)
     drawn = [torch.randint(size, shape, generator=g).to(DEVICE) for size in (V, L)]
     return tuple(drawn if with_places else drawn[:1])
@@ -101,13 +69,12 @@ def check(name, with_places, grads):
     torch.manual_seed(0)
     module = MODULES[name]().to(DEVICE).eval()
     with torch.set_grad_enabled(grads):
-        example = draw(module, 0, 2, 5, with_places=with_places)
+        example = draw(0, 2, 5, with_places=with_places)
         module(*example)
         traced = torch.jit.trace(module, example, check_trace=True)
         for seed, shape in enumerate([(2, 5), (2, 9), (3, 1)], 1):
-            given = draw(module, seed, *shape, with_places=with_places)
-            found, expected = traced(*given), stock(module, *given)
-            found = [found] if isinstance(found, torch.Tensor) else list(found)
+            given = draw(seed, *shape, with_places=with_places)
+            found, expected = outputs_of(traced(*given)), stock(module, *given)
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
             if grads:
                 torch.testing.assert_close(gradients(module, found), gradients(module, expected), rtol=1e-3, atol=1e-4)
@@ -159,7 +126,7 @@ def test_a_trace_has_no_row_beyond_a_table(position, rows, policy, backend):
 
 def test_a_trace_follows_the_weights():
     """Also where there is a table of their projections."""
-    module, (ids,) = front().to(DEVICE).eval(), draw(None, 0, 2, 5)
+    module, (ids,) = front().to(DEVICE).eval(), draw(0, 2, 5)
     module.build_table()
     with torch.no_grad():
         module(ids)
@@ -175,7 +142,7 @@ def test_a_trace_follows_the_weights():
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_a_trace_drops_anew(backend):
-    module, (ids,) = pyembed.TokenPositionEmbedding(V, D, L, dropout=0.5).to(DEVICE), draw(None, 0, 2, 5)
+    module, (ids,) = pyembed.TokenPositionEmbedding(V, D, L, dropout=0.5).to(DEVICE), draw(0, 2, 5)
     with pyembed.backend(backend):
         traced = torch.jit.trace(module, (ids,), check_trace=False)
         first, second = traced(ids), traced(ids)
@@ -186,7 +153,7 @@ def test_what_looks_at_the_example_is_no_part_of_the_trace():
     """Else it would warn of values that it takes for constants, and of graphs that differ from trace to trace."""
     module = with_an_offset()
     module._known.proofs.clear()  # so that it is proved again, while the tracer is at work
-    (ids,) = draw(None, 0, 2, 5)
+    (ids,) = draw(0, 2, 5)
     with warnings.catch_warnings():
         warnings.simplefilter("error", torch.jit.TracerWarning)
         traced = torch.jit.trace(module, (ids,))
@@ -198,7 +165,7 @@ def test_what_looks_at_the_example_is_no_part_of_the_trace():
 
 def test_batch_invariance_is_not_traced():
     """Its products, of 32 rows each, would be as many as in the example."""
-    module, (ids,) = front(batch_invariant=True), draw(None, 0, 2, 5)
+    module, (ids,) = front(batch_invariant=True), draw(0, 2, 5)
     with pyembed.backend("torch"), pytest.raises(RuntimeError, match=r"batch_invariant: expected .* no tracer"):
         torch.jit.trace(module, (ids,))
 
