@@ -340,22 +340,24 @@ def test_settings_are_checked_and_kept():
 @pytest.mark.sample
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("policy", [p if p in ("clamp", "zero") else full(p) for p in settings.ID_POLICIES])
-def test_compiled_policies(policy, backend):
+@pytest.mark.parametrize("kind", ["segments", "rotary", "hidden"])
+def test_compiled_policies(kind, policy, backend):
     """One graph of each, which does as eager does."""
     torch.manual_seed(0)
     ids, places = torch.randint(31, (2, 9)), torch.randint(12, (2, 9))
     if policy in ("clamp", "zero"):
         ids[0, 1], places[1, 2] = 31, -1
-    for module in (
-        pyembed.EmbeddingQKV(31, 16, 2, max_length=12, num_segments=2),
-        pyembed.EmbeddingQKV(31, 16, 2, position="rotary", max_length=12),
-        pyembed.TokenPositionEmbedding(31, 16, 12),
-    ):
-        torch._dynamo.reset()
-        module.id_policy = policy
-        with pyembed.backend(backend), torch.no_grad():
-            compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-            torch.testing.assert_close(compiled(ids, places), module(ids, places))
+    modules = {
+        "segments": lambda: pyembed.EmbeddingQKV(31, 16, 2, max_length=12, num_segments=2),
+        "rotary": lambda: pyembed.EmbeddingQKV(31, 16, 2, position="rotary", max_length=12),
+        "hidden": lambda: pyembed.TokenPositionEmbedding(31, 16, 12),
+    }
+    torch._dynamo.reset()
+    module = modules[kind]()
+    module.id_policy = policy
+    with pyembed.backend(backend), torch.no_grad():
+        compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(ids, places), module(ids, places))
 
 
 def test_clamp_takes_each_tables_nearest_row():
