@@ -134,7 +134,7 @@ class HoldsParts(HasIdPolicy):
             if position is None and epilogue.turn_ids is not None:
                 position_ids = None  # which the rotary tables alone look up
         position = None if position is None else position._parameters["weight"]
-        dropout = self._rate() if modules["dropout"].training else 0.0
+        dropout = self._rate()
         row = -1 if padding_idx is None else pad_row(padding_idx, table.shape[0])
         eps = torch.finfo(wide_dtype(table.dtype)).eps if eps is None else float(eps)
         return Call(
@@ -295,6 +295,8 @@ def dropout_rate(dropout: Any, training: bool) -> float:
     kind = type(dropout)
     if kind is nn.Identity:
         return 0.0
-    if kind is not nn.Dropout or kind.forward is not FORWARDS[kind] or "forward" in dropout.__dict__ or dropout._forward_hooks:
+    state = dropout.__dict__
+    hooks = state["_forward_hooks"] or state["_forward_pre_hooks"]
+    if kind is not nn.Dropout or kind.forward is not FORWARDS[kind] or "forward" in state or hooks:
         raise RuntimeError(f"dropout: expected an nn.Dropout without hooks or a forward of its own, got {kind.__name__}")
     return dropout.p if training else 0.0

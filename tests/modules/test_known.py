@@ -738,9 +738,15 @@ def test_a_models_dropout_is_obeyed():
     assert not drops(front)
     front.eval(), dropout.train()
     assert drops(front)
-    dropout.register_forward_hook(lambda *args: None)
-    with pytest.raises(RuntimeError, match=r"dropout: expected an nn\.Dropout without hooks"):
-        front(IDS)
+    for change in ("register_forward_hook", "register_forward_pre_hook", "forward"):
+        changed = nn.Dropout(0.5).eval()
+        front = front_of(norm=nn.LayerNorm(16), dropout=changed)
+        if change == "forward":
+            changed.forward = lambda x: 2 * x
+        else:
+            getattr(changed, change)(lambda *args: None)
+        with pytest.raises(RuntimeError, match=r"dropout: expected an nn\.Dropout without hooks"):
+            front(IDS)
     for wrong in (nn.AlphaDropout(0.5), nn.Linear(1, 1)):
         with pytest.raises(RuntimeError, match=rf"dropout: expected an nn\.Dropout .* got {type(wrong).__name__}"):
             front_of(dropout=wrong)
