@@ -296,7 +296,7 @@ def dropout_rate(dropout: Any, training: bool) -> float:
     if kind is nn.Identity:
         return 0.0
     state = dropout.__dict__
-    hooks = state["_forward_hooks"] or state["_forward_pre_hooks"]
-    if kind is not nn.Dropout or kind.forward is not FORWARDS[kind] or "forward" in state or hooks:
+    is_hooked = state["_forward_hooks"] or state["_forward_pre_hooks"]
+    if kind is not nn.Dropout or kind.forward is not FORWARDS[kind] or "forward" in state or is_hooked:
         raise RuntimeError(f"dropout: expected an nn.Dropout without hooks or a forward of its own, got {kind.__name__}")
     return dropout.p if training else 0.0
