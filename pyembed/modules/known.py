@@ -43,8 +43,11 @@ def is_stock(name: str, module: nn.Module) -> bool:
 
 def _inherits(name: str, module: nn.Module) -> bool:
     """Whether the forward of its class is PyTorch's, or ours."""
-    kind = type(module)
-    return is_ours(module) or any(kind.forward is FORWARDS[stock] and issubclass(kind, stock) for stock in _KINDS[name])
+    kind: Any = type(module)
+    for stock in _KINDS[name]:
+        if kind.forward is FORWARDS[stock] and issubclass(kind, stock):
+            return True
+    return is_ours(module)
 
 
 def is_ours(module: nn.Module) -> bool:
@@ -125,6 +128,8 @@ def table_of(module: nn.Module | None) -> Tensor | None:
     """The weight of an embedding, or of the first one within a wrapper, such as an adapter's."""
     if module is None:
         return None
+    if isinstance(module, nn.Embedding):
+        return module.weight
     tables: Any = (part for part in module.modules() if isinstance(part, nn.Embedding) or is_ours(part))
     return next((part.weight for part in tables), None)
 

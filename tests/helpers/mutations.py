@@ -237,7 +237,7 @@ MUTATIONS = [
     Mutation(KNOWN, "finfo(wide_dtype(dtype)).eps", "finfo(dtype).eps", TAKEN + " -k eps"),
     Mutation(PARTS, "finfo(wide_dtype(table.dtype)).eps", "finfo(table.dtype).eps", TAKEN + " -k eps"),
     Mutation(PARTS, " or kind.forward is not FORWARDS[kind] or kind", " or kind", TAKEN),
-    Mutation(KNOWN, "kind.forward is FORWARDS[stock] and issubclass", "issubclass", TAKEN + " -k what_they_compute"),
+    Mutation(KNOWN, "if kind.forward is FORWARDS[stock] and issubclass", "if issubclass", TAKEN + " -k what_they_compute"),
     Mutation(KNOWN, "            if is_patched(part):\n", "            if False:\n", TAKEN + " -k after_the_proof"),
     Mutation(KNOWN, "if proof is None or not proof.holds(module):", "if proof is None:", TAKEN + " -k after_the_proof"),
     Mutation(
