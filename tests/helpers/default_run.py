@@ -14,6 +14,7 @@ from collections import Counter
 import pytest
 
 LIMIT = 3.0  # core-seconds of all cases of a function in sum: CPU time of its process, and of its children that have ended
+SLOWER = 3.0  # so many times the limit fail the run; less is only named: machines differ, and so does one under load
 ALLOWED = {  # {function: (core-seconds, why it cannot take less)}
     "tests/kernels/test_ahead_of_time.py::test_ahead_of_time": (90.0, "every kernel is compiled once, in 0.4 to 2 s"),
     "tests/modules/test_known.py::test_peft": (8.0, "importing peft takes 3 s"),
@@ -109,8 +110,8 @@ def pytest_runtest_logreport(report):
     spent[function_of(report.nodeid)] += getattr(report, "core_seconds", 0.0)
 
 
-def too_long(config):
-    """Of each function over the limit a line."""
+def too_long(config, times=1.0):
+    """Of each function over so many times its limit a line."""
     limit = config.getoption("--limit")
     if config.getoption("--full") or not limit:
         return []
@@ -119,7 +120,7 @@ def too_long(config):
         f"{function} took {seconds:.1f} core-seconds, of at most {may[function]:g} without --full: leave cases to --full "
         "(pytest.mark.full, pytest.mark.sample) or make them smaller"
         for function, seconds in spent.most_common()
-        if seconds > may[function]
+        if seconds > times * may[function]
     ]
 
 
@@ -128,7 +129,7 @@ def pytest_sessionfinish(session, exitstatus):
     config = session.config
     if hasattr(config, "workeroutput"):
         config.workeroutput["left_out"] = left_out
-    elif exitstatus == pytest.ExitCode.OK and too_long(config):
+    elif exitstatus == pytest.ExitCode.OK and too_long(config, SLOWER):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 

@@ -145,7 +145,7 @@ FROZEN = {
 }
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample
 @pytest.mark.parametrize("frozen", FROZEN)
 @pytest.mark.parametrize("name", ["three", "three, biases on some", "three, turned", "three, heads normed", "one"])
 def test_results_of_frozen_parameters(name, frozen, way):
