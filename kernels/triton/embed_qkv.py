@@ -29,18 +29,17 @@ from .launch import launch, on_device
 from .tiles import (
     count_tiles,
     dot,
-    find_pairs,
     find_rows,
     find_tile,
     gather_statistics,
-    head_offsets,
     load_hidden,
+    load_tile,
     load_turns,
     normalise,
     normalise_heads,
+    pair_group,
     paired_source,
-    store_pairs,
-    turn,
+    turn_tile,
 )
 
 
@@ -73,9 +72,10 @@ def embed_qkv_kernel(
     weight, stride_wn, stride_wd = weight
     ACC: tl.constexpr = tl.float64 if token.dtype.element_ty == tl.float64 else tl.float32
     run = tl.program_id(0) % runs  # runs vary fastest, so that programs that share rows are scheduled together
-    m = (tl.program_id(0) // runs).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    m0 = (tl.program_id(0) // runs).to(tl.int64) * BLOCK_M
+    m = m0 + tl.arange(0, BLOCK_M)
     rows, known = find_rows(ids, terms, m, M, T, V, L)
-    report_turns(epilogue, terms, m, M)
+    turned = find_turns(epilogue, terms, m, M, known)
     writes = (run == 0) | READ_BACK
     mu, scale = gather_statistics(token, terms, rows, known, hidden, mean, rstd, M, writes, eps, D, BLOCK_M, BLOCK_K)
     if READ_BACK:  # this program's own writes: a barrier suffices, as in embed_qkv_folded_kernel
@@ -100,37 +100,38 @@ def embed_qkv_kernel(
             acc = dot(a, w, acc, PRECISION)
         if bias is not None:
             acc += tl.load(bias + column, mask=n < width, other=0.0).to(ACC)[None, :]
-        store_projected(acc, out, m, M, n0, width, first, query, key, known, epilogue, HEAD_DIM, HALF, BLOCK_M, BLOCK_N)
+        acc = tl.where(turned[:, None], acc, float("nan"))
+        store_projected(acc, out, m0, M, n0, width, first, query, key, epilogue, HEAD_DIM, HALF, BLOCK_M, BLOCK_N)
 
 
 @triton.jit
-def report_turns(epilogue, terms, m, M):
-    """Reports tokens whose rotary row is outside its table, if the epilogue rotates heads."""
+def find_turns(epilogue, terms, m, M, known):
+    """Which of the `known` tokens have a row of cosines and sines too, if the epilogue turns heads. Reports those without."""
     _, _, rotary, _ = epilogue
     if rotary[0] is not None:
-        load_turns(rotary, m, m < M, terms[5])
+        _, placed = load_turns(rotary, m, m < M, terms[5])
+        known = known & placed
+    return known
 
 
 @triton.jit
 def store_projected(
     acc,
     out,
-    m,
+    m0,
     M,
     n0,
     width,
     first,
     query,
     key,
-    known,
     epilogue,
     HEAD_DIM: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Applies the epilogue to a tile of the projection and stores it. Rows that are not `known` are stored as NaN; known None:
-    they are NaN already.
+    """Applies the epilogue to a tile of the projection, rows from m0 on, and stores it.
 
     epilogue is the tuple of
     head_norm  weights (d_h,) of query and of key, and eps: RMSNorm of each head of query and key; or None
@@ -141,25 +142,23 @@ def store_projected(
     head_norm, second, rotary, length = epilogue
     if head_norm is not None:
         acc = normalise_heads(acc, head_norm, first, query, key, HEAD_DIM, HALF)
-    turns = first < query + key
-    behind = out + tl.cast(M, tl.int64) * width
     if second is not None and first < query:
-        n = n0 + tl.arange(0, BLOCK_N)
+        n = paired_source(n0 + tl.arange(0, BLOCK_N), HEAD_DIM, HALF)
         more = acc + tl.load(second + n, mask=n < width, other=0.0).to(acc.dtype)[None, :]
-        store_turned(more, behind, m, M, n0, width, turns, known, rotary, length, HEAD_DIM, HALF, BLOCK_M, BLOCK_N)
-    store_turned(acc, out, m, M, n0, width, turns, known, rotary, length, HEAD_DIM, HALF, BLOCK_M, BLOCK_N)
+        behind = out + tl.cast(M, tl.int64) * width
+        store_turned(more, behind, m0, M, n0, width, True, rotary, length, HEAD_DIM, HALF, BLOCK_M, BLOCK_N)
+    store_turned(acc, out, m0, M, n0, width, first < query + key, rotary, length, HEAD_DIM, HALF, BLOCK_M, BLOCK_N)
 
 
 @triton.jit
 def store_turned(
     acc,
     out,
-    m,
+    m0,
     M,
     n0,
     width,
     turns,
-    known,
     rotary,
     length,
     HEAD_DIM: tl.constexpr,
@@ -167,27 +166,24 @@ def store_turned(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    if rotary[0] is None:
-        n = n0 + tl.arange(0, BLOCK_N)
-        if known is not None:
-            acc = tl.where(known[:, None], acc, float("nan"))
-        rows, columns = head_offsets(m, n, width, length, HEAD_DIM)
-        inside = (m < M)[:, None] & (n < width)[None, :]
-        tl.store(out + rows[:, None] + columns[None, :], acc.to(out.dtype.element_ty), mask=inside)
-    elif BLOCK_N > 16:  # in halves: cosines and sines of a whole tile would not fit into registers
-        left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
-        mid = n0 + BLOCK_N // 2
-        store_turned(left, out, m, M, n0, width, turns, known, rotary, length, HEAD_DIM, HALF, BLOCK_M, BLOCK_N // 2)
-        store_turned(right, out, m, M, mid, width, turns, known, rotary, length, HEAD_DIM, HALF, BLOCK_M, BLOCK_N // 2)
+    # Offsets within the tile are int32: 64 bits for each of its rows would not fit into registers beside it.
+    row = tl.arange(0, BLOCK_M)
+    z = acc.to(out.dtype.element_ty)
+    if rotary[0] is not None and turns:
+        place, _ = load_turns(rotary, (m0 % rotary[3]).to(tl.int32) + row, row < M - m0)
+        z = turn_tile(acc, rotary, place.to(tl.int64), n0, out.dtype.element_ty, HEAD_DIM, HALF, BLOCK_N)
+    n = paired_source(n0 + tl.arange(0, BLOCK_N), HEAD_DIM, HALF)
+    inside = (row < M - m0)[:, None] & (n < width)[None, :]
+    if length is None:
+        tl.store(out + m0 * width + (row[:, None] * width + n[None, :]), z, mask=inside)
     else:
-        turn_row, placed = load_turns(rotary, m, m < M)
-        if known is not None:
-            placed &= known
-        first, second, pair = find_pairs(n0, HEAD_DIM, HALF, BLOCK_N)
-        x, y = tl.split(tl.reshape(acc, (BLOCK_M, BLOCK_N // 2, 2)))
-        x, y = turn(x, y, rotary, turn_row, pair, turns)
-        x, y = tl.where(placed[:, None], x, float("nan")), tl.where(placed[:, None], y, float("nan"))
-        store_pairs(out, x, y, m, M, n0, width, length, first, second, HEAD_DIM, HALF)
+        t = (m0 % length).to(tl.int32) + row
+        rows = (t // length).to(tl.int64) * length * width + t % length * HEAD_DIM
+        columns = (n // HEAD_DIM).to(tl.int64) * length * HEAD_DIM + n % HEAD_DIM
+        if HALF > 0:
+            GROUP: tl.constexpr = pair_group(HEAD_DIM, HALF)
+            columns = tl.max_contiguous(tl.multiple_of(columns, GROUP), GROUP)
+        tl.store(out + m0 // length * length * width + (rows[:, None] + columns[None, :]), z, mask=inside)
 
 
 @triton.jit
@@ -213,23 +209,24 @@ def fold_kernel(
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     source = paired_source(n, HEAD_DIM, HALF)  # makes rotary pairs adjacent
     rows = weight + source[:, None].to(tl.int64) * stride_wn
-    total = tl.zeros((BLOCK_N,), ACC)
-    affine = tl.zeros((BLOCK_N,), ACC)
-    for d0 in range(0, D, BLOCK_K):
+    totals = tl.zeros((BLOCK_N, BLOCK_K), ACC)  # tiles of partial sums: threads exchange theirs once
+    affines = tl.zeros((BLOCK_N, BLOCK_K), ACC)
+    for d0 in tl.range(0, D, BLOCK_K, num_stages=3):
         d = d0 + tl.arange(0, BLOCK_K)
         w = tl.load(rows + d[None, :] * stride_wd, mask=(n < N)[:, None] & (d < D)[None, :], other=0.0).to(ACC)
         if norm_bias is not None:
-            affine += tl.sum(w * tl.load(norm_bias + d, mask=d < D, other=0.0).to(ACC)[None, :], 1)
+            affines += w * tl.load(norm_bias + d, mask=d < D, other=0.0).to(ACC)[None, :]
         if norm_weight is not None:
             w *= tl.load(norm_weight + d, mask=d < D, other=0.0).to(ACC)[None, :]
-        total += tl.sum(w, 1)
+        totals += w
+    affine = tl.sum(affines, 1)
     if bias is not None:
         affine += tl.load(bias + source, mask=n < N, other=0.0).to(ACC)
     tl.store(shift + n, affine, mask=n < N)
 
-    centre = total / D if residual is not None else tl.zeros((BLOCK_N,), ACC)
-    left = tl.zeros((BLOCK_N,), ACC)
-    for d0 in range(0, D, BLOCK_K):
+    centre = tl.sum(totals, 1) / D if residual is not None else tl.zeros((BLOCK_N,), ACC)
+    left = tl.zeros((BLOCK_N, BLOCK_K), ACC)
+    for d0 in tl.range(0, D, BLOCK_K, num_stages=3):
         d = d0 + tl.arange(0, BLOCK_K)
         inside = (n < N)[:, None] & (d < D)[None, :]
         w = tl.load(rows + d[None, :] * stride_wd, mask=inside, other=0.0).to(ACC)
@@ -237,9 +234,9 @@ def fold_kernel(
             w *= tl.load(norm_weight + d, mask=d < D, other=0.0).to(ACC)[None, :]
         rounded = tl.where(inside, w - centre[:, None], 0.0).to(folded.dtype.element_ty)
         tl.store(folded + n[:, None].to(tl.int64) * stride_fn + d[None, :], rounded, mask=inside)
-        left += tl.sum(rounded.to(ACC), 1)
+        left += rounded.to(ACC)
     if residual is not None:
-        tl.store(residual + n, left, mask=n < N)
+        tl.store(residual + n, tl.sum(left, 1), mask=n < N)
 
 
 @triton.jit
@@ -247,7 +244,7 @@ def embed_qkv_folded_kernel(
     ids,  # (M,)
     terms,  # of hidden, and the report of absent rows, as in tiles.find_rows
     token,  # (V, D)
-    folded,  # descriptor of (N, D)
+    folded,  # (N, D), as in tiles.load_tile
     shift,  # (N,)
     residual,  # (N,), or None: RMSNorm
     hidden,  # (M, D) out
@@ -268,14 +265,16 @@ def embed_qkv_folded_kernel(
     M, T, V, L, query, key, runs = shape
     ACC: tl.constexpr = tl.float64 if token.dtype.element_ty == tl.float64 else tl.float32
     run = tl.program_id(0) % runs
-    m = (tl.program_id(0) // runs).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    m0 = (tl.program_id(0) // runs).to(tl.int64) * BLOCK_M
+    m = m0 + tl.arange(0, BLOCK_M)
     rows, known = find_rows(ids, terms, m, M, T, V, L)
-    report_turns(epilogue, terms, m, M)
+    turned = find_turns(epilogue, terms, m, M, known)
     _, scale = gather_statistics(token, terms, rows, known, hidden, mean, rstd, M, True, eps, D, BLOCK_M, BLOCK_K)
+    scale = tl.where(turned, scale, float("nan"))
     # Each program wrote all rows that it reads back (programs that share rows wrote the same bits), so a barrier among its
     # own threads suffices, and the loop below is a plain matrix product without gathers and sums.
     tl.debug_barrier()
-    rows = hidden + tl.minimum(m, M - 1)[:, None] * D
+    rows = hidden + m0 * D + tl.minimum(tl.arange(0, BLOCK_M), (M - 1 - m0).to(tl.int32))[:, None] * D
 
     tiles = count_tiles(query, key, BLOCK_N)
     for tile in range(run * tiles // runs, (run + 1) * tiles // runs):
@@ -284,13 +283,14 @@ def embed_qkv_folded_kernel(
         for d0 in range(0, D, BLOCK_K):
             d = d0 + tl.arange(0, BLOCK_K)
             a = tl.load(rows + d[None, :], mask=(d < D)[None, :], other=0.0)
-            acc = dot(a, folded.load([first + n0, d0]).T, acc, PRECISION)
+            acc = dot(a, load_tile(folded, first + n0, d0, BLOCK_N, BLOCK_K, True), acc, PRECISION)
         n = n0 + tl.arange(0, BLOCK_N)
         if mean is not None:
-            mu = tl.load(mean + m, mask=m < M, other=0.0)  # read back: kept, it would not fit into registers
+            row = tl.arange(0, BLOCK_M)
+            mu = tl.load(mean + m0 + row, mask=row < M - m0, other=0.0)  # read back: kept, it would not fit into registers
             acc -= mu[:, None] * tl.load(residual + first + n, mask=n < width, other=0.0)[None, :]
         acc = acc * scale[:, None] + tl.load(shift + first + n, mask=n < width, other=0.0)[None, :]
-        store_projected(acc, out, m, M, n0, width, first, query, key, None, epilogue, HEAD_DIM, HALF, BLOCK_M, BLOCK_N)
+        store_projected(acc, out, m0, M, n0, width, first, query, key, epilogue, HEAD_DIM, HALF, BLOCK_M, BLOCK_N)
 
 
 def fold(projection: Projection, norm: Norm, pairs: dict[str, int]) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -304,9 +304,9 @@ def fold(projection: Projection, norm: Norm, pairs: dict[str, int]) -> tuple[Ten
     bias, norm_weight, norm_bias = tuning.dense(projection.bias, norm.weight, norm.bias)
     shift = weight.new_empty(N, dtype=wide_dtype(weight.dtype))
     residual = torch.empty_like(shift) if norm.kind == "layer" else None
-    grid = (tuning.cdiv(N, tuning.FOLD["BLOCK_N"]),)
-    options = {**tuning.FOLD, **tuning.registers(tuning.device_of(weight))}
-    launch(fold_kernel, grid)(
+    tiles = tuning.fold(weight)
+    options = {**tiles, **tuning.registers(tuning.device_of(weight))}
+    launch(fold_kernel, (tuning.cdiv(N, tiles["BLOCK_N"]),))(
         weight, bias, norm_weight, norm_bias, folded, shift, residual, N, *weight.stride(), folded.stride(0), D, **pairs,
         **options,
     )  # fmt: skip
@@ -320,9 +320,10 @@ def configure(M, N, D, groups, dtype, weight_dtype, device, normed, needs, folds
     if folds is None:
         folds = tuning.folds(size, dtype) and weight_dtype == dtype
     folds = folds and normed
-    if tiles is None:
-        choose = tuning.embed_qkv_folded if folds else tuning.embed_qkv
-        tiles = choose(size, N, D, weight_dtype, device, *needs)
+    if tiles is None and folds:
+        tiles = tuning.embed_qkv_folded(size, N, D, weight_dtype, device, *needs)
+    elif tiles is None:
+        tiles = tuning.embed_qkv(size, N, D, weight_dtype, device, *needs, dtype)
     query, key = (tuning.cdiv(N // sum(groups) * heads, tiles.BLOCK_N) for heads in groups[:2])
     return folds, tiles, {**tiles._asdict(), **tuning.registers(device)}, tuning.runs(M, query + 2 * key, tiles, device)
 
@@ -352,12 +353,12 @@ def embed_qkv(
     inputs = ids, terms_arguments(terms, report), token
     stored = hidden, (query, key, value), (mean if layer else None, rstd if normed else None), ends
     shape = (M, period(terms), V, places(terms), heads * head_dim, kv_heads * head_dim, runs)
-    options = {"PRECISION": tuning.precision(weight.dtype), **pairs, **options}
+    options = {"PRECISION": tuning.precision(weight.dtype, device), **pairs, **options}
     grid = (tuning.cdiv(M, tiles.BLOCK_M) * runs,)
     with on_device(token):
         if folds:
             folded, shift, residual = fold(projection, norm, pairs)
-            operand, _ = tuning.weight_descriptor(folded, tiles)
+            operand = tuning.operand(folded, (tiles.BLOCK_N, tiles.BLOCK_K), device)
             launch(embed_qkv_folded_kernel, grid)(
                 *inputs, operand, shift, residual, *stored, shape, norm.eps, D, **options
             )  # fmt: skip

@@ -17,6 +17,7 @@ from .arguments import contiguous, epilogue_arguments, period, places, terms_arg
 from .launch import launch, on_device
 from .tiles import (
     count_tiles,
+    find_halves,
     find_pairs,
     find_rows,
     find_tile,
@@ -102,13 +103,14 @@ def expand_kernel(
             x = tl.where(known[:, None], x, float("nan")).to(out.dtype.element_ty)
             tl.store(out + m[:, None] * width + n[None, :], x, mask=(m < M)[:, None] & (n < width)[None, :])
         else:
-            left, right, pair = find_pairs(n0, HEAD_DIM, HALF, BLOCK_N)
             if HALF > 0:
+                left, right, pair = find_halves(n0, HEAD_DIM, HALF, BLOCK_N)
                 x = gather_projected(projected, P + slot, place, first, left, width, N, factor, scale, shift, ACC)
                 y = gather_projected(projected, P + slot, place, first, right, width, N, factor, scale, shift, ACC)
             else:
+                left, right, pair = find_pairs(n0, HEAD_DIM, HALF, BLOCK_N)
                 x, y = tl.split(tl.reshape(x, (BLOCK_M, BLOCK_N // 2, 2)))
-            x, y = turn(x, y, rotary, turn_row, pair, first < query + key)
+            x, y = turn(x, y, rotary, turn_row, pair, first < query + key, HALF)
             x, y = tl.where(known[:, None], x, float("nan")), tl.where(known[:, None], y, float("nan"))
             store_pairs(out, x, y, m, M, n0, width, None, left, right, HEAD_DIM, HALF)
 

@@ -124,15 +124,30 @@ def load_hidden(token, terms, rows, d, D):
     return x
 
 
+@triton.constexpr_function
+def computes(position, dropout):
+    """Whether terms take computing, not only loading: sines or dropout. It keeps a program busy while rows come, and what two
+    steps of it hold at once would not fit into registers."""
+    return dropout is not None or position is not None and position.dtype.element_ty == tl.int64
+
+
+@triton.jit
+def lanes(x, token):
+    """A tile (rows, columns) as (rows, lanes, columns of a lane). A lane is what a thread loads of `token` at a time, 16 bytes:
+    sums over lanes take no exchange among threads."""
+    LANE: tl.constexpr = 128 // token.dtype.element_ty.primitive_bitwidth
+    return tl.reshape(x, (x.shape[0], x.shape[1] // LANE, LANE))
+
+
 @triton.jit
 def welford(x, mean, m2, seen, count, mask):
-    """Merges a tile of `count` columns into each row's mean and sum of squared deviations of the `seen` columns before it (Chan
-    et al. 1979)."""
-    share = count.to(x.dtype) / (seen + count).to(x.dtype)
-    tile_mean = tl.sum(x, 1) / count.to(x.dtype)
-    deviation = tl.where(mask, x - tile_mean[:, None], 0.0)
+    """Merges `count` columns, the last axis of x, into the mean and sum of squared deviations of the `seen` columns before them
+    (Chan et al. 1979)."""
+    share = count / tl.maximum(seen + count, 1.0)
+    tile_mean = tl.sum(x, 2) / tl.maximum(count, 1.0)
+    deviation = tl.where(mask, x - tile_mean[:, :, None], 0.0)
     delta = tile_mean - mean
-    m2 += tl.sum(deviation * deviation, 1) + delta * delta * (seen * share)
+    m2 += tl.sum(deviation * deviation, 2) + delta * delta * (seen * share)
     return mean + delta * share, m2
 
 
@@ -157,28 +172,39 @@ def gather_statistics(
     mean None: RMSNorm, rstd of the uncentred squares. rstd None: no norm. `known` false: hidden is NaN."""
     m = rows[0]
     ACC: tl.constexpr = tl.float64 if token.dtype.element_ty == tl.float64 else tl.float32
-    mu = tl.zeros((ROWS,), ACC)
-    squares = tl.zeros((ROWS,), ACC)
+    LANE: tl.constexpr = 128 // token.dtype.element_ty.primitive_bitwidth
+    LANES: tl.constexpr = BLOCK_K // LANE
+    mu = tl.zeros((ROWS, LANES), ACC)
+    squares = tl.zeros((ROWS, LANES), ACC)
     stop = D
     if rstd is None:
         stop = tl.where(writes, D, 0)
-    for d0 in range(0, stop, BLOCK_K):
+    AHEAD: tl.constexpr = 2 if computes(terms[1], terms[4]) else 3
+    for d0 in tl.range(0, stop, BLOCK_K, num_stages=AHEAD):
         d = d0 + tl.arange(0, BLOCK_K)
         h = load_hidden(token, terms, rows, d, D)
         shown = tl.where(known[:, None], h, float("nan"))
         tl.store(hidden + m[:, None] * D + d[None, :], shown, mask=(m < M)[:, None] & (d < D)[None, :] & writes)
-        h = h.to(ACC)
+        h = lanes(h.to(ACC), token)
         if mean is not None:
-            mu, squares = welford(h, mu, squares, d0, tl.minimum(BLOCK_K, D - d0), (d < D)[None, :])
+            columns = lanes(d[None, :], token)
+            count = tl.minimum(tl.maximum(D - d0 - tl.arange(0, LANES) * LANE, 0), LANE).to(ACC)[None, :]
+            mu, squares = welford(h, mu, squares, d0 // LANES, count, columns < D)
         elif rstd is not None:
-            squares += tl.sum(h * h, 1)
-    scale = squares
+            squares += tl.sum(h * h, 2)
+    centre = tl.sum(squares, 1)
+    scale = centre
     if mean is not None:
-        tl.store(mean + m, mu, mask=(m < M) & writes)
+        left = tl.minimum(tl.maximum(D % BLOCK_K - tl.arange(0, LANES) * LANE, 0), LANE)
+        seen = (D // BLOCK_K * LANE + left).to(ACC)[None, :]
+        centre = tl.sum(mu * seen, 1) / D
+        apart = mu - centre[:, None]
+        scale += tl.sum(apart * apart * seen, 1)
+        tl.store(mean + m, centre, mask=(m < M) & writes)
     if rstd is not None:
-        scale = 1.0 / tl.sqrt(squares / D + eps)
+        scale = 1.0 / tl.sqrt(scale / D + eps)
         tl.store(rstd + m, scale, mask=(m < M) & writes)
-    return mu, scale
+    return centre, scale
 
 
 @triton.jit
@@ -192,6 +218,31 @@ def normalise(x, mean, rstd, norm_weight, norm_bias, d, D):
     if norm_bias is not None:
         x += tl.load(norm_bias + d, mask=d < D, other=0.0).to(x.dtype)[None, :]
     return x
+
+
+@triton.jit
+def load_vector(vector, d, D, absent: tl.constexpr, ACC: tl.constexpr):
+    """Columns d of a vector (D,); without one `absent`, as for a norm without weight or bias."""
+    if vector is None:
+        return tl.full(d.shape, absent, ACC)
+    else:
+        return tl.load(vector + d, mask=d < D, other=0.0).to(ACC)
+
+
+@triton.jit
+def load_tile(matrix, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TURNED: tl.constexpr = False):
+    """The tile that begins at (row, column) of a matrix, 0 past its edges; TURNED: its transpose. matrix: of tuning.operand."""
+    if isinstance(matrix, tl.core.tensor_descriptor_base):
+        tile = matrix.load([row, column])
+        return tile.T if TURNED else tile
+    else:
+        pointer, height, width, stride = matrix
+        r, c = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
+        if TURNED:  # turning the pointers, not what is loaded, lets Triton copy into shared memory asynchronously
+            r, c = r[None, :], c[:, None]
+        else:
+            r, c = r[:, None], c[None, :]
+        return tl.load(pointer + r.to(tl.int64) * stride + c, mask=(r < height) & (c < width), other=0.0)
 
 
 @triton.jit
@@ -219,12 +270,22 @@ def find_tile(qkv, tile, query, key, BLOCK_N: tl.constexpr):
     return matrix, tile * BLOCK_N, tl.where(later, key, query), first
 
 
+@triton.constexpr_function
+def pair_group(HEAD_DIM, HALF):
+    """How many neighbouring columns of a half stay together in a tile: 8, which are 16 bytes, or as many as divide the half."""
+    return (HALF | HEAD_DIM // 2 | 8) & -(HALF | HEAD_DIM // 2 | 8) if HALF > 0 else 1
+
+
 @triton.jit
 def paired_source(n, HEAD_DIM: tl.constexpr, HALF: tl.constexpr):
-    """The column of the projection for column n of a tile in which rotary pairs are adjacent."""
+    """The column of the projection for column n of a tile in which groups of both halves of a head alternate, so that a thread
+    has both columns of a rotary pair (HALF = 0: they are neighbours as they are)."""
     if HALF > 0:
+        GROUP: tl.constexpr = pair_group(HEAD_DIM, HALF)
         c = n % HEAD_DIM
-        n = tl.where(c < 2 * HALF, n - c + c // 2 + c % 2 * HALF, n)
+        group = c // GROUP
+        n = tl.where(c < 2 * HALF, n - c + group // 2 * GROUP + group % 2 * HALF + c % GROUP, n)
+        n = tl.max_contiguous(tl.multiple_of(n, GROUP), GROUP)
     return n
 
 
@@ -245,6 +306,20 @@ def find_pairs(n0, HEAD_DIM: tl.constexpr, HALF: tl.constexpr, BLOCK_N: tl.const
 
 
 @triton.jit
+def find_halves(n0, HEAD_DIM: tl.constexpr, HALF: tl.constexpr, BLOCK_N: tl.constexpr):
+    """As find_pairs, for kernels that load both columns of a pair by themselves. Columns after 2·HALF, which are not rotated, are
+    paired by halves too: then both tiles are runs of columns, of which a thread can load and store 16 bytes at a time."""
+    i = n0 // 2 + tl.arange(0, BLOCK_N // 2)
+    head, pair = i // (HEAD_DIM // 2), i % (HEAD_DIM // 2)
+    first = head * HEAD_DIM + pair
+    second = first + HALF
+    if 2 * HALF < HEAD_DIM:
+        first = tl.where(pair < HALF, first, first + HALF)
+        second = tl.where(pair < HALF, second, first + HEAD_DIM // 2 - HALF)
+    return first, second, pair
+
+
+@triton.jit
 def load_turns(rotary, m, mask, report=None):
     """Each token's row of cosines and sines, and whether it exists. rotary: as in embed_qkv.store_projected."""
     _, _, turn_ids, period, rows, _ = rotary
@@ -252,14 +327,43 @@ def load_turns(rotary, m, mask, report=None):
 
 
 @triton.jit
-def turn(x, y, rotary, row, pair, turns):
-    """Pairs (x, y) rotated by the angle of their row, if the matrix is rotated (`turns`: query and key) and the pair is."""
-    cos, sin, _, _, _, half = rotary
+def turn(x, y, rotary, row, pair, turns, HALF: tl.constexpr = 0):
+    """Pairs (x, y) rotated by the angle of their row, if the matrix is rotated (`turns`: query and key) and the pair is.
+
+    HALF > 0: the number of rotated pairs, known at compile time, so that cosines can be loaded 16 bytes at a time."""
+    cos, sin, _, _, _, width = rotary
+    half = HALF if HALF > 0 else width
     turned = ((pair < half) & turns)[None, :]
     angle = row[:, None] * half + pair[None, :]
     c = tl.load(cos + angle, mask=turned, other=1.0)
     s = tl.load(sin + angle, mask=turned, other=0.0)
     return tl.where(turned, x * c - y * s, x), tl.where(turned, y * c + x * s, y)
+
+
+@triton.jit
+def turn_tile(acc, rotary, row, n0, DTYPE: tl.constexpr, HEAD_DIM: tl.constexpr, HALF: tl.constexpr, BLOCK_N: tl.constexpr):
+    """turn() of a tile of query or key that begins at column n0, its columns as paired_source has them; in dtype DTYPE."""
+    BLOCK_M: tl.constexpr = acc.shape[0]
+    WIDEST: tl.constexpr = 16 if HALF > 0 else 64
+    if BLOCK_N > WIDEST:  # in halves: cosines and sines of a whole tile would not fit into registers
+        left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+        left = turn_tile(left, rotary, row, n0, DTYPE, HEAD_DIM, HALF, BLOCK_N // 2)
+        right = turn_tile(right, rotary, row, n0 + BLOCK_N // 2, DTYPE, HEAD_DIM, HALF, BLOCK_N // 2)
+        z = tl.permute(tl.join(left, right), (0, 2, 1))
+    else:
+        GROUP: tl.constexpr = pair_group(HEAD_DIM, HALF)
+        pair = (n0 // 2 + tl.arange(0, BLOCK_N // 2)) % (HEAD_DIM // 2)
+        x, y = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, BLOCK_N // 2 // GROUP, 2, GROUP)), (0, 1, 3, 2)))
+        x, y = tl.reshape(x, (BLOCK_M, BLOCK_N // 2)), tl.reshape(y, (BLOCK_M, BLOCK_N // 2))
+        if 2 * HALF == HEAD_DIM:  # without masks, the heads of a tile share what they load
+            angle = row[:, None] * HALF + pair[None, :]
+            c, s = tl.load(rotary[0] + angle), tl.load(rotary[1] + angle)
+            x, y = x * c - y * s, y * c + x * s
+        else:
+            x, y = turn(x, y, rotary, row, pair, True)
+        z = tl.reshape(tl.join(x.to(DTYPE), y.to(DTYPE)), (BLOCK_M, BLOCK_N // 2 // GROUP, GROUP, 2))
+        z = tl.permute(z, (0, 1, 3, 2))
+    return tl.reshape(z, (BLOCK_M, BLOCK_N))
 
 
 @triton.jit

@@ -91,6 +91,17 @@ def test_rows_with_a_large_mean(dtype, norm, centre):
     case.check(F.embed_qkv)
 
 
+@pytest.mark.parametrize("norm, dtype, centre", [("layer", torch.float32, 30.0), full("rms", torch.float16, 0.0)])
+def test_rows_too_wide_to_be_held(norm, dtype, centre, monkeypatch):
+    """The norm's backward in parts of a row, of which the last is not full; its sums have a fixed order too."""
+    module, _ = operators.launcher("embed_grad", torch.empty(0, device=DEVICE))
+    monkeypatch.setattr(module.tuning, "rows", lambda D, dtype: (2, 16, 4))
+    case = Case(dtype, DEVICE, T=5, heads=1, norm=norm)
+    case.parameters["token"] += centre
+    first, second = case.check(F.embed_qkv), case.run(F.embed_qkv)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
 def test_rows_without_variance():
     """A constant row (a zero padding row, say): eps alone keeps it finite."""
     case = Case(torch.float32, DEVICE, position=None)
@@ -146,6 +157,18 @@ def test_folded(D, bias, affine, dtype, norm, position, centre, monkeypatch):
     case.parameters["token"] += centre
     case.check(F.embed_qkv)
     assert len(called) == 1
+
+
+@pytest.mark.parametrize("D, position, centre", [(48, "learned", 0.0), (70, None, 5.0)])
+def test_folded_without_tma(D, position, centre, monkeypatch):
+    """On an A100, which has no descriptors; 70: rows that do not start at multiples of 16 bytes."""
+    kernels, _ = operators.launcher("tuning", torch.empty(0, device=DEVICE))
+    monkeypatch.setattr(kernels, "device_of", lambda tensor: kernels.DEVICES[80])
+    monkeypatch.setattr(kernels, "folds", lambda M, dtype: True)
+    monkeypatch.setattr(kernels, "TensorDescriptor", None)
+    case = Case(torch.float16, DEVICE, T=67, D=D, head_dim=11, position=position)
+    case.parameters["token"] += centre
+    case.check(F.embed_qkv)
 
 
 def test_many_tokens(device):

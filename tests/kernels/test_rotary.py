@@ -22,6 +22,7 @@ LAYOUTS = {
     "half": {"head_dim": 8},
     "interleaved": {"head_dim": 8, "interleaved": True},
     "part, half": {"head_dim": 12, "rotary_dim": 4},
+    "part, in eights": {"head_dim": 32, "rotary_dim": 16},
     "part, interleaved": {"head_dim": 10, "rotary_dim": 6, "interleaved": True},
     "scaled": {"head_dim": 64, "scale": 1.3, "base": 500.0},
 }
@@ -253,19 +254,23 @@ def test_training_after_inference_mode(backend, plan):
 
 
 @pytest.mark.sample
-@pytest.mark.parametrize("layout", ["half", "part, half", "interleaved"])
-@pytest.mark.parametrize("norm", ["layer", "rms"])
-def test_folded_kernel(layout, norm):
-    """The kernel of many tokens, whose folded weight has the pairs side by side."""
-    case = Case(torch.float32, DEVICE, B=3, T=50, D=24, heads=4, kv_heads=2, head_dim=LAYOUTS[layout]["head_dim"], norm=norm)
-    epilogue = turned_by(rotary_of(layout), case.ids)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("folds, norm", [(True, "layer"), (True, "rms"), (False, "layer")])
+def test_blocks_of_tokens(layout, first, folds, norm):
+    """Tiles that begin within a sequence, by both kernels; the folded weight has groups of both halves of a head alternate."""
+    head_dim = LAYOUTS[layout]["head_dim"]
+    case = Case(torch.float32, DEVICE, B=3, T=50, D=24, heads=2, kv_heads=1, head_dim=head_dim, norm=norm)
+    epilogue = turned_by(rotary_of(layout), case.ids)._replace(heads_first=first)
     module, running = operators.launcher("embed_qkv", case.ids)
     with running:
-        outputs = module.embed_qkv(case.call(epilogue=epilogue), folds=True)
-    expected = F.embed_qkv(case.ids, **case.parameters, **case.options)
-    torch.testing.assert_close(outputs[1], rotate(expected.query, epilogue), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(outputs[2], rotate(expected.key, epilogue), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(outputs[3], expected.value, rtol=1e-4, atol=1e-4)
+        outputs = module.embed_qkv(case.call(epilogue=epilogue), folds=folds)
+    doubles = {name: p if p is None else p.double() for name, p in case.parameters.items()}
+    expected = reference.embed_qkv(case.ids, **doubles, **case.options)
+    expected = (rotate(expected.query, epilogue), rotate(expected.key, epilogue), expected.value)
+    for ours, right in zip(outputs[1:4], expected, strict=True):
+        ours = ours.transpose(-3, -2) if first else ours
+        torch.testing.assert_close(ours, right.float(), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.full

@@ -72,6 +72,15 @@ def test_many_terms_of_many_programs(norm, monkeypatch):
 
 
 @pytest.mark.usefixtures("triton")
+def test_many_terms_of_rows_too_wide_to_be_held(monkeypatch):
+    module, _ = operators.launcher("embed_grad", torch.empty(0, device=DEVICE))
+    monkeypatch.setattr(module.tuning, "rows", lambda D, dtype: (1, 16, 4))
+    case = with_segments(Case(torch.float32, DEVICE, T=5, heads=1, padding_idx=3, position_ids="BT"), "none")
+    case.options["scale"] = 40**0.5
+    case.check(F.embed_qkv)
+
+
+@pytest.mark.usefixtures("triton")
 @pytest.mark.parametrize("norm", ["layer", "rms"])
 def test_many_terms_of_many_tokens(norm, monkeypatch):
     """The kernel for many tokens, here with few."""
