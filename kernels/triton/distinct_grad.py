@@ -21,8 +21,9 @@ from . import tuning
 from .arguments import contiguous, period, places, terms_arguments
 from .distinct import ProjectedRows, find_used, load_used, prepare, project, projected_rows
 from .embed_grad import embed_qkv_backward, position_grad, projected_grads, table_grad
+from .epilogue import find_tile
 from .launch import launch, on_device
-from .tiles import dot, find_rows, find_tile, load_hidden, load_places, load_rows, load_tile, load_vector
+from .tiles import dot, find_rows, load_hidden, load_places, load_rows, load_tile, load_vector
 
 
 @triton.jit

@@ -14,19 +14,9 @@ from pyembed.call import Call, wide_dtype
 
 from . import tuning
 from .arguments import contiguous, epilogue_arguments, period, places, terms_arguments
+from .epilogue import count_tiles, find_halves, find_pairs, find_tile, load_turns, store_pairs, turn
 from .launch import launch, on_device
-from .tiles import (
-    count_tiles,
-    find_halves,
-    find_pairs,
-    find_rows,
-    find_tile,
-    gather_statistics,
-    load_rows,
-    load_turns,
-    store_pairs,
-    turn,
-)
+from .tiles import find_rows, gather_statistics, load_rows
 
 
 @triton.jit
@@ -56,7 +46,7 @@ def expand_kernel(
     hidden,  # (M, D) out
     qkv,  # query, key, value out, (M, n) each
     statistics,  # mean out, (M,), None: RMSNorm or no norm; rstd out, (M,), None: no norm
-    rotary,  # as in embed_qkv.store_projected
+    rotary,  # as in epilogue.store_projected
     shape,  # M, T, V, L, widths of query and of key, P, U and the number of programs that share a token's columns
     scalars,  # eps, and the factor of projected rows
     D,

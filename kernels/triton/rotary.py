@@ -8,15 +8,15 @@ from pyembed.call import Epilogue
 
 from . import tuning
 from .arguments import epilogue_arguments
+from .epilogue import find_halves, find_pairs, load_turns, store_pairs, turn
 from .launch import launch, on_device
-from .tiles import find_halves, find_pairs, load_turns, store_pairs, turn
 
 
 @triton.jit
 def turn_back_kernel(
     grad,  # (M, n)
     out,  # (M, n) out
-    rotary,  # as in embed_qkv.store_projected
+    rotary,  # as in epilogue.store_projected
     M,
     width,
     HEAD_DIM: tl.constexpr,

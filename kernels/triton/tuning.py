@@ -95,17 +95,17 @@ def precision(dtype, device):
 
 def operand(matrix, block, device):
     """A matrix for tiles.load_tile, its rows of unit stride: a descriptor of tiles (rows, columns), which wants rows at
-    multiples of 16 bytes, or without TMA the pointer, rows, columns and row stride."""
+    multiples of 16 bytes, or without TMA, or with block None, the pointer, rows, columns and row stride."""
     rows, columns = matrix.shape
-    if device.tma:
+    if device.tma and block is not None:
         return TensorDescriptor(matrix, [rows, columns], [matrix.stride(0), 1], [*block])
     return matrix, rows, columns, matrix.stride(0)
 
 
-def weight_operand(weight, tiles, device):
+def weight_operand(weight, tiles, device, by_pointers=False):
     """operand() of a projection's weight (N, D), and whether it is weightᵀ, as for the view of a Conv1D's weight.
 
-    A weight that operand() cannot describe is copied.
+    A weight that operand() cannot describe is copied. by_pointers: also where there is TMA, for tiles.load_at.
     """
     unit = 16 // weight.element_size()
     transposed = weight.stride(1) != 1 and weight.stride(0) == 1
@@ -113,34 +113,49 @@ def weight_operand(weight, tiles, device):
     if matrix.stride(1) != 1 or device.tma and (matrix.stride(0) % unit or matrix.data_ptr() % 16):
         matrix = padded(matrix, *matrix.shape).copy_(matrix)
     block = (tiles.BLOCK_K, tiles.BLOCK_N) if transposed else (tiles.BLOCK_N, tiles.BLOCK_K)
-    return operand(matrix, block, device), transposed
+    return operand(matrix, None if by_pointers else block, device), transposed
 
 
 INVARIANT = 64  # batch_invariant: tiles for this number of tokens serve any number, so that every sum has one order
 
 
-def folds(M, dtype):
-    """Whether to fold the norm into the weight, which is faster from about 1,024 tokens on.
+def way(M, N, dtype, device):
+    """Which kernels run for M tokens: "few", one launch; "rows", hidden and its norm, then the product; "folded", the norm
+    folded into the weight, then one launch.
 
-    In bf16 only: in fp32, rows with a mean far larger than their deviation would lose digits that eager keeps; in fp16, the
-    folded weight would underflow where the norm's weight is small.
+    "rows" writes M·D elements more, "folded" reads the weight twice and writes it once, 3·N·D. It is for bf16 only: in fp32,
+    rows with a mean far larger than their deviation would lose digits that eager keeps; in fp16, the folded weight would
+    underflow where the norm's weight is small.
     """
-    return M >= 1024 and dtype == torch.bfloat16
+    most = 32  # AMD would load the norm's weight in pieces of 2 bytes, or spill
+    if not isinstance(device.arch, int):
+        most = 16 if device.lanes == 64 and dtype.itemsize == 2 else 0
+    many = max(1024, 3 * N)
+    if dtype == torch.bfloat16 and many < M:
+        return "folded"
+    return "rows" if most < M else "few"
 
 
-def _aligned(dtype, *sizes):
+def aligned(dtype, *sizes):
     """Whether rows of these sizes start at multiples of 16 bytes, which wide loads and stores need."""
     return all(size * dtype.itemsize % 16 == 0 for size in sizes)
 
 
 @functools.lru_cache(256)
-def embed_qkv(M, N, D, dtype, device, crowded=False, head=0, table=None):
-    """Tiles of the kernel that normalises while it loads: few tokens, or no norm. crowded, head: as of embed_qkv_folded.
+def few(M, N, D, dtype, device, crowded=False, head=0, table=None):
+    """Tiles of the kernel that normalises while it loads, for few tokens. crowded, head: as of embed_qkv_folded.
 
     table: dtype of the tables, which under autocast is not the weight's.
     """
-    tiles = _with_heads(_embed_qkv(M, N, D, dtype, device), head, dtype, device)
-    return fitted(tiles, dtype, device, table or dtype)
+    deep = 64 if dtype.itemsize == 2 else 16
+    stages = 2 if device.shared_memory < 100_000 else 3
+    if not aligned(dtype, D, N):
+        tiles = Tiles(32, 32, 32 if dtype.itemsize == 2 else 16, 4, 2)
+    elif M <= 16 and dtype.itemsize == 2:  # decode: narrow tiles, so that every multiprocessor reads a part of the weight
+        tiles = Tiles(16, 32, 256, 128 // device.lanes, stages)  # two columns of the norm's weight a thread, 4 bytes to copy
+    else:
+        tiles = Tiles(32, 32, deep, 4, stages)
+    return fitted(_with_heads(tiles, head, dtype, device), dtype, device, table or dtype)
 
 
 def _with_heads(tiles, head, dtype, device):
@@ -152,18 +167,30 @@ def _with_heads(tiles, head, dtype, device):
     return Tiles(min(tiles.BLOCK_M, rows), head, min(tiles.BLOCK_K, deep), 8, tiles.num_stages)
 
 
-def _embed_qkv(M, N, D, dtype, device):
-    deep = 64 if dtype.itemsize == 2 else 16
+@functools.lru_cache(256)
+def product(M, N, D, dtype, device, crowded=False, head=0, precision="ieee"):
+    """Tiles of a plain product (M, D)·(D, N). crowded, head: as of embed_qkv_folded. precision: of tl.dot.
+
+    Of those that ship, the ones that end first by a model: each wave of programs takes the time of a tile's products, 2,048 a
+    cycle, or of reading its operands from L2, 64 bytes a cycle, and that of its stores.
+    """
     stages = 2 if device.shared_memory < 100_000 else 3
-    if not _aligned(dtype, D, N):
-        return Tiles(32, 32, 32 if dtype.itemsize == 2 else 16, 4, 2)
-    if M <= 16 and dtype.itemsize == 2:  # decode: narrow tiles, so that every multiprocessor reads a part of the weight
-        return Tiles(16, 32, deep if device.rdna else 2 * deep, 4, stages)
-    if M <= 32:
-        return Tiles(32, 32, deep, 4, stages)
-    if M <= 256 or dtype.itemsize > 2:
-        return Tiles(64, 64, deep, 8, stages)
-    return Tiles(64, 128, deep, 8, stages)
+    if not aligned(dtype, N):
+        tiles = Tiles(64, 32, 32, 4, 2)
+    elif dtype.itemsize > 2:
+        tiles = Tiles(64, 64, 16, 8, stages) if precision == "ieee" else Tiles(128, 64, 32, 8, stages)
+    else:
+        choices = [Tiles(64, 64, 64, 4, stages), Tiles(64, 128, 64, 8, stages), _embed_qkv_folded(N, D, dtype, device, crowded)]
+        if choices[-1].BLOCK_N > 128:
+            choices.append(choices[-1]._replace(BLOCK_N=128))
+
+        def time(tiles):
+            rows, columns = tiles[:2]
+            waves = cdiv(cdiv(M, rows) * cdiv(N, columns), device.multiprocessors)
+            return waves * (max(rows * columns / 2048, (rows + columns) / 32) * D + rows * columns / 32)
+
+        tiles = min(reversed(choices), key=time)
+    return fitted(_with_heads(tiles, head, dtype, device), dtype, device)
 
 
 def registers(device):
@@ -185,7 +212,7 @@ def embed_qkv_folded(M, N, D, dtype, device, crowded=False, head=0):
 
 
 def _embed_qkv_folded(N, D, dtype, device, crowded):
-    if not _aligned(dtype, D, N):
+    if not aligned(dtype, D, N):
         return Tiles(64, 32, 32, 4, 2)
     if device.arch == 90:
         return Tiles(128, 128 if crowded else 256, 64, 8, 4)
@@ -200,7 +227,7 @@ def _embed_qkv_folded(N, D, dtype, device, crowded):
 def project(N, K, dtype, device):
     """Tiles of the persistent product over distinct rows; both operands have descriptors."""
     if dtype.itemsize > 2:
-        return embed_qkv(1024, N, K, dtype, device)
+        return product(1024, N, K, dtype, device, precision=precision(dtype, device))
     return embed_qkv_folded(1024, N, K, dtype, device)
 
 
@@ -215,7 +242,7 @@ def expand(D, N, dtype):
 def weight_grad(N, D, dtype, device):
     """Tiles of the product over distinct rows for the gradient (N, D) of the weight."""
     if dtype.itemsize > 2:
-        return fitted(embed_qkv(1024, D, N, dtype, device), dtype, device, spare=1)
+        return fitted(product(1024, D, N, dtype, device, precision=precision(dtype, device)), dtype, device, spare=1)
     tiles = embed_qkv_folded(1024, D, N, dtype, device)
     tiles = tiles._replace(BLOCK_N=min(tiles.BLOCK_N, 128))  # more programs, to fill the device
     return fitted(tiles, dtype, device, spare=1)  # the last, masked rows
@@ -227,10 +254,11 @@ def stream(N, dtype):
     return 8, min(1 << max(N - 1, 15).bit_length(), 512 // dtype.itemsize)
 
 
-def padded(like, rows, columns):
-    """An empty matrix (rows, columns) whose rows start at multiples of 16 bytes, as descriptors need."""
-    unit = 16 // like.element_size()
-    return like.new_empty(rows, cdiv(columns, unit) * unit)[:, :columns]
+def padded(like, rows, columns, dtype=None):
+    """An empty matrix (rows, columns), of dtype or like's, whose rows start at multiples of 16 bytes, as descriptors need."""
+    dtype = dtype or like.dtype
+    unit = 16 // dtype.itemsize
+    return like.new_empty(rows, cdiv(columns, unit) * unit, dtype=dtype)[:, :columns]
 
 
 def fold(weight):
@@ -239,15 +267,16 @@ def fold(weight):
     return {"BLOCK_N": rows, "BLOCK_K": columns, "num_warps": 4}
 
 
-def runs(M, count, tiles, device):
+def runs(M, count, tiles, device, resident=1):
     """How many programs share the `count` column tiles of a block of rows, so that the last program ends as early as possible.
+    resident: programs that a multiprocessor holds at once.
 
     Time is counted in column tiles; reading the rows for their statistics costs about half a tile.
     """
     blocks = cdiv(M, tiles.BLOCK_M)
 
     def makespan(share):
-        return cdiv(blocks * share, device.multiprocessors) * (0.5 + cdiv(count, share))
+        return cdiv(blocks * share, resident * device.multiprocessors) * (0.5 + cdiv(count, share))
 
     return min(range(1, count + 1), key=makespan)
 
@@ -268,6 +297,7 @@ def shared_memory(tiles, dtype, device, table=None, spare=0):
         loop = (held + spare) * (rows + columns)
     else:  # the weight's columns; token rows, position rows and the norm's weight and bias; then the normalised rows
         loop = held * columns + (stages - 1) * 2 * (M + 1) * K * table.itemsize + rows
+        loop = max(loop, 4 * max(8192, M * K * table.itemsize))  # two steps of token and position rows for their statistics
     epilogue = M * N * 4  # the products in fp32, on their way from the matrix units' layout to that of the stores
     return max(loop, epilogue) + 128 * device.tma  # barriers that count what TMA has copied
 
@@ -292,7 +322,7 @@ def fitted(tiles, dtype, device, table=None, spare=0):
             break
     if device.lanes == 64:  # so that each thread has 16 bytes of an operand to read, if it can be
         operand = min(tiles.BLOCK_M, tiles.BLOCK_N) * tiles.BLOCK_K * dtype.itemsize
-        tiles = tiles._replace(num_warps=max(4, min(tiles.num_warps, operand // (16 * device.lanes))))
+        tiles = tiles._replace(num_warps=max(min(4, tiles.num_warps), min(tiles.num_warps, operand // (16 * device.lanes))))
     return tiles
 
 
@@ -301,6 +331,13 @@ def streaming(D, dtype):
     """Rows and columns of a tile of a kernel that only streams: 16 KB per program, and up to 1,024 columns."""
     columns = min(1 << max(D - 1, 15).bit_length(), 1024)
     return max(1, 16_384 // (columns * dtype.itemsize)), columns
+
+
+@functools.lru_cache(256)
+def embed_norm(D, dtype):
+    """Rows and columns of a tile of embed_norm_kernel: 8 KB, of which it has four at once."""
+    rows, columns = streaming(D, dtype)
+    return max(1, rows // 2), columns if rows > 1 else columns // 2
 
 
 @functools.lru_cache(256)

@@ -156,12 +156,12 @@ def faults(found, device, aligned=True, widest=16):
         if not loop.innermost:
             continue
         loads = [each for each in loop.body if machine_code.is_load(each)]
-        loads = [each for each in loads if not through_registers or machine_code.width(each) < widest]
-        if loads and aligned:
-            wrong["synchronous loads"] = f"{len(loads)} of {len(loop.body)} instructions, as {' '.join(loads[0])}"
+        pieces = [each for each in loads if not through_registers or machine_code.width(each) < widest]
+        if 2 * len(pieces) > len(loads) * through_registers and aligned:  # those of the norm are small, and few
+            wrong["synchronous loads"] = f"{len(pieces)} of {len(loop.body)} instructions, as {' '.join(pieces[0])}"
         copies = [machine_code.width(each) or 16 for each in loop.body if machine_code.is_copy(each)]
         small = [size for size in copies if size < 16]
-        if 2 * len(small) > len(copies) and aligned:  # those of the norm's weight and bias are small, and few
+        if 2 * len(small) > len(copies) and aligned:
             wrong["narrow copies"] = f"{len(small)} of {len(copies)} copies are of {min(small)} bytes"
         if aligned and not machine_code.matrix_overlaps(loop):
             wrong["nothing in flight"] = f"{len(loop.matrix())} products in a loop of {len(loop.body)} instructions"

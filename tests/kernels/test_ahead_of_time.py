@@ -13,20 +13,21 @@ from numerics import tf32
 
 pytest.importorskip("triton")
 from aot import DTYPES, Report, faults, record, report
-from every_call import backward, distinct_rows, ends, every_call, front_end, look_up, mixed, terms, turned
+from every_call import FOLDED, backward, distinct_rows, ends, every_call, front_end, look_up, mixed, terms, turned
 from machine_code import Instruction, Loop
 from pyembed.kernels import distinct_grad, expand, tuning
 from triton.runtime.jit import JITFunction
 
 HALF, FLOAT = torch.bfloat16, torch.float32
 EVERYWHERE = [  # each kernel that multiplies matrices, by each way in which it reads them
-    (False, front_end, HALF, 17, 768, 2304, "layer", True),
-    (False, front_end, HALF, 4097, 768, 2304, "layer", True),
+    (False, front_end, HALF, 1, 768, 2304, "layer", True),
+    (False, front_end, HALF, FOLDED, 768, 2304, "layer", True),
     (False, distinct_rows, HALF, 4098, 768, 2304, "layer", True),
     (False, mixed, FLOAT, 513, "layer"),
 ]
 ON_HOPPER = [  # every kernel; test_the_sample_has_every_kernel holds it to that
     *EVERYWHERE,
+    (False, front_end, HALF, 17, 768, 2304, "layer", True),
     (False, front_end, HALF, 4097, 771, 2313, "rms", True),
     (False, front_end, torch.float16, 513, 768, 2304, "layer", True),
     (True, front_end, FLOAT, 199, 768, 2304, "layer", True),
@@ -51,48 +52,17 @@ class Known(NamedTuple):
     when: Callable = lambda launch: True  # which launches have it
 
 
-NVIDIA = tuple(arch for arch, device in tuning.DEVICES.items() if isinstance(arch, int))
-WITHOUT_TMA = tuple(arch for arch, device in tuning.DEVICES.items() if not device.tma)
-OTHERS = tuple(arch for arch in tuning.DEVICES if arch != 90)
-LAYER = ("layer", True)
-DECODE, PLAIN = ((False, front_end, HALF, M, 768, 2304, *LAYER) for M in (1, 4097))
-MANY, MANY_TF32 = ((tf32, distinct_rows, dtype, 4098, 768, 2304, *LAYER) for tf32, dtype in ((False, HALF), (True, FLOAT)))
-VERY_WIDE, WIDE_TABLE = (4097, 16384, *LAYER), (False, distinct_rows, FLOAT, 4098, 16384, 2304, *LAYER)
-FEW_HEADS = (False, ends, HALF, 2, 128, True, False, True, True)
-FEW_TURNED, TURNED = (False, turned, HALF, 513, 64, False, False, False), (False, turned, HALF, 4097, 64, False, False, True)
-HALVES = "the halves of a rotary pair are stored one by one"
-POINTERS = "without TMA, Triton makes pointers of a descriptor, with strides known at run time alone"
-
-
-def pairs(launch):
-    return launch.constant("HALF") > 0
-
-
-def is_decode(launch):
-    return launch.constant("BLOCK_M") == 16
-
-
+MANY = (False, distinct_rows, HALF, 4098, 768, 2304, "layer", True)
+MANY_TF32 = (True, distinct_rows, FLOAT, 4098, 768, 2304, "layer", True)
+CONV1D_TF32 = (*MANY_TF32, True, False, torch.int64, True)
+TURNED = "wgmma takes no transposed tf32, which goes through registers"
+WMMA = "Triton stores products as WMMA holds them, a column in a lane"
 KNOWN = [
-    Known("embed_qkv_folded_kernel", {"narrow access", "synchronous loads"}, WITHOUT_TMA, PLAIN, POINTERS),
-    Known("embed_qkv_folded_kernel", {"nothing in flight"}, ("gfx942", "gfx1100"), PLAIN, POINTERS),
-    Known("embed_qkv_folded_kernel", {"nothing in flight"}, ("gfx950",), (*TURNED[:5], True, *TURNED[6:]), POINTERS),
-    Known("project_kernel", {"narrow access", "synchronous loads"}, WITHOUT_TMA, MANY, POINTERS),
-    Known("project_kernel", {"narrow copies"}, (80, 86, 89), MANY_TF32, POINTERS),
-    Known("project_kernel", {"nothing in flight"}, ("gfx942",), MANY, POINTERS),
-    Known("project_kernel", {"spills"}, (86, 89), MANY, POINTERS),
-    Known("weight_grad_kernel", {"narrow access", "synchronous loads"}, WITHOUT_TMA, MANY, POINTERS),
-    Known("weight_grad_kernel", {"narrow copies"}, (80, 86, 89), MANY_TF32, POINTERS),
-    Known("weight_grad_kernel", {"nothing in flight"}, ("gfx942",), MANY, POINTERS),
-    Known("weight_grad_kernel", {"spills"}, (86, 89), MANY, POINTERS),
-    Known("weight_grad_kernel", {"serialised products", "nothing in flight"}, (90,), MANY, "a masked product follows the loop"),
-    Known("project_kernel", {"nothing in flight"}, (90,), MANY_TF32, "wgmma takes no transposed tf32, so it is turned first"),
-    Known("weight_grad_kernel", {"nothing in flight"}, (90,), MANY_TF32, "a masked product follows the loop"),
-    Known("embed_qkv_kernel", {"narrow access"}, (90, *OTHERS), FEW_TURNED, HALVES, pairs),
-    Known("embed_qkv_folded_kernel", {"narrow access"}, (90, 100, 120), TURNED, HALVES, pairs),
-    Known("embed_qkv_kernel", {"narrow access", "synchronous loads"}, NVIDIA, DECODE, "norm not copied ahead", is_decode),
-    Known("embed_qkv_kernel", {"narrow access", "nothing in flight"}, ("gfx1100",), EVERYWHERE[0], "WMMA's columns in a lane"),
-    Known("embed_qkv_kernel", {"narrow access"}, ("gfx942", "gfx950"), FEW_HEADS, "few columns, 64 lanes", is_decode),
-]  # fmt: skip
+    Known("weight_grad_kernel", {"nothing in flight"}, (90,), MANY_TF32, TURNED),
+    Known("project_kernel", {"nothing in flight"}, (90,), CONV1D_TF32, TURNED, lambda launch: launch.constant("TRANSPOSED")),
+    Known("project_kernel", {"narrow access"}, ("gfx1100",), MANY, WMMA),
+    Known("embed_qkv_folded_kernel", {"narrow access"}, ("gfx1100",), EVERYWHERE[1], WMMA),
+]
 
 
 def name_of(arch, call):
@@ -264,11 +234,14 @@ def test_the_sample_has_every_kernel(monkeypatch):
         for calls in (every_call(), ON_HOPPER)
     )
     assert sample == every and {*ON_HOPPER} <= {*every_call()}
-    of_products = {launch.kernel for call in every_call() for launch in launches(monkeypatch, 90, call) if multiplies(launch)}
     for arch in tuning.DEVICES:
-        assert of_products == {x.kernel for call in EVERYWHERE for x in launches(monkeypatch, arch, call) if multiplies(x)}
+        every, sample = (
+            {launch.kernel for call in calls for launch in launches(monkeypatch, arch, call) if multiplies(launch)}
+            for calls in (every_call(), EVERYWHERE)
+        )
+        assert every == sample
 
 
 def test_files_of_kernels():
-    assert files_of(expand.expand_kernel) == {"expand", "tiles"} | OF_EVERY_KERNEL
-    assert files_of(distinct_grad.table_kernel) == {"distinct_grad", "distinct", "tiles"} | OF_EVERY_KERNEL
+    assert files_of(expand.expand_kernel) == {"expand", "epilogue", "tiles"} | OF_EVERY_KERNEL
+    assert files_of(distinct_grad.table_kernel) == {"distinct_grad", "distinct", "epilogue", "tiles"} | OF_EVERY_KERNEL

@@ -256,15 +256,15 @@ def test_training_after_inference_mode(backend, plan):
 @pytest.mark.sample
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("first", [False, True])
-@pytest.mark.parametrize("folds, norm", [(True, "layer"), (True, "rms"), (False, "layer")])
-def test_blocks_of_tokens(layout, first, folds, norm):
+@pytest.mark.parametrize("way, norm", [("folded", "layer"), ("folded", "rms"), ("rows", "layer"), ("few", "layer")])
+def test_blocks_of_tokens(layout, first, way, norm):
     """Tiles that begin within a sequence, by both kernels; the folded weight has groups of both halves of a head alternate."""
     head_dim = LAYOUTS[layout]["head_dim"]
     case = Case(torch.float32, DEVICE, B=3, T=50, D=24, heads=2, kv_heads=1, head_dim=head_dim, norm=norm)
     epilogue = turned_by(rotary_of(layout), case.ids)._replace(heads_first=first)
     module, running = operators.launcher("embed_qkv", case.ids)
     with running:
-        outputs = module.embed_qkv(case.call(epilogue=epilogue), folds=folds)
+        outputs = module.embed_qkv(case.call(epilogue=epilogue), way=way)
     doubles = {name: p if p is None else p.double() for name, p in case.parameters.items()}
     expected = reference.embed_qkv(case.ids, **doubles, **case.options)
     expected = (rotate(expected.query, epilogue), rotate(expected.key, epilogue), expected.value)
@@ -415,7 +415,7 @@ def test_places_without_a_row():
             pyembed.EmbeddingQKV(3, 16, 4, rotary=wrong)
 
 
-@pytest.mark.parametrize("plan", ["embed_qkv", "folded", "distinct"])
+@pytest.mark.parametrize("plan", ["few", "rows", "folded", "distinct"])
 def test_a_place_without_a_row_is_nan_by_the_kernel(plan):
     """On a GPU nothing looks at ids: their heads become NaN there, and no other row's."""
     ids, token, weight = (t.to(DEVICE) for t in (torch.tensor([[0, 0, 0, 3]]), torch.randn(3, 6), torch.randn(24, 6)))
@@ -424,7 +424,7 @@ def test_a_place_without_a_row_is_nan_by_the_kernel(plan):
     norm = Norm("rms", torch.ones(6, device=DEVICE), None, 1e-5)
     call = Call(Terms(ids, token), norm, Projection(weight, None, 1, 1), epilogue)
     with running:
-        results = module.forward(call) if plan == "distinct" else module.embed_qkv(call, folds=plan == "folded")
+        results = module.forward(call) if plan == "distinct" else module.embed_qkv(call, way=plan)
     query = results[1]
     assert query[0, 0].isfinite().all() and query[0, 1:].isnan().all()
 

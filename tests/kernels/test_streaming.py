@@ -49,7 +49,7 @@ def sass(kernel, folder):
 )
 @pytest.mark.parametrize("arch", [80, full(89), full(90)])
 def test_rows_are_read_ahead_and_widely(arch, kernel, barriers, call, monkeypatch, tmp_path):
-    """Nothing but 16 bytes at a time of a row, which loops copy into shared memory, with few waits of threads for one another."""
+    """Nothing but 16 bytes at a time of a row, which loops copy into shared memory, with few waits of threads for others."""
     blocks = sass(compiled(monkeypatch, arch, kernel, *call), tmp_path)
     accesses = [each for block in blocks for each in block.instructions if machine_code.width(each) is not None]
     assert max(map(machine_code.width, accesses)) == 16

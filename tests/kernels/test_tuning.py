@@ -61,15 +61,34 @@ def test_every_configuration_is_valid(dtype, table):
     needs = [(False, 0), (True, 0), *((True, head) for head in (64, 128, 256))]
     sizes = list(itertools.product((1, 17, 33, 300, 5000), ((48, 771), (2304, 768), (6144, 4096))))
     for (M, (N, D)), need, device in itertools.product(sizes, needs, DEVICES):
-        tiles = tuning.embed_qkv(M, N, D, dtype, device, *need, table)
-        assert tuning.is_valid(tiles, dtype, device, table), (tiles, device)
-        assert need[1] <= tiles.BLOCK_N
-        operand = min(tiles.BLOCK_M, tiles.BLOCK_N) * tiles.BLOCK_K * dtype.itemsize
-        assert device.lanes == 32 or tiles.num_warps == 4 or operand >= 16 * device.lanes * tiles.num_warps
-        if tuning.folds(M, dtype):
-            assert tuning.is_valid(tuning.embed_qkv_folded(M, N, D, dtype, device, *need), dtype, device)
+        ways = {tuning.few: ((table,), table), tuning.product: (("tf32",), None), tuning.embed_qkv_folded: ((), None)}
+        for function, (more, rows) in ways.items():
+            tiles = function(M, N, D, dtype, device, *need, *more)
+            assert tuning.is_valid(tiles, dtype, device, rows), (tiles, device)
+            assert need[1] <= tiles.BLOCK_N
+            operand = min(tiles.BLOCK_M, tiles.BLOCK_N) * tiles.BLOCK_K * dtype.itemsize
+            assert device.lanes == 32 or tiles.num_warps == 4 or operand >= 16 * device.lanes * tiles.num_warps
         assert tuning.is_valid(tuning.project(N, D, dtype, device), dtype, device)
         assert tuning.is_valid(tuning.weight_grad(N, D, dtype, device), dtype, device, spare=1)
+
+
+def test_ways():
+    """Few tokens by one launch; a weight is folded where that costs less than writing normed rows, and in bf16 alone."""
+    half, h100 = torch.bfloat16, tuning.H100
+    found = [tuning.way(M, 2304, half, h100) for M in (1, 32, 33, 1024, 6912, 6913)]
+    assert found == ["few", "few", "rows", "rows", "rows", "folded"]
+    assert tuning.way(1024, 64, half, h100) == "rows" and tuning.way(1025, 64, half, h100) == "folded"
+    for dtype in (torch.float32, torch.float16):
+        assert [tuning.way(M, 2304, dtype, h100) for M in (32, 50_000)] == ["few", "rows"]
+    assert [tuning.way(16, 2304, half, tuning.DEVICES[arch]) for arch in ("gfx942", "gfx1100")] == ["few", "rows"]
+
+
+def test_products_fill_the_device():
+    """Small tiles where there are few tokens, so that every multiprocessor has one; the largest where there are many."""
+    for M, N, D, size in ((33, 6144, 4096, (64, 64)), (512, 2304, 768, (128, 128)), (50_000, 6144, 4096, (128, 256))):
+        assert tuning.product(M, N, D, torch.bfloat16, tuning.H100)[:2] == size
+    wide = [tuning.product(512, 2304, 768, torch.float32, tuning.H100, precision=p) for p in ("ieee", "tf32")]
+    assert wide[0][:3] == (64, 64, 16) and wide[1][:3] == (128, 64, 32)
 
 
 def test_is_valid():
@@ -100,7 +119,7 @@ def test_rows_leave_registers():
 @pytest.mark.parametrize("M, N", [(1, 2304), (64, 6144), (4096, 2304), (20_000, 3072), (1_000_000, 12288)])
 def test_runs_fill_the_device(M, N):
     """No split of the N tiles among programs ends earlier by the model that runs() states."""
-    tiles, device = tuning.embed_qkv(M, N, 768, torch.bfloat16, tuning.H100), tuning.H100
+    tiles, device = tuning.embed_qkv_folded(M, N, 768, torch.bfloat16, tuning.H100), tuning.H100
     count = -(-N // tiles.BLOCK_N)
     chosen = tuning.runs(M, count, tiles, device)
     assert 1 <= chosen <= count
