@@ -214,7 +214,7 @@ def embed_qkv_folded(M, N, D, dtype, device, crowded=False, head=0):
 def _embed_qkv_folded(N, D, dtype, device, crowded):
     if not aligned(dtype, D, N):
         return Tiles(64, 32, 32, 4, 2)
-    if device.arch == 90:
+    if device.arch in (90, 100):
         return Tiles(128, 128 if crowded else 256, 64, 8, 4)
     if device.arch == 80:
         return Tiles(128, 128, 32, 8, 4)

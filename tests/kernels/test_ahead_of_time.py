@@ -20,13 +20,14 @@ from triton.runtime.jit import JITFunction
 
 HALF, FLOAT = torch.bfloat16, torch.float32
 EVERYWHERE = [  # each kernel that multiplies matrices, by each way in which it reads them
-    (False, front_end, HALF, 1, 768, 2304, "layer", True),
+    (False, mixed, FLOAT, 1, "layer"),
     (False, front_end, HALF, FOLDED, 768, 2304, "layer", True),
     (False, distinct_rows, HALF, 4098, 768, 2304, "layer", True),
     (False, mixed, FLOAT, 513, "layer"),
 ]
 ON_HOPPER = [  # every kernel; test_the_sample_has_every_kernel holds it to that
     *EVERYWHERE,
+    (False, front_end, HALF, 1, 768, 2304, "layer", True),
     (False, front_end, HALF, 17, 768, 2304, "layer", True),
     (False, front_end, HALF, 4097, 771, 2313, "rms", True),
     (False, front_end, torch.float16, 513, 768, 2304, "layer", True),

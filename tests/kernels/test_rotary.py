@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 from conftest import DEVICE
-from numerics import Case
+from numerics import WAYS, Case
 from torch import nn
 
 import pyembed
@@ -258,7 +258,17 @@ def test_training_after_inference_mode(backend, plan):
 @pytest.mark.parametrize("first", [False, True])
 @pytest.mark.parametrize("way, norm", [("folded", "layer"), ("folded", "rms"), ("rows", "layer"), ("few", "layer")])
 def test_blocks_of_tokens(layout, first, way, norm):
-    """Tiles that begin within a sequence, by both kernels; the folded weight has groups of both halves of a head alternate."""
+    """Tiles that begin within a sequence."""
+    check_blocks(layout, first, way, norm)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_groups_of_both_halves_alternate(way):
+    """Within a tile, where a half of a head has several groups of eight columns."""
+    check_blocks("scaled", False, way, "layer")
+
+
+def check_blocks(layout, first, way, norm):
     head_dim = LAYOUTS[layout]["head_dim"]
     case = Case(torch.float32, DEVICE, B=3, T=50, D=24, heads=2, kv_heads=1, head_dim=head_dim, norm=norm)
     epilogue = turned_by(rotary_of(layout), case.ids)._replace(heads_first=first)
