@@ -103,7 +103,7 @@ def test_is_valid():
     tiles = tuning.Tiles(128, 128, 64, 8, 3)
     taken = [tuning.shared_memory(tiles, torch.bfloat16, tuning.DEVICES[arch]) // 1024 for arch in (86, 90)]
     assert taken == [64, 96]
-    # Rows are read 8 KB at a time for their statistics, two steps of token and position rows, however small the product's tiles.
+    # Rows are read 8 KB at a time for their statistics, two steps of token and position rows, however small the tiles.
     assert tuning.shared_memory(tuning.Tiles(32, 32, 16, 4, 3), torch.float32, tuning.DEVICES[80], torch.float32) == 32 * 1024
     assert tuning.shared_memory(tiles, torch.bfloat16, tuning.DEVICES[86], spare=1) == 3 * 32 * 1024
     # Products of 128·256 in fp32 have no room on their way to the stores, however little the operands take.
