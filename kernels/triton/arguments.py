@@ -47,10 +47,11 @@ def terms_arguments(terms: Terms, report: tuple | None = None) -> tuple:
 
 
 def needs(epilogue: Epilogue, head_dim: int) -> tuple[bool, int]:
-    """Whether it needs more registers than adding a bias, and the width of heads that a tile must hold whole (0: any part)."""
-    split_pairs = epilogue.cos is not None and not epilogue.interleaved
-    normalised = epilogue.query_norm is not None
-    return split_pairs or epilogue.heads_first or normalised, head_dim if normalised else 0
+    """Whether a wide tile beside it would not fit into registers, and the width of heads that a tile must hold whole (0: any
+    part)."""
+    turns_part = epilogue.cos is not None and 2 * epilogue.cos.shape[-1] != head_dim
+    crowded = turns_part or epilogue.heads_first or epilogue.query_offset is not None
+    return crowded, 0 if epilogue.query_norm is None else head_dim
 
 
 def epilogue_arguments(epilogue: Epilogue, T: int, head_dim: int) -> tuple[tuple, dict[str, int]]:

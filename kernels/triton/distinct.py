@@ -16,7 +16,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from pyembed.call import Call, Norm, Projection, Terms, wide_dtype
 
@@ -24,7 +23,7 @@ from . import tuning
 from .arguments import contiguous, places
 from .expand import expand
 from .launch import launch, on_device
-from .tiles import dot, load_places, load_rows
+from .tiles import dot, load_places, load_rows, load_tile, load_vector
 
 
 @triton.jit
@@ -56,9 +55,11 @@ def number_kernel(
     start = tl.program_id(0) * BLOCK_V
     lane = tl.arange(0, BLOCK_V)
     # Every program counts all seen rows before its own: V bytes from L2 cost less than a second launch or a look-back.
-    earlier = tl.zeros((BLOCK_V,), tl.int32)
-    for v0 in range(0, start, BLOCK_V):
-        earlier += tl.load(seen + v0 + lane).to(tl.int32)
+    STEP: tl.constexpr = 4 * BLOCK_V
+    earlier = tl.zeros((STEP,), tl.int32)
+    for v0 in tl.range(0, start, STEP, num_stages=3):
+        place = v0 + tl.arange(0, STEP)
+        earlier += tl.load(seen + place, mask=place < start, other=0).to(tl.int32)
     before = tl.sum(earlier, 0)
     v = start + lane
     flag = tl.load(seen + v, mask=v < V, other=0).to(tl.int32)
@@ -83,48 +84,77 @@ def prepare_kernel(
     stride_um,
     D,
     CENTRE: tl.constexpr,
+    HELD: tl.constexpr,  # whether BLOCK_D columns hold a whole row
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     P, V, L = shape
     ACC: tl.constexpr = tl.float64 if token.dtype.element_ty == tl.float64 else tl.float32
+    WIDTH = BLOCK_D if HELD else D
     total = P + tl.load(count)
     r = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     if tl.program_id(0) * BLOCK_M < total:
-        d = tl.arange(0, BLOCK_D)
-        x = load_used(rows, place_rows, token, position, r, total, d, P, V, L, D, CENTRE)
-        if norm_weight is not None:
-            x *= tl.load(norm_weight + d, mask=d < D, other=0.0).to(ACC)[None, :]
+        found = find_used(rows, place_rows, r, total, P, V, L)
+        x = tl.zeros((BLOCK_M, BLOCK_D), ACC)
+        centre = tl.zeros((BLOCK_M,), ACC)
+        unit = tl.full((BLOCK_M,), 1e-30, ACC)
+        if HELD or CENTRE:
+            for d0 in range(0, WIDTH, BLOCK_D):
+                x = load_used(token, position, found, d0 + tl.arange(0, BLOCK_D), D).to(ACC)
+                if CENTRE:
+                    centre += tl.sum(x, 1) / D
         if units is not None:
-            unit = tl.maximum(tl.max(tl.abs(x), 1), 1e-30)
+            for d0 in range(0, WIDTH, BLOCK_D):
+                d = d0 + tl.arange(0, BLOCK_D)
+                if not HELD:
+                    x = load_used(token, position, found, d, D).to(ACC)
+                unit = tl.maximum(unit, tl.max(tl.abs(scale_used(x, centre, norm_weight, d, D)), 1))
             tl.store(units + r, unit, mask=r < total)
-            x /= unit[:, None]
-        inside = (r < total)[:, None] & (d < D)[None, :]
-        tl.store(used + r[:, None] * stride_um + d[None, :], x.to(used.dtype.element_ty), mask=inside)
+        for d0 in range(0, WIDTH, BLOCK_D):
+            d = d0 + tl.arange(0, BLOCK_D)
+            if not HELD:
+                x = load_used(token, position, found, d, D).to(ACC)
+            y = scale_used(x, centre, norm_weight, d, D)
+            if units is not None:
+                y /= unit[:, None]
+            inside = (r < total)[:, None] & (d < D)[None, :]
+            tl.store(used + r[:, None] * stride_um + d[None, :], y.to(used.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def load_used(rows, place_rows, token, position, r, total, d, P, V, L, D, CENTRE: tl.constexpr):
-    """Rows r of (positions, then distinct tokens), all D columns, minus the mean if CENTRE; 0 past row `total` and column D."""
-    ACC: tl.constexpr = tl.float64 if token.dtype.element_ty == tl.float64 else tl.float32
-    columns = (d < D)[None, :]
+def find_used(rows, place_rows, r, total, P, V, L):
+    """Of rows r of (positions, then distinct tokens): their rows in the token and in the position table, and which are a token
+    and which a position. Past row `total` they are neither."""
     is_token = (r >= P) & (r < total)
     row, _ = load_rows(rows, r - P, is_token, V)
-    x = tl.load(token + row[:, None] * D + d[None, :], mask=is_token[:, None] & columns, other=0.0).to(ACC)
-    if position is not None:
-        place = r
-        if place_rows is not None:
-            place, _ = load_rows(place_rows, r, r < P, L)
-        x += tl.load(position + place[:, None] * D + d[None, :], mask=(r < P)[:, None] & columns, other=0.0).to(ACC)
-    if CENTRE:
-        x = tl.where(columns, x - (tl.sum(x, 1) / D)[:, None], 0.0)
+    place = r
+    if place_rows is not None:
+        place, _ = load_rows(place_rows, r, r < P, L)
+    return row, place, is_token, r < P
+
+
+@triton.jit
+def load_used(token, position, found, d, D):
+    """Columns d of the rows that find_used found, in the tables' dtype; 0 past column D."""
+    row, place, is_token, is_place = found
+    columns = (d < D)[None, :]
+    x = tl.load(token + row[:, None] * D + d[None, :], mask=is_token[:, None] & columns, other=0.0)
+    if position is not None:  # one of the two is 0
+        x += tl.load(position + place[:, None] * D + d[None, :], mask=is_place[:, None] & columns, other=0.0)
     return x
 
 
 @triton.jit
+def scale_used(x, centre, norm_weight, d, D):
+    """(x − centre)·γ, 0 past column D."""
+    x = tl.where((d < D)[None, :], x - centre[:, None], 0.0)
+    return x * load_vector(norm_weight, d, D, 1.0, x.dtype)[None, :]
+
+
+@triton.jit
 def project_kernel(
-    rows,  # descriptor of (P + U, K)
-    weight,  # descriptor of (N, K), or of (K, N) when TRANSPOSED
+    rows,  # (P + U, K), as in tiles.load_tile
+    weight,  # (N, K), or (K, N) when TRANSPOSED, as in tiles.load_tile
     units,  # (P + U,) or None
     count,  # (1,) U
     out,  # (P + U, N)
@@ -137,7 +167,7 @@ def project_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    ACC: tl.constexpr = tl.float64 if rows.dtype == tl.float64 else tl.float32
+    ACC: tl.constexpr = tl.float64 if out.dtype.element_ty == tl.float64 else tl.float32
     total = P + tl.load(count)
     across = tl.cdiv(N, BLOCK_N)
     for tile in range(tl.program_id(0), tl.cdiv(total, BLOCK_M) * across, tl.num_programs(0)):
@@ -145,8 +175,8 @@ def project_kernel(
         n0 = tile % across * BLOCK_N
         acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
         for k in range(0, K, BLOCK_K):
-            w = weight.load([k, n0]) if TRANSPOSED else weight.load([n0, k]).T
-            acc = dot(rows.load([m0, k]), w, acc, PRECISION)
+            w = load_tile(weight, k, n0, BLOCK_K, BLOCK_N) if TRANSPOSED else load_tile(weight, n0, k, BLOCK_N, BLOCK_K, True)
+            acc = dot(load_tile(rows, m0, k, BLOCK_M, BLOCK_K), w, acc, PRECISION)
         m = m0 + tl.arange(0, BLOCK_M)
         n = n0 + tl.arange(0, BLOCK_N)
         if units is not None:
@@ -169,12 +199,13 @@ def shift_kernel(
     BLOCK_K: tl.constexpr,
 ):
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    acc = tl.zeros((BLOCK_N,), shift.dtype.element_ty)
-    for d0 in range(0, D, BLOCK_K):
+    total = tl.zeros((BLOCK_N, BLOCK_K), shift.dtype.element_ty)
+    for d0 in tl.range(0, D, BLOCK_K, num_stages=3):
         d = d0 + tl.arange(0, BLOCK_K)
         places = n[:, None].to(tl.int64) * stride_wn + d[None, :] * stride_wd
-        w = tl.load(weight + places, mask=(n < N)[:, None] & (d < D)[None, :], other=0.0).to(acc.dtype)
-        acc += tl.sum(w * tl.load(norm_bias + d, mask=d < D, other=0.0).to(acc.dtype)[None, :], 1)
+        w = tl.load(weight + places, mask=(n < N)[:, None] & (d < D)[None, :], other=0.0).to(total.dtype)
+        total += w * tl.load(norm_bias + d, mask=d < D, other=0.0).to(total.dtype)[None, :]
+    acc = tl.sum(total, 1)
     if bias is not None:
         acc += tl.load(bias + n, mask=n < N, other=0.0).to(acc.dtype)
     tl.store(shift + n, acc, mask=n < N)
@@ -221,11 +252,11 @@ def prepare(terms: Terms, norm: Norm, which: ProjectedRows) -> tuple[Tensor, Ten
     R = which.P + which.tokens.numel()
     used = tuning.padded(token, R, D)
     units = token.new_empty(R, dtype=torch.float32) if token.dtype == torch.float16 else None
-    block_m, block_d, warps = tuning.rows(D)
+    block_m, block_d, warps = tuning.rows(D, token.dtype)
     launch(prepare_kernel, (tuning.cdiv(R, block_m),))(
         which.tokens, which.positions, which.in_use, token, terms.position, norm.weight, used, units,
-        (which.P, V, places(terms)), used.stride(0), D, CENTRE=norm.kind == "layer", BLOCK_M=block_m, BLOCK_D=block_d,
-        num_warps=warps, **tuning.registers(tuning.device_of(token)),
+        (which.P, V, places(terms)), used.stride(0), D, CENTRE=norm.kind == "layer", HELD=block_d >= D, BLOCK_M=block_m,
+        BLOCK_D=block_d, num_warps=warps, **tuning.registers(tuning.device_of(token)),
     )  # fmt: skip
     return used, units
 
@@ -235,12 +266,12 @@ def project(used: Tensor, weight: Tensor, units: Tensor | None, which: Projected
     (R, K), N = used.shape, weight.shape[0]
     device = tuning.device_of(weight)
     tiles = tuning.project(N, K, weight.dtype, device)
-    operand, transposed = tuning.weight_descriptor(weight, tiles)
+    operand, transposed = tuning.weight_operand(weight, tiles, device)
     out = used.new_empty(R, N, dtype=dtype)
     programs = min(device.multiprocessors, tuning.cdiv(R, tiles.BLOCK_M) * tuning.cdiv(N, tiles.BLOCK_N))
     launch(project_kernel, (programs,))(
-        TensorDescriptor(used, [R, K], [used.stride(0), 1], [tiles.BLOCK_M, tiles.BLOCK_K]), operand, units, which.in_use, out,
-        which.P, N, K, TRANSPOSED=transposed, PRECISION=tuning.precision(weight.dtype), **tiles._asdict(),
+        tuning.operand(used, (tiles.BLOCK_M, tiles.BLOCK_K), device), operand, units, which.in_use, out,
+        which.P, N, K, TRANSPOSED=transposed, PRECISION=tuning.precision(weight.dtype, device), **tiles._asdict(),
         **tuning.registers(device),
     )  # fmt: skip
     return out
@@ -253,8 +284,8 @@ def shift(projection: Projection, norm: Norm) -> Tensor | None:
         return bias
     weight, (N, D) = projection.weight, projection.weight.shape
     total = weight.new_empty(N, dtype=wide_dtype(weight.dtype))
-    grid = (tuning.cdiv(N, tuning.FOLD["BLOCK_N"]),)
-    launch(shift_kernel, grid)(weight, bias, norm.bias, total, N, *weight.stride(), D, **tuning.FOLD)
+    tiles = tuning.fold(weight)
+    launch(shift_kernel, (tuning.cdiv(N, tiles["BLOCK_N"]),))(weight, bias, norm.bias, total, N, *weight.stride(), D, **tiles)
     return total
 
 

@@ -14,16 +14,16 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from pyembed.call import Call, Norm, Terms, wide_dtype
 
 from . import tuning
 from .arguments import contiguous, period, places, terms_arguments
-from .distinct import ProjectedRows, load_used, prepare, project, projected_rows
+from .distinct import ProjectedRows, find_used, load_used, prepare, project, projected_rows
 from .embed_grad import embed_qkv_backward, position_grad, projected_grads, table_grad
+from .epilogue import find_tile
 from .launch import launch, on_device
-from .tiles import dot, find_rows, find_tile, load_hidden, load_places, load_rows
+from .tiles import dot, find_rows, load_hidden, load_places, load_rows, load_tile, load_vector
 
 
 @triton.jit
@@ -51,14 +51,14 @@ def qkv_kernel(
     n = n0 + tl.arange(0, BLOCK_N)
     columns = (n < width)[None, :]
     projected += first
-    total = tl.zeros((BLOCK_N,), ACC)
+    total = tl.zeros((BLOCK_M, BLOCK_N), ACC)
     acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
-    for m0 in range(0, M, step):
+    for m0 in tl.range(0, M, step, num_stages=3):
         m = m0 + t
         here = (t < step) & (m < M)
         slot, known = load_rows(index, m, here, U)  # −1: the id is outside its table, its gradient is dropped
         g = tl.load(grad + m[:, None] * width + n[None, :], mask=(here & known)[:, None] & columns, other=0.0).to(ACC)
-        total += tl.sum(g, 0)
+        total += g
         if dots is not None:
             x = tl.load(projected + (P + slot)[:, None] * N + n[None, :], mask=columns, other=0.0).to(ACC)
             if PLACED:
@@ -71,7 +71,7 @@ def qkv_kernel(
             if rstd is not None:
                 g *= tl.load(rstd + m, mask=here, other=0.0)[:, None]
             acc += g
-    tl.store(totals + tl.program_id(0).to(tl.int64) * N + first + n, total, mask=n < width)
+    tl.store(totals + tl.program_id(0).to(tl.int64) * N + first + n, tl.sum(total, 0), mask=n < width)
     if sums is not None:
         sums += first
         tl.store(sums + t[:, None] * stride_sn + n[None, :], acc.to(sums.dtype.element_ty), mask=(t < step)[:, None] & columns)
@@ -79,24 +79,22 @@ def qkv_kernel(
 
 @triton.jit
 def weight_grad_kernel(
-    grad_rows,  # descriptor of G (P + U, N)
-    used,  # descriptor of used (P + U, D)
-    grad_tail,  # pointer to G: the last, partial block of rows needs a mask
-    used_tail,  # pointer to used
+    grad_rows,  # G (P + U, N), as in tiles.load_tile
+    used,  # (P + U, D), as in tiles.load_tile
+    tails,  # G and used, and their row strides: memory past the last row is uninitialised, so the last block needs a mask
     total,  # (N,) or None
     norm_bias,  # (D,) or None
     count,  # (1,) U
     grad_weight,  # (N, D) out
     shape,  # P, N, D
-    stride_gr,
-    stride_ur,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     P, N, D = shape
-    ACC: tl.constexpr = tl.float64 if grad_rows.dtype == tl.float64 else tl.float32
+    G, rows_of_used, stride_gr, stride_ur = tails
+    ACC: tl.constexpr = tl.float64 if grad_weight.dtype.element_ty == tl.float64 else tl.float32
     across = tl.cdiv(D, BLOCK_N)
     n0 = tl.program_id(0) // across * BLOCK_M
     d0 = tl.program_id(0) % across * BLOCK_N
@@ -105,13 +103,12 @@ def weight_grad_kernel(
     rows = P + tl.load(count)
     whole = rows // BLOCK_K * BLOCK_K
     acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+    # The last block first: after the loop, its product would make the loop's wait for one another on Hopper.
+    g = load_tile((G, rows, N, stride_gr), whole, n0, BLOCK_K, BLOCK_M, True)
+    acc = dot(g, load_tile((rows_of_used, rows, D, stride_ur), whole, d0, BLOCK_K, BLOCK_N), acc, PRECISION)
     for r0 in range(0, whole, BLOCK_K):
-        acc = dot(grad_rows.load([r0, n0]).T, used.load([r0, d0]), acc, PRECISION)
-    # Memory past the last row is uninitialised, so it is masked.
-    r = whole + tl.arange(0, BLOCK_K).to(tl.int64)
-    g = tl.load(grad_tail + r[None, :] * stride_gr + n[:, None], mask=(r < rows)[None, :] & (n < N)[:, None], other=0.0)
-    u = tl.load(used_tail + r[:, None] * stride_ur + d[None, :], mask=(r < rows)[:, None] & (d < D)[None, :], other=0.0)
-    acc = dot(g, u, acc, PRECISION)
+        g = load_tile(grad_rows, r0, n0, BLOCK_K, BLOCK_M, True)
+        acc = dot(g, load_tile(used, r0, d0, BLOCK_K, BLOCK_N), acc, PRECISION)
     if norm_bias is not None:
         beta = tl.load(norm_bias + d, mask=d < D, other=0.0).to(ACC)
         acc += tl.load(total + n, mask=n < N, other=0.0)[:, None] * beta[None, :]
@@ -142,10 +139,10 @@ def sum_kernel(
     if mean is not None:
         h -= tl.load(mean + m, mask=m < M, other=0.0)[:, None]
     pull = tl.zeros((BLOCK_M,), rstd.dtype.element_ty)
-    share = dots + m
-    for _ in range(blocks):
-        pull += tl.load(share, mask=m < M, other=0.0)
-        share += M
+    for b0 in range(0, blocks, 16):
+        b = b0 + tl.arange(0, 16).to(tl.int64)
+        shares = tl.load(dots + b[:, None] * M + m[None, :], mask=(b < blocks)[:, None] & (m < M)[None, :], other=0.0)
+        pull += tl.sum(shares, 0)
     scale = tl.load(rstd + m, mask=m < M, other=0.0)
     g = h * (-scale * scale * scale / D * pull)[:, None]
     inside = (m < M)[:, None] & (d < D)[None, :]
@@ -167,43 +164,96 @@ def table_kernel(
     grad_token,  # (V, D) out, or None
     grad_place,  # (P, D) out, or None
     partials,  # (programs, D) out, or None: each program's share of the gradient of norm_weight
+    means,  # (2, P + U) for store_means, or None: not centred, or rows are HELD
     shape,  # P, V, L, padding_idx
     D,
     CENTRE: tl.constexpr,
+    HELD: tl.constexpr,  # whether BLOCK_D columns hold a whole row
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     P, V, L, padding_idx = shape
     ACC: tl.constexpr = grad_used.dtype.element_ty
-    d = tl.arange(0, BLOCK_D)
-    gamma = tl.full((BLOCK_D,), 1.0, ACC)
-    if norm_weight is not None:
-        gamma = tl.load(norm_weight + d, mask=d < D, other=0.0).to(ACC)
-    grad_gamma = tl.zeros((BLOCK_D,), ACC)
     total = P + tl.load(count)
     share = tl.cdiv(tl.cdiv(total, BLOCK_M), tl.num_programs(0)) * BLOCK_M
     first = tl.program_id(0).to(tl.int64) * share
-    for r0 in range(first, tl.minimum(first + share, total), BLOCK_M):
-        r = r0 + tl.arange(0, BLOCK_M)
-        inside = (r < total)[:, None] & (d < D)[None, :]
-        g = tl.load(grad_used + r[:, None] * D + d[None, :], mask=inside, other=0.0)
+    last = tl.minimum(first + share, total)
+    tables = (rows, place_rows, token, position)
+    if means is not None:
+        store_means(tables, norm_weight, grad_used, means, first, last, total, P, V, L, D, BLOCK_M, BLOCK_D)
+        tl.debug_barrier()  # the program's threads read below what others of them wrote
+    for d0 in range(0, BLOCK_D if HELD else D, BLOCK_D):
+        d = d0 + tl.arange(0, BLOCK_D)
+        gamma = load_vector(norm_weight, d, D, 1.0, ACC)[None, :]
+        grad_gamma = tl.zeros((BLOCK_D,), ACC)
+        for r0 in tl.range(first, last, BLOCK_M, num_stages=2):
+            r = r0 + tl.arange(0, BLOCK_M)
+            g = tl.load(grad_used + r[:, None] * D + d[None, :], mask=(r < total)[:, None] & (d < D)[None, :], other=0.0)
+            x = tl.zeros_like(g)
+            if partials is not None:
+                x = load_used(token, position, find_used(rows, place_rows, r, total, P, V, L), d, D).to(ACC)
+            if CENTRE:
+                if means is not None:
+                    centre = tl.load(means + r, mask=r < total, other=0.0)
+                    drift = tl.load(means + total + r, mask=r < total, other=0.0)
+                else:
+                    centre, drift = tl.split(tl.sum(tl.join(x, g * gamma), 1) / D)
+                grad_gamma += tl.sum(g * (x - centre[:, None]), 0)
+                g = g * gamma - drift[:, None]
+            else:
+                grad_gamma += tl.sum(g * x, 0)
+                g *= gamma
+            store_rows(g, rows, by_token, grad_token, grad_place, r, d, total, P, V, padding_idx, D)
         if partials is not None:
-            x = load_used(rows, place_rows, token, position, r, total, d, P, V, L, D, CENTRE)
-            grad_gamma += tl.sum(g * x, 0)
-        g *= gamma[None, :]
-        if CENTRE:
-            g -= (tl.sum(g, 1) / D)[:, None]
-        if grad_place is not None:
-            tl.store(grad_place + r[:, None] * D + d[None, :], g, mask=inside & (r < P)[:, None])
-        if grad_token is not None:
-            mine = inside & (r >= P)[:, None]
-            if by_token is not None:
-                g += tl.load(by_token + (r - P)[:, None] * D + d[None, :], mask=mine, other=0.0)
-            row, known = load_rows(rows, r - P, (r >= P) & (r < total), V)
-            mine &= (known & (row != padding_idx))[:, None]
-            tl.store(grad_token + row[:, None] * D + d[None, :], g.to(grad_token.dtype.element_ty), mask=mine)
-    if partials is not None:
-        tl.store(partials + tl.program_id(0) * D + d, grad_gamma, mask=d < D)
+            tl.store(partials + tl.program_id(0) * D + d, grad_gamma, mask=d < D)
+
+
+@triton.jit
+def store_rows(g, rows, by_token, grad_token, grad_place, r, d, total, P, V, padding_idx, D):
+    """Stores columns d of the gradients of rows r of (positions, then distinct tokens), to those of tokens adding by_token."""
+    inside = (r < total)[:, None] & (d < D)[None, :]
+    if grad_place is not None:
+        tl.store(grad_place + r[:, None] * D + d[None, :], g, mask=inside & (r < P)[:, None])
+    if grad_token is not None:
+        mine = inside & (r >= P)[:, None]
+        if by_token is not None:
+            g += tl.load(by_token + (r - P)[:, None] * D + d[None, :], mask=mine, other=0.0)
+        row, known = load_rows(rows, r - P, (r >= P) & (r < total), V)
+        mine &= (known & (row != padding_idx))[:, None]
+        tl.store(grad_token + row[:, None] * D + d[None, :], g.to(grad_token.dtype.element_ty), mask=mine)
+
+
+@triton.jit
+def store_means(
+    tables,
+    norm_weight,
+    grad_used,
+    means,
+    first,
+    last,
+    total,
+    P,
+    V,
+    L,
+    D,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Of rows first … last of (positions, then distinct tokens): means over the columns of the row, and of γ·grad_used."""
+    rows, place_rows, token, position = tables
+    ACC: tl.constexpr = grad_used.dtype.element_ty
+    for r0 in range(first, last, BLOCK_M):
+        r = r0 + tl.arange(0, BLOCK_M)
+        found = find_used(rows, place_rows, r, total, P, V, L)
+        centre = tl.zeros((BLOCK_M, BLOCK_D), ACC)
+        drift = tl.zeros((BLOCK_M, BLOCK_D), ACC)
+        for d0 in tl.range(0, D, BLOCK_D, num_stages=3):
+            d = d0 + tl.arange(0, BLOCK_D)
+            g = tl.load(grad_used + r[:, None] * D + d[None, :], mask=(r < total)[:, None] & (d < D)[None, :], other=0.0)
+            centre += load_used(token, position, found, d, D).to(ACC)
+            drift += g * load_vector(norm_weight, d, D, 1.0, ACC)[None, :]
+        tl.store(means + r, tl.sum(centre, 1) / D, mask=r < total)
+        tl.store(means + total + r, tl.sum(drift, 1) / D, mask=r < total)
 
 
 def backward(
@@ -289,7 +339,7 @@ def _stream(
     position_ids = terms.position_ids
     by_id = position_ids is not None and not which.gathered  # tokens that are summed together may differ in position
     wide = wide_dtype(projected.dtype)
-    block_m, block_n = tuning.stream(N)
+    block_m, block_n = tuning.stream(N, projected.dtype)
     step, sums = min(M, 1024), None
     if P and not by_id:
         step, sums = T, G[:P]
@@ -320,15 +370,14 @@ def _weight_grad(
     G: Tensor, used: Tensor, total: Tensor, norm_bias: Tensor | None, weight: Tensor, which: ProjectedRows
 ) -> Tensor:
     """Gᵀ·used + total ⊗ β: (N, D) in weight's dtype."""
-    (R, N), D = G.shape, used.shape[1]
+    N, D = weight.shape
     device = tuning.device_of(weight)
     tiles = tuning.weight_grad(N, D, weight.dtype, device)
     grad = weight.new_empty(N, D)
     launch(weight_grad_kernel, (tuning.cdiv(N, tiles.BLOCK_M) * tuning.cdiv(D, tiles.BLOCK_N),))(
-        TensorDescriptor(G, [R, N], [G.stride(0), 1], [tiles.BLOCK_K, tiles.BLOCK_M]),
-        TensorDescriptor(used, [R, D], [used.stride(0), 1], [tiles.BLOCK_K, tiles.BLOCK_N]),
-        G, used, total, norm_bias, which.in_use, grad, (which.P, N, D), G.stride(0), used.stride(0),
-        PRECISION=tuning.precision(weight.dtype), **tiles._asdict(), **tuning.registers(device),
+        tuning.operand(G, (tiles.BLOCK_K, tiles.BLOCK_M), device), tuning.operand(used, (tiles.BLOCK_K, tiles.BLOCK_N), device),
+        (G, used, G.stride(0), used.stride(0)), total, norm_bias, which.in_use, grad, (which.P, N, D),
+        PRECISION=tuning.precision(weight.dtype, device), **tiles._asdict(), **tuning.registers(device),
     )  # fmt: skip
     return grad
 
@@ -358,13 +407,15 @@ def _finish(
 ) -> Tensor | None:
     """Fills grad_token (V, D) and grad_place (P, D); returns the gradient (D,) of the norm's weight, where it is wanted."""
     token, (V, D), R = terms.token, terms.token.shape, grad_used.shape[0]
-    block_m, block_d, warps = tuning.rows(D)
+    block_m, block_d, warps = tuning.rows(D, token.dtype)
     programs = min(tuning.cdiv(R, block_m), 2 * tuning.device_of(token).multiprocessors)
     partials = grad_used.new_empty(programs, D) if wants_norm_weight else None
+    held, centred = block_d >= D, norm.kind == "layer"
+    means = grad_used.new_empty(2, R) if centred and not held else None
     launch(table_kernel, (programs,))(
         which.tokens, which.positions, which.in_use, token, terms.position, norm.weight, grad_used, by_token, grad_token,
-        grad_place, partials, (which.P, V, places(terms), terms.padding_idx), D=D, CENTRE=norm.kind == "layer", BLOCK_M=block_m,
-        BLOCK_D=block_d, num_warps=warps, **tuning.registers(tuning.device_of(token)),
+        grad_place, partials, means, (which.P, V, places(terms), terms.padding_idx), D=D, CENTRE=centred, HELD=held,
+        BLOCK_M=block_m, BLOCK_D=block_d, num_warps=warps, **tuning.registers(tuning.device_of(token)),
     )  # fmt: skip
     return None if partials is None else partials.sum(0).to(norm.weight.dtype)
 

@@ -21,9 +21,58 @@ from .arguments import dropout, period, places, terms_arguments
 from .embed import drop_again, embed
 from .launch import launch, on_device
 from .rotary import turn_back
-from .tiles import drop, find_rows, load_hidden
+from .tiles import computes, drop, find_rows, lanes, load_hidden, load_vector
 
 CHUNK = 64
+
+
+@triton.jit
+def normed_columns(token, terms, mean, scale, rows, known, d, M, D):
+    """Columns d of (hidden − mean)·scale, 0 past column D and for tokens without a row. rows, known: of find_rows."""
+    m = rows[0]
+    h = load_hidden(token, terms, rows, d, D).to(scale.dtype)
+    if mean is not None:
+        h -= tl.load(mean + m, mask=m < M, other=0.0)[:, None]
+    return tl.where((known & (m < M))[:, None] & (d < D)[None, :], h * scale[:, None], 0.0)
+
+
+@triton.jit
+def store_pulls(
+    ids,
+    terms,
+    token,
+    norm_weight,
+    mean,
+    rstd,
+    grad_normed,
+    pulls,
+    first,
+    last,
+    shape,
+    D,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """For tokens first … last: means over the columns of γ·grad_normed times the normed row, and of γ·grad_normed."""
+    M, T, V, L = shape
+    ACC: tl.constexpr = rstd.dtype.element_ty
+    LANE: tl.constexpr = 128 // token.dtype.element_ty.primitive_bitwidth
+    for m0 in range(first, last, BLOCK_M):
+        m = m0 + tl.arange(0, BLOCK_M)
+        rows, known = find_rows(ids, terms, m, M, T, V, L)
+        scale = tl.load(rstd + m, mask=m < M, other=0.0)
+        pull = tl.zeros((BLOCK_M, BLOCK_D // LANE), ACC)
+        drift = tl.zeros((BLOCK_M, BLOCK_D // LANE), ACC)
+        for d0 in tl.range(0, D, BLOCK_D, num_stages=2 if computes(terms[1], terms[4]) else 3):
+            d = d0 + tl.arange(0, BLOCK_D)
+            x = normed_columns(token, terms, mean, scale, rows, known, d, M, D)
+            inside = (m < M)[:, None] & (d < D)[None, :]
+            dy = tl.load(grad_normed + m[:, None] * D + d[None, :], mask=inside, other=0.0).to(ACC)
+            dy *= load_vector(norm_weight, d, D, 1.0, ACC)[None, :]
+            pull += tl.sum(lanes(dy * x, token), 2)
+            drift += tl.sum(lanes(dy, token), 2)
+        tl.store(pulls + m, tl.sum(pull, 1) / D, mask=m < M)
+        tl.store(pulls + M + m, tl.sum(drift, 1) / D, mask=m < M)
 
 
 @triton.jit
@@ -40,54 +89,62 @@ def norm_backward_kernel(
     grad_sum,  # (M, D) out, or None
     normed,  # (M, D) out, or None
     partials,  # (2, programs, D) out, or None: each program's share of the gradients of norm_weight and norm_bias
+    pulls,  # (2, M) for store_pulls, or None: the sums of a row are not wanted, or it is HELD
     shape,  # M, T, V, L
     D,
+    HELD: tl.constexpr,  # whether BLOCK_D columns hold a whole row
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     M, T, V, L = shape
-    ACC: tl.constexpr = tl.float64 if token.dtype.element_ty == tl.float64 else tl.float32
-    d = tl.arange(0, BLOCK_D)
-    gamma = tl.full((BLOCK_D,), 1.0, ACC)
-    beta = tl.zeros((BLOCK_D,), ACC)
-    if norm_weight is not None:
-        gamma = tl.load(norm_weight + d, mask=d < D, other=0.0).to(ACC)
-    if norm_bias is not None:
-        beta = tl.load(norm_bias + d, mask=d < D, other=0.0).to(ACC)
-    grad_gamma = tl.zeros((BLOCK_D,), ACC)
-    grad_beta = tl.zeros((BLOCK_D,), ACC)
-
+    ACC: tl.constexpr = rstd.dtype.element_ty
+    AHEAD: tl.constexpr = 1 if computes(terms[1], terms[4]) else 2
     share = tl.cdiv(tl.cdiv(M, BLOCK_M), tl.num_programs(0)) * BLOCK_M
     first = tl.program_id(0).to(tl.int64) * share
-    for m0 in range(first, tl.minimum(first + share, M), BLOCK_M):
-        m = m0 + tl.arange(0, BLOCK_M)
-        inside = (m < M)[:, None] & (d < D)[None, :]
-        rows, known = find_rows(ids, terms, m, M, T, V, L)
-        h = load_hidden(token, terms, rows, d, D).to(ACC)
-        scale = tl.load(rstd + m, mask=m < M, other=0.0)[:, None]
-        if mean is not None:
-            h -= tl.load(mean + m, mask=m < M, other=0.0)[:, None]
-        x = tl.where(inside & known[:, None], h * scale, 0.0)
-        if normed is not None:
-            tl.store(normed + m[:, None] * D + d[None, :], (x * gamma + beta).to(normed.dtype.element_ty), mask=inside)
-        if grad_normed is not None:
-            dy = tl.load(grad_normed + m[:, None] * D + d[None, :], mask=inside, other=0.0).to(ACC)
-            grad_gamma += tl.sum(dy * x, 0)
-            grad_beta += tl.sum(dy, 0)
-            if grad_sum is not None:
-                dy *= gamma
-                dx = dy - x * (tl.sum(dy * x, 1) / D)[:, None]
-                if mean is not None:
-                    dx -= (tl.sum(dy, 1) / D)[:, None]
-                dx *= scale
-                if grad_hidden is not None:
-                    dx += tl.load(grad_hidden + m[:, None] * D + d[None, :], mask=inside, other=0.0).to(ACC)
-                if terms[4] is not None:
-                    dx = drop(dx, terms[4], m, d, ACC)
-                tl.store(grad_sum + m[:, None] * D + d[None, :], dx.to(grad_sum.dtype.element_ty), mask=inside)
-    if partials is not None:
-        tl.store(partials + tl.program_id(0) * D + d, grad_gamma, mask=d < D)
-        tl.store(partials + (tl.num_programs(0) + tl.program_id(0)) * D + d, grad_beta, mask=d < D)
+    last = tl.minimum(first + share, M)
+    if pulls is not None:
+        store_pulls(ids, terms, token, norm_weight, mean, rstd, grad_normed, pulls, first, last, shape, D, BLOCK_M, BLOCK_D)
+        tl.debug_barrier()  # the program's threads read below what others of them wrote
+    for d0 in range(0, BLOCK_D if HELD else D, BLOCK_D):
+        d = d0 + tl.arange(0, BLOCK_D)
+        gamma = load_vector(norm_weight, d, D, 1.0, ACC)
+        beta = load_vector(norm_bias, d, D, 0.0, ACC)
+        grad_gamma = tl.zeros((BLOCK_D,), ACC)
+        grad_beta = tl.zeros((BLOCK_D,), ACC)
+        for m0 in tl.range(first, last, BLOCK_M, num_stages=AHEAD):
+            m = m0 + tl.arange(0, BLOCK_M)
+            inside = (m < M)[:, None] & (d < D)[None, :]
+            places = m[:, None] * D + d[None, :]
+            rows, known = find_rows(ids, terms, m, M, T, V, L)
+            scale = tl.load(rstd + m, mask=m < M, other=0.0)
+            x = normed_columns(token, terms, mean, scale, rows, known, d, M, D)
+            if normed is not None:
+                tl.store(normed + places, (x * gamma + beta).to(normed.dtype.element_ty), mask=inside)
+            if grad_normed is not None:
+                dy = tl.load(grad_normed + places, mask=inside, other=0.0).to(ACC)
+                grad_gamma += tl.sum(dy * x, 0)
+                grad_beta += tl.sum(dy, 0)
+                if grad_sum is not None:
+                    dy *= gamma
+                    if pulls is not None:
+                        pull = tl.load(pulls + m, mask=m < M, other=0.0)
+                        drift = tl.load(pulls + M + m, mask=m < M, other=0.0)
+                    elif mean is not None:
+                        pull, drift = tl.split(tl.sum(tl.join(dy * x, dy), 1) / D)  # both sums in one exchange among threads
+                    else:
+                        pull = tl.sum(dy * x, 1) / D
+                    dx = dy - x * pull[:, None]
+                    if mean is not None:
+                        dx -= drift[:, None]
+                    dx *= scale[:, None]
+                    if grad_hidden is not None:
+                        dx += tl.load(grad_hidden + places, mask=inside, other=0.0).to(ACC)
+                    if terms[4] is not None:
+                        dx = drop(dx, terms[4], m, d, ACC)
+                    tl.store(grad_sum + places, dx.to(grad_sum.dtype.element_ty), mask=inside)
+        if partials is not None:
+            tl.store(partials + tl.program_id(0) * D + d, grad_gamma, mask=d < D)
+            tl.store(partials + (tl.num_programs(0) + tl.program_id(0)) * D + d, grad_beta, mask=d < D)
 
 
 @triton.jit
@@ -109,22 +166,24 @@ def segment_kernel(
 ):
     start = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    chunk = start // CHUNK
+    end = tl.minimum((chunk + 1) * CHUNK, M)
+    lane = start + tl.arange(0, CHUNK)
+    here = tl.load(ids + lane, mask=lane < end, other=-1)  # before it is known whether a run begins: one wait for all ids
     row = tl.load(ids + start).to(tl.int64)
     opens = (start == 0) | (tl.load(ids + tl.maximum(start - 1, 0)) != row)
     if (opens | (start % CHUNK == 0)) & (row >= 0) & (row < V) & (row != padding_idx):
-        chunk = start // CHUNK
-        end = tl.minimum((chunk + 1) * CHUNK, M)
-        lane = start + tl.arange(0, CHUNK)
-        count = tl.sum((tl.load(ids + lane, mask=lane < end, other=-1) == row).to(tl.int32), 0)
-        acc = tl.zeros((BLOCK_D,), pieces.dtype.element_ty)
-        for i in range(0, count, BLOCK_M):
+        count = tl.sum((here == row).to(tl.int32), 0)
+        total = tl.zeros((BLOCK_M, BLOCK_D), pieces.dtype.element_ty)
+        for i in tl.range(0, count, BLOCK_M, num_stages=2):
             step = i + tl.arange(0, BLOCK_M)
             source = tl.load(order + start + step, mask=step < count, other=0)
             inside = (step < count)[:, None] & (d < D)[None, :]
-            x = tl.load(rows + source[:, None] * D + d[None, :], mask=inside, other=0.0).to(acc.dtype)
+            x = tl.load(rows + source[:, None] * D + d[None, :], mask=inside, other=0.0).to(total.dtype)
             if weights is not None:
                 x *= tl.load(weights + source, mask=step < count, other=0.0)[:, None]
-            acc += tl.sum(x, 0)
+            total += x
+        acc = tl.sum(total, 0)
         leaves = (start + count == end) & (tl.load(ids + tl.minimum(end, M - 1)) == row) & (end < M)
         if opens & (leaves == 0):
             tl.store(grad + row * stride_gv + d, acc.to(grad.dtype.element_ty), mask=d < D)
@@ -241,16 +300,18 @@ def norm_backward(
     affine_like = norm.bias if norm.weight is None else norm.weight
     wants_affine = grad_normed is not None and affine_like is not None
     ids, token, norm_weight, norm_bias = tuning.dense(terms.ids, terms.token, norm.weight, norm.bias)
-    block_m, block_d, warps = tuning.rows(D)
+    block_m, block_d, warps = tuning.rows(D, token.dtype)
+    held = block_d >= D
     programs = min(tuning.cdiv(M, block_m), 2 * tuning.device_of(token).multiprocessors)
     grad_sum = token.new_empty(M, D) if wants_sum else None
     normed = token.new_empty(M, D, dtype=normed_dtype) if normed_dtype else None
     partials = token.new_empty(2, programs, D, dtype=rstd.dtype) if wants_affine else None
+    pulls = token.new_empty(2, M, dtype=rstd.dtype) if not held and wants_sum and grad_normed is not None else None
     with on_device(token):
         launch(norm_backward_kernel, (programs,))(
             ids, terms_arguments(terms), token, norm_weight, norm_bias, mean if mean.numel() else None, rstd, grad_normed,
-            grad_hidden, grad_sum, normed, partials, (M, period(terms), V, places(terms)), D=D, BLOCK_M=block_m,
-            BLOCK_D=block_d, num_warps=warps, **tuning.registers(tuning.device_of(token)),
+            grad_hidden, grad_sum, normed, partials, pulls, (M, period(terms), V, places(terms)), D=D, HELD=held,
+            BLOCK_M=block_m, BLOCK_D=block_d, num_warps=warps, **tuning.registers(tuning.device_of(token)),
         )  # fmt: skip
     affine = (None, None) if partials is None else (share.sum(0).to(affine_like.dtype) for share in partials)
     return grad_sum, normed, *affine

@@ -1,47 +1,37 @@
-"""The one-pass kernel: gather, position, norm and QKV projection in one launch.
+"""The front end by kernels: gather, position, norm and QKV projection.
 
     hidden = token[ids] + position[position_ids]                    (M, D)  rounded to the table's dtype
     normed = LayerNorm(hidden) | RMSNorm(hidden) | hidden           statistics in fp32, rounded to the table's dtype
     qkv    = normed · weightᵀ + bias                                (M, N)  accumulated in fp32
 
+Few tokens, as when decoding, take the one launch below; for more, normalising rows on their way into the product takes longer
+than the product, so embed_qkv_rows.py does it before, or embed_qkv_folded.py after it. tuning.way chooses.
+
 A program owns BLOCK_M tokens and a range ("run") of column tiles. It reads its rows once for their statistics (run 0 also
 writes hidden), then once per column tile to project them; meanwhile they stay in L2, so the table is read from memory once.
-
-Normalising rows on their way into the tensor cores costs four times the instructions of the plain product. So for many tokens a
-small launch first folds the norm into the weight, and the epilogue of the product applies the rest:
-
-    folded = γ⊙W − mean over D of (γ⊙W)     shift = W·β + b     residual = sum over D of the rounded folded
-    qkv    = rstd · (hidden · foldedᵀ − mean ⊗ residual) + shift    exact for any mean, whatever folded was rounded to
 """
 
 import functools
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from pyembed.call import Call, Norm, Projection, wide_dtype
+from pyembed.call import Call
 
 from . import tuning
 from .arguments import are_many, epilogue_arguments, needs, period, places, terms_arguments
+from .embed_qkv_folded import embed_qkv_folded_kernel, fold
+from .embed_qkv_rows import embed_norm, project_norm
+from .epilogue import count_tiles, find_tile, find_turns, paired_source, store_projected
 from .launch import launch, on_device
-from .tiles import (
-    count_tiles,
-    dot,
-    find_pairs,
-    find_rows,
-    find_tile,
-    gather_statistics,
-    head_offsets,
-    load_hidden,
-    load_turns,
-    normalise,
-    normalise_heads,
-    paired_source,
-    store_pairs,
-    turn,
-)
+from .tiles import dot, find_rows, gather_statistics, load_hidden, normalise
+
+
+@triton.constexpr_function
+def step(rows, columns, token):
+    """Columns that are read at a time for statistics: 8 KB, so that few reads follow each other."""
+    return max(columns, 2**16 // (rows * token.dtype.element_ty.primitive_bitwidth))
 
 
 @triton.jit
@@ -55,7 +45,7 @@ def embed_qkv_kernel(
     hidden,  # (M, D) out
     qkv,  # query, key, value out, (M, n) each
     statistics,  # mean out, (M,), None: RMSNorm or no norm; rstd out, (M,), None: no norm
-    epilogue,  # as in store_projected
+    epilogue,  # as in epilogue.store_projected
     shape,  # M, T, V, L, widths of query and of key, and runs: the number of programs that share a row's column tiles
     eps,
     D,
@@ -73,12 +63,14 @@ def embed_qkv_kernel(
     weight, stride_wn, stride_wd = weight
     ACC: tl.constexpr = tl.float64 if token.dtype.element_ty == tl.float64 else tl.float32
     run = tl.program_id(0) % runs  # runs vary fastest, so that programs that share rows are scheduled together
-    m = (tl.program_id(0) // runs).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    m0 = (tl.program_id(0) // runs).to(tl.int64) * BLOCK_M
+    m = m0 + tl.arange(0, BLOCK_M)
     rows, known = find_rows(ids, terms, m, M, T, V, L)
-    report_turns(epilogue, terms, m, M)
+    turned = find_turns(epilogue, terms, m, M, known)
     writes = (run == 0) | READ_BACK
-    mu, scale = gather_statistics(token, terms, rows, known, hidden, mean, rstd, M, writes, eps, D, BLOCK_M, BLOCK_K)
-    if READ_BACK:  # this program's own writes: a barrier suffices, as in embed_qkv_folded_kernel
+    COLUMNS: tl.constexpr = step(BLOCK_M, BLOCK_K, token)
+    mu, scale = gather_statistics(token, terms, rows, known, hidden, mean, rstd, M, writes, eps, D, BLOCK_M, COLUMNS)
+    if READ_BACK:  # this program's own writes: a barrier suffices, as programs that share rows write the same bits
         tl.debug_barrier()
         token, terms, rows = hidden, (None, None, (None, None, None, None), None, None, None), (m, tl.minimum(m, M - 1), m, m)
 
@@ -100,239 +92,32 @@ def embed_qkv_kernel(
             acc = dot(a, w, acc, PRECISION)
         if bias is not None:
             acc += tl.load(bias + column, mask=n < width, other=0.0).to(ACC)[None, :]
-        store_projected(acc, out, m, M, n0, width, first, query, key, known, epilogue, HEAD_DIM, HALF, BLOCK_M, BLOCK_N)
-
-
-@triton.jit
-def report_turns(epilogue, terms, m, M):
-    """Reports tokens whose rotary row is outside its table, if the epilogue rotates heads."""
-    _, _, rotary, _ = epilogue
-    if rotary[0] is not None:
-        load_turns(rotary, m, m < M, terms[5])
-
-
-@triton.jit
-def store_projected(
-    acc,
-    out,
-    m,
-    M,
-    n0,
-    width,
-    first,
-    query,
-    key,
-    known,
-    epilogue,
-    HEAD_DIM: tl.constexpr,
-    HALF: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """Applies the epilogue to a tile of the projection and stores it. Rows that are not `known` are stored as NaN; known None:
-    they are NaN already.
-
-    epilogue is the tuple of
-    head_norm  weights (d_h,) of query and of key, and eps: RMSNorm of each head of query and key; or None
-    second     bias (query,) of a second query, which is stored M rows after the first; or None
-    rotary     (cos, sin (rows, R/2), row of each token or None, period, rows, R/2), or six times None
-    length     sequence length, for outputs (B, H, length, d_h); None: (M, width)
-    """
-    head_norm, second, rotary, length = epilogue
-    if head_norm is not None:
-        acc = normalise_heads(acc, head_norm, first, query, key, HEAD_DIM, HALF)
-    turns = first < query + key
-    behind = out + tl.cast(M, tl.int64) * width
-    if second is not None and first < query:
-        n = n0 + tl.arange(0, BLOCK_N)
-        more = acc + tl.load(second + n, mask=n < width, other=0.0).to(acc.dtype)[None, :]
-        store_turned(more, behind, m, M, n0, width, turns, known, rotary, length, HEAD_DIM, HALF, BLOCK_M, BLOCK_N)
-    store_turned(acc, out, m, M, n0, width, turns, known, rotary, length, HEAD_DIM, HALF, BLOCK_M, BLOCK_N)
-
-
-@triton.jit
-def store_turned(
-    acc,
-    out,
-    m,
-    M,
-    n0,
-    width,
-    turns,
-    known,
-    rotary,
-    length,
-    HEAD_DIM: tl.constexpr,
-    HALF: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    if rotary[0] is None:
-        n = n0 + tl.arange(0, BLOCK_N)
-        if known is not None:
-            acc = tl.where(known[:, None], acc, float("nan"))
-        rows, columns = head_offsets(m, n, width, length, HEAD_DIM)
-        inside = (m < M)[:, None] & (n < width)[None, :]
-        tl.store(out + rows[:, None] + columns[None, :], acc.to(out.dtype.element_ty), mask=inside)
-    elif BLOCK_N > 16:  # in halves: cosines and sines of a whole tile would not fit into registers
-        left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
-        mid = n0 + BLOCK_N // 2
-        store_turned(left, out, m, M, n0, width, turns, known, rotary, length, HEAD_DIM, HALF, BLOCK_M, BLOCK_N // 2)
-        store_turned(right, out, m, M, mid, width, turns, known, rotary, length, HEAD_DIM, HALF, BLOCK_M, BLOCK_N // 2)
-    else:
-        turn_row, placed = load_turns(rotary, m, m < M)
-        if known is not None:
-            placed &= known
-        first, second, pair = find_pairs(n0, HEAD_DIM, HALF, BLOCK_N)
-        x, y = tl.split(tl.reshape(acc, (BLOCK_M, BLOCK_N // 2, 2)))
-        x, y = turn(x, y, rotary, turn_row, pair, turns)
-        x, y = tl.where(placed[:, None], x, float("nan")), tl.where(placed[:, None], y, float("nan"))
-        store_pairs(out, x, y, m, M, n0, width, length, first, second, HEAD_DIM, HALF)
-
-
-@triton.jit
-def fold_kernel(
-    weight,  # (N, D)
-    bias,  # (N,) or None
-    norm_weight,  # (D,) or None
-    norm_bias,  # (D,) or None
-    folded,  # (N, D) out, rows stride_fn apart
-    shift,  # (N,) out
-    residual,  # (N,) out; None: RMSNorm, which does not centre
-    N,
-    stride_wn,
-    stride_wd,
-    stride_fn,
-    D,
-    HEAD_DIM: tl.constexpr,
-    HALF: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    ACC: tl.constexpr = tl.float64 if weight.dtype.element_ty == tl.float64 else tl.float32
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    source = paired_source(n, HEAD_DIM, HALF)  # makes rotary pairs adjacent
-    rows = weight + source[:, None].to(tl.int64) * stride_wn
-    total = tl.zeros((BLOCK_N,), ACC)
-    affine = tl.zeros((BLOCK_N,), ACC)
-    for d0 in range(0, D, BLOCK_K):
-        d = d0 + tl.arange(0, BLOCK_K)
-        w = tl.load(rows + d[None, :] * stride_wd, mask=(n < N)[:, None] & (d < D)[None, :], other=0.0).to(ACC)
-        if norm_bias is not None:
-            affine += tl.sum(w * tl.load(norm_bias + d, mask=d < D, other=0.0).to(ACC)[None, :], 1)
-        if norm_weight is not None:
-            w *= tl.load(norm_weight + d, mask=d < D, other=0.0).to(ACC)[None, :]
-        total += tl.sum(w, 1)
-    if bias is not None:
-        affine += tl.load(bias + source, mask=n < N, other=0.0).to(ACC)
-    tl.store(shift + n, affine, mask=n < N)
-
-    centre = total / D if residual is not None else tl.zeros((BLOCK_N,), ACC)
-    left = tl.zeros((BLOCK_N,), ACC)
-    for d0 in range(0, D, BLOCK_K):
-        d = d0 + tl.arange(0, BLOCK_K)
-        inside = (n < N)[:, None] & (d < D)[None, :]
-        w = tl.load(rows + d[None, :] * stride_wd, mask=inside, other=0.0).to(ACC)
-        if norm_weight is not None:
-            w *= tl.load(norm_weight + d, mask=d < D, other=0.0).to(ACC)[None, :]
-        rounded = tl.where(inside, w - centre[:, None], 0.0).to(folded.dtype.element_ty)
-        tl.store(folded + n[:, None].to(tl.int64) * stride_fn + d[None, :], rounded, mask=inside)
-        left += tl.sum(rounded.to(ACC), 1)
-    if residual is not None:
-        tl.store(residual + n, left, mask=n < N)
-
-
-@triton.jit
-def embed_qkv_folded_kernel(
-    ids,  # (M,)
-    terms,  # of hidden, and the report of absent rows, as in tiles.find_rows
-    token,  # (V, D)
-    folded,  # descriptor of (N, D)
-    shift,  # (N,)
-    residual,  # (N,), or None: RMSNorm
-    hidden,  # (M, D) out
-    qkv,  # query, key, value out, (M, n) each
-    statistics,  # mean out, (M,), None: RMSNorm; rstd out, (M,)
-    epilogue,  # as in store_projected
-    shape,  # M, T, V, L, widths of query and of key, and runs: the number of programs that share a row's column tiles
-    eps,
-    D,
-    HEAD_DIM: tl.constexpr,
-    HALF: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    mean, rstd = statistics
-    M, T, V, L, query, key, runs = shape
-    ACC: tl.constexpr = tl.float64 if token.dtype.element_ty == tl.float64 else tl.float32
-    run = tl.program_id(0) % runs
-    m = (tl.program_id(0) // runs).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    rows, known = find_rows(ids, terms, m, M, T, V, L)
-    report_turns(epilogue, terms, m, M)
-    _, scale = gather_statistics(token, terms, rows, known, hidden, mean, rstd, M, True, eps, D, BLOCK_M, BLOCK_K)
-    # Each program wrote all rows that it reads back (programs that share rows wrote the same bits), so a barrier among its
-    # own threads suffices, and the loop below is a plain matrix product without gathers and sums.
-    tl.debug_barrier()
-    rows = hidden + tl.minimum(m, M - 1)[:, None] * D
-
-    tiles = count_tiles(query, key, BLOCK_N)
-    for tile in range(run * tiles // runs, (run + 1) * tiles // runs):
-        out, n0, width, first = find_tile(qkv, tile, query, key, BLOCK_N)
-        acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
-        for d0 in range(0, D, BLOCK_K):
-            d = d0 + tl.arange(0, BLOCK_K)
-            a = tl.load(rows + d[None, :], mask=(d < D)[None, :], other=0.0)
-            acc = dot(a, folded.load([first + n0, d0]).T, acc, PRECISION)
-        n = n0 + tl.arange(0, BLOCK_N)
-        if mean is not None:
-            mu = tl.load(mean + m, mask=m < M, other=0.0)  # read back: kept, it would not fit into registers
-            acc -= mu[:, None] * tl.load(residual + first + n, mask=n < width, other=0.0)[None, :]
-        acc = acc * scale[:, None] + tl.load(shift + first + n, mask=n < width, other=0.0)[None, :]
-        store_projected(acc, out, m, M, n0, width, first, query, key, None, epilogue, HEAD_DIM, HALF, BLOCK_M, BLOCK_N)
-
-
-def fold(projection: Projection, norm: Norm, pairs: dict[str, int]) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The norm folded into the projection: folded (N, D), rows at multiples of 16 bytes, shift (N,), residual (N,) or None.
-
-    pairs: HEAD_DIM and HALF; the rows of rotary pairs are moved side by side.
-    """
-    weight = projection.weight
-    N, D = weight.shape
-    folded = tuning.padded(weight, N, D)
-    bias, norm_weight, norm_bias = tuning.dense(projection.bias, norm.weight, norm.bias)
-    shift = weight.new_empty(N, dtype=wide_dtype(weight.dtype))
-    residual = torch.empty_like(shift) if norm.kind == "layer" else None
-    grid = (tuning.cdiv(N, tuning.FOLD["BLOCK_N"]),)
-    options = {**tuning.FOLD, **tuning.registers(tuning.device_of(weight))}
-    launch(fold_kernel, grid)(
-        weight, bias, norm_weight, norm_bias, folded, shift, residual, N, *weight.stride(), folded.stride(0), D, **pairs,
-        **options,
-    )  # fmt: skip
-    return folded, shift, residual
+        acc = tl.where(turned[:, None], acc, float("nan"))
+        store_projected(acc, out, m0, M, n0, width, first, query, key, epilogue, HEAD_DIM, HALF, BLOCK_M, BLOCK_N)
 
 
 @functools.lru_cache(1024)
-def configure(M, N, D, groups, dtype, weight_dtype, device, normed, needs, folds, tiles, batch_invariant):
-    """Whether to fold the norm into the weight, tiles, options of the launch, and how many programs share a row's tiles."""
+def configure(M, N, D, groups, dtype, weight_dtype, device, normed, needs, way, tiles, batch_invariant, precision):
+    """Which kernels run, as tuning.way, tiles, options of the launch, and how many programs share a row's tiles."""
     size = tuning.INVARIANT if batch_invariant else M
-    if folds is None:
-        folds = tuning.folds(size, dtype) and weight_dtype == dtype
-    folds = folds and normed
+    if way == "folded" and not (normed and weight_dtype == dtype):
+        way = "rows"
     if tiles is None:
-        choose = tuning.embed_qkv_folded if folds else tuning.embed_qkv
-        tiles = choose(size, N, D, weight_dtype, device, *needs)
+        shape = size, N, D, weight_dtype, device, *needs
+        tiles = {"few": tuning.few, "rows": tuning.product, "folded": tuning.embed_qkv_folded}[way](
+            *shape, **{"few": {"table": dtype}, "rows": {"precision": precision}, "folded": {}}[way]
+        )
     query, key = (tuning.cdiv(N // sum(groups) * heads, tiles.BLOCK_N) for heads in groups[:2])
-    return folds, tiles, {**tiles._asdict(), **tuning.registers(device)}, tuning.runs(M, query + 2 * key, tiles, device)
+    options = {"PRECISION": precision, **tiles._asdict(), **tuning.registers(device)}
+    return way, tiles, options, tuning.runs(M, query + 2 * key, tiles, device, resident=2 if way == "few" else 1)
 
 
 def embed_qkv(
-    call: Call, report: tuple | None = None, folds: bool | None = None, tiles: tuning.Tiles | None = None
+    call: Call, report: tuple | None = None, way: str | None = None, tiles: tuning.Tiles | None = None
 ) -> tuple[Tensor, ...]:
     """hidden, query, key, value, mean and rstd, of the shapes and dtypes of call.empty_outputs().
 
-    report: of tiles.report_absent. folds and tiles: instead of what tuning.py would choose.
+    report: of tiles.report_absent. way and tiles: instead of what tuning.py would choose.
     """
     terms, norm, projection, epilogue = call[:4]
     assert projection is not None
@@ -342,29 +127,34 @@ def embed_qkv(
     if M == 0 or N == 0 or D == 0:
         return outputs
     device, layer, normed = tuning.device_of(weight), norm.kind == "layer", norm.kind != "none"
-    folds, tiles, options, runs = configure(
-        M, N, D, (heads, kv_heads, kv_heads), hidden.dtype, weight.dtype, device, normed, needs(epilogue, head_dim), folds,
-        tiles, call.batch_invariant,
+    way = way or tuning.way(tuning.INVARIANT if call.batch_invariant else M, N, hidden.dtype, device)
+    way, tiles, options, runs = configure(
+        M, N, D, (heads, kv_heads, kv_heads), hidden.dtype, weight.dtype, device, normed, needs(epilogue, head_dim), way, tiles,
+        call.batch_invariant, tuning.precision(weight.dtype, device),
     )  # fmt: skip
     T = terms.ids.shape[-1] if terms.ids.dim() else 1
     ends, pairs = epilogue_arguments(epilogue, T, head_dim)
     ids, token = tuning.dense(terms.ids, terms.token)
+    affine = tuple(tuning.dense(norm.weight, norm.bias))
     inputs = ids, terms_arguments(terms, report), token
-    stored = hidden, (query, key, value), (mean if layer else None, rstd if normed else None), ends
-    shape = (M, period(terms), V, places(terms), heads * head_dim, kv_heads * head_dim, runs)
-    options = {"PRECISION": tuning.precision(weight.dtype), **pairs, **options}
+    qkv, statistics = (query, key, value), (mean if layer else None, rstd if normed else None)
+    tables, widths = (M, period(terms), V, places(terms)), (heads * head_dim, kv_heads * head_dim)
+    stored, shape = (hidden, qkv, statistics, ends), (*tables, *widths, runs)
     grid = (tuning.cdiv(M, tiles.BLOCK_M) * runs,)
     with on_device(token):
-        if folds:
+        if way == "rows":
+            rows = embed_norm(*inputs, affine, hidden, statistics, ends, tables, norm.eps, weight.dtype)
+            project_norm(rows, projection, qkv, ends, pairs, tiles, widths, options)
+        elif way == "folded":
             folded, shift, residual = fold(projection, norm, pairs)
-            operand, _ = tuning.weight_descriptor(folded, tiles)
+            operand = tuning.operand(folded, (tiles.BLOCK_N, tiles.BLOCK_K), device)
             launch(embed_qkv_folded_kernel, grid)(
-                *inputs, operand, shift, residual, *stored, shape, norm.eps, D, **options
+                *inputs, operand, shift, residual, *stored, shape, norm.eps, D, **pairs, **options
             )  # fmt: skip
         else:
-            bias, norm_weight, norm_bias = tuning.dense(projection.bias, norm.weight, norm.bias)
+            (bias,) = tuning.dense(projection.bias)
             launch(embed_qkv_kernel, grid)(
-                *inputs, (norm_weight, norm_bias), (weight, *weight.stride()), bias, *stored, shape, norm.eps, D,
-                READ_BACK=are_many(terms), **options,
+                *inputs, affine, (weight, *weight.stride()), bias, *stored, shape, norm.eps, D, READ_BACK=are_many(terms),
+                **pairs, **options,
             )  # fmt: skip
     return outputs

@@ -14,18 +14,9 @@ from pyembed.call import Call, wide_dtype
 
 from . import tuning
 from .arguments import contiguous, epilogue_arguments, period, places, terms_arguments
+from .epilogue import count_tiles, find_halves, find_pairs, find_tile, load_turns, store_pairs, turn
 from .launch import launch, on_device
-from .tiles import (
-    count_tiles,
-    find_pairs,
-    find_rows,
-    find_tile,
-    gather_statistics,
-    load_rows,
-    load_turns,
-    store_pairs,
-    turn,
-)
+from .tiles import find_rows, gather_statistics, load_rows
 
 
 @triton.jit
@@ -55,7 +46,7 @@ def expand_kernel(
     hidden,  # (M, D) out
     qkv,  # query, key, value out, (M, n) each
     statistics,  # mean out, (M,), None: RMSNorm or no norm; rstd out, (M,), None: no norm
-    rotary,  # as in embed_qkv.store_projected
+    rotary,  # as in epilogue.store_projected
     shape,  # M, T, V, L, widths of query and of key, P, U and the number of programs that share a token's columns
     scalars,  # eps, and the factor of projected rows
     D,
@@ -102,13 +93,14 @@ def expand_kernel(
             x = tl.where(known[:, None], x, float("nan")).to(out.dtype.element_ty)
             tl.store(out + m[:, None] * width + n[None, :], x, mask=(m < M)[:, None] & (n < width)[None, :])
         else:
-            left, right, pair = find_pairs(n0, HEAD_DIM, HALF, BLOCK_N)
             if HALF > 0:
+                left, right, pair = find_halves(n0, HEAD_DIM, HALF, BLOCK_N)
                 x = gather_projected(projected, P + slot, place, first, left, width, N, factor, scale, shift, ACC)
                 y = gather_projected(projected, P + slot, place, first, right, width, N, factor, scale, shift, ACC)
             else:
+                left, right, pair = find_pairs(n0, HEAD_DIM, HALF, BLOCK_N)
                 x, y = tl.split(tl.reshape(x, (BLOCK_M, BLOCK_N // 2, 2)))
-            x, y = turn(x, y, rotary, turn_row, pair, first < query + key)
+            x, y = turn(x, y, rotary, turn_row, pair, first < query + key, HALF)
             x, y = tl.where(known[:, None], x, float("nan")), tl.where(known[:, None], y, float("nan"))
             store_pairs(out, x, y, m, M, n0, width, None, left, right, HEAD_DIM, HALF)
 

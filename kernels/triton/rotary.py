@@ -8,15 +8,15 @@ from pyembed.call import Epilogue
 
 from . import tuning
 from .arguments import epilogue_arguments
+from .epilogue import find_halves, find_pairs, load_turns, store_pairs, turn
 from .launch import launch, on_device
-from .tiles import find_pairs, load_turns, store_pairs, turn
 
 
 @triton.jit
 def turn_back_kernel(
     grad,  # (M, n)
     out,  # (M, n) out
-    rotary,  # as in embed_qkv.store_projected
+    rotary,  # as in epilogue.store_projected
     M,
     width,
     HEAD_DIM: tl.constexpr,
@@ -28,11 +28,18 @@ def turn_back_kernel(
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     n0 = tl.program_id(1) * BLOCK_N
     row, _ = load_turns(rotary, m, m < M)
-    first, second, pair = find_pairs(n0, HEAD_DIM, HALF, BLOCK_N)
+    inside = (m < M)[:, None]
     rows = grad + m[:, None] * width
-    x = tl.load(rows + first[None, :], mask=(m < M)[:, None] & (first < width)[None, :], other=0.0).to(ACC)
-    y = tl.load(rows + second[None, :], mask=(m < M)[:, None] & (second < width)[None, :], other=0.0).to(ACC)
-    y, x = turn(y, x, rotary, row, pair, True)
+    if HALF > 0:
+        first, second, pair = find_halves(n0, HEAD_DIM, HALF, BLOCK_N)
+        x = tl.load(rows + first[None, :], mask=inside & (first < width)[None, :], other=0.0).to(ACC)
+        y = tl.load(rows + second[None, :], mask=inside & (second < width)[None, :], other=0.0).to(ACC)
+    else:
+        first, second, pair = find_pairs(n0, HEAD_DIM, HALF, BLOCK_N)
+        n = n0 + tl.arange(0, BLOCK_N)
+        z = tl.load(rows + n[None, :], mask=inside & (n < width)[None, :], other=0.0).to(ACC)
+        x, y = tl.split(tl.reshape(z, (BLOCK_M, BLOCK_N // 2, 2)))
+    y, x = turn(y, x, rotary, row, pair, True, HALF)
     store_pairs(out, x, y, m, M, n0, width, None, first, second, HEAD_DIM, HALF)
 
 

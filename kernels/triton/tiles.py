@@ -124,15 +124,30 @@ def load_hidden(token, terms, rows, d, D):
     return x
 
 
+@triton.constexpr_function
+def computes(position, dropout):
+    """Whether terms take computing, not only loading: sines or dropout. It keeps a program busy while rows come, and what two
+    steps of it hold at once would not fit into registers."""
+    return dropout is not None or position is not None and position.dtype.element_ty == tl.int64
+
+
+@triton.jit
+def lanes(x, token):
+    """A tile (rows, columns) as (rows, lanes, columns of a lane). A lane is what a thread loads of `token` at a time, 16 bytes:
+    sums over lanes take no exchange among threads."""
+    LANE: tl.constexpr = 128 // token.dtype.element_ty.primitive_bitwidth
+    return tl.reshape(x, (x.shape[0], x.shape[1] // LANE, LANE))
+
+
 @triton.jit
 def welford(x, mean, m2, seen, count, mask):
-    """Merges a tile of `count` columns into each row's mean and sum of squared deviations of the `seen` columns before it (Chan
-    et al. 1979)."""
-    share = count.to(x.dtype) / (seen + count).to(x.dtype)
-    tile_mean = tl.sum(x, 1) / count.to(x.dtype)
-    deviation = tl.where(mask, x - tile_mean[:, None], 0.0)
+    """Merges `count` columns, the last axis of x, into the mean and sum of squared deviations of the `seen` columns before them
+    (Chan et al. 1979)."""
+    share = count / tl.maximum(seen + count, 1.0)
+    tile_mean = tl.sum(x, 2) / tl.maximum(count, 1.0)
+    deviation = tl.where(mask, x - tile_mean[:, :, None], 0.0)
     delta = tile_mean - mean
-    m2 += tl.sum(deviation * deviation, 1) + delta * delta * (seen * share)
+    m2 += tl.sum(deviation * deviation, 2) + delta * delta * (seen * share)
     return mean + delta * share, m2
 
 
@@ -157,28 +172,39 @@ def gather_statistics(
     mean None: RMSNorm, rstd of the uncentred squares. rstd None: no norm. `known` false: hidden is NaN."""
     m = rows[0]
     ACC: tl.constexpr = tl.float64 if token.dtype.element_ty == tl.float64 else tl.float32
-    mu = tl.zeros((ROWS,), ACC)
-    squares = tl.zeros((ROWS,), ACC)
+    LANE: tl.constexpr = 128 // token.dtype.element_ty.primitive_bitwidth
+    LANES: tl.constexpr = BLOCK_K // LANE
+    mu = tl.zeros((ROWS, LANES), ACC)
+    squares = tl.zeros((ROWS, LANES), ACC)
     stop = D
     if rstd is None:
         stop = tl.where(writes, D, 0)
-    for d0 in range(0, stop, BLOCK_K):
+    AHEAD: tl.constexpr = 2 if computes(terms[1], terms[4]) else 3
+    for d0 in tl.range(0, stop, BLOCK_K, num_stages=AHEAD):
         d = d0 + tl.arange(0, BLOCK_K)
         h = load_hidden(token, terms, rows, d, D)
         shown = tl.where(known[:, None], h, float("nan"))
         tl.store(hidden + m[:, None] * D + d[None, :], shown, mask=(m < M)[:, None] & (d < D)[None, :] & writes)
-        h = h.to(ACC)
+        h = lanes(h.to(ACC), token)
         if mean is not None:
-            mu, squares = welford(h, mu, squares, d0, tl.minimum(BLOCK_K, D - d0), (d < D)[None, :])
+            columns = lanes(d[None, :], token)
+            count = tl.minimum(tl.maximum(D - d0 - tl.arange(0, LANES) * LANE, 0), LANE).to(ACC)[None, :]
+            mu, squares = welford(h, mu, squares, d0 // LANES, count, columns < D)
         elif rstd is not None:
-            squares += tl.sum(h * h, 1)
-    scale = squares
+            squares += tl.sum(h * h, 2)
+    centre = tl.sum(squares, 1)
+    scale = centre
     if mean is not None:
-        tl.store(mean + m, mu, mask=(m < M) & writes)
+        left = tl.minimum(tl.maximum(D % BLOCK_K - tl.arange(0, LANES) * LANE, 0), LANE)
+        seen = (D // BLOCK_K * LANE + left).to(ACC)[None, :]
+        centre = tl.sum(mu * seen, 1) / D
+        apart = mu - centre[:, None]
+        scale += tl.sum(apart * apart * seen, 1)
+        tl.store(mean + m, centre, mask=(m < M) & writes)
     if rstd is not None:
-        scale = 1.0 / tl.sqrt(squares / D + eps)
+        scale = 1.0 / tl.sqrt(scale / D + eps)
         tl.store(rstd + m, scale, mask=(m < M) & writes)
-    return mu, scale
+    return centre, scale
 
 
 @triton.jit
@@ -195,109 +221,36 @@ def normalise(x, mean, rstd, norm_weight, norm_bias, d, D):
 
 
 @triton.jit
+def load_vector(vector, d, D, absent: tl.constexpr, ACC: tl.constexpr):
+    """Columns d of a vector (D,); without one `absent`, as for a norm without weight or bias."""
+    if vector is None:
+        return tl.full(d.shape, absent, ACC)
+    else:
+        return tl.load(vector + d, mask=d < D, other=0.0).to(ACC)
+
+
+@triton.jit
+def load_tile(matrix, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TURNED: tl.constexpr = False):
+    """The tile that begins at (row, column) of a matrix, 0 past its edges; TURNED: its transpose. matrix: of tuning.operand."""
+    if isinstance(matrix, tl.core.tensor_descriptor_base):
+        tile = matrix.load([row, column])
+        return tile.T if TURNED else tile
+    else:
+        return load_at(matrix, row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS), TURNED)
+
+
+@triton.jit
+def load_at(matrix, r, c, TURNED: tl.constexpr = False):
+    """Rows r and columns c of a matrix, 0 past its edges; TURNED: the transpose. matrix: pointer, rows, columns, row stride."""
+    pointer, height, width, stride = matrix
+    if TURNED:  # turning the pointers, not what is loaded, lets Triton copy into shared memory asynchronously
+        r, c = r[None, :], c[:, None]
+    else:
+        r, c = r[:, None], c[None, :]
+    return tl.load(pointer + r.to(tl.int64) * stride + c, mask=(r < height) & (c < width), other=0.0)
+
+
+@triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """acc + a·b on the tensor cores. PRECISION, "ieee" or "tf32", applies to fp32 only."""
     return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
-
-
-@triton.jit
-def count_tiles(query, key, BLOCK_N: tl.constexpr):
-    """The number of column tiles of query, key and value (widths query, key, key). No tile spans two of these matrices."""
-    return tl.cdiv(query, BLOCK_N) + 2 * tl.cdiv(key, BLOCK_N)
-
-
-@triton.jit
-def find_tile(qkv, tile, query, key, BLOCK_N: tl.constexpr):
-    """Of a column tile: its matrix (one of qkv), its first column there, the matrix's width, and the matrix's first column
-    among all N columns."""
-    q, k, v = qkv
-    of_query, of_key = tl.cdiv(query, BLOCK_N), tl.cdiv(key, BLOCK_N)
-    later, last = tile >= of_query, tile >= of_query + of_key
-    matrix = tl.where(last, v, tl.where(later, k, q))
-    first = tl.where(later, query, 0) + tl.where(last, key, 0)
-    tile -= tl.where(later, of_query, 0) + tl.where(last, of_key, 0)
-    return matrix, tile * BLOCK_N, tl.where(later, key, query), first
-
-
-@triton.jit
-def paired_source(n, HEAD_DIM: tl.constexpr, HALF: tl.constexpr):
-    """The column of the projection for column n of a tile in which rotary pairs are adjacent."""
-    if HALF > 0:
-        c = n % HEAD_DIM
-        n = tl.where(c < 2 * HALF, n - c + c // 2 + c % 2 * HALF, n)
-    return n
-
-
-@triton.jit
-def find_pairs(n0, HEAD_DIM: tl.constexpr, HALF: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Both columns of each rotary pair in a tile that begins at column n0, and the pair's index within its head.
-
-    HALF > 0: the pairs of a head are (i, i + HALF) for i < HALF, and any columns after 2·HALF are paired (2i, 2i + 1) but not
-    rotated. HALF = 0: all pairs are (2i, 2i + 1).
-    """
-    i = n0 // 2 + tl.arange(0, BLOCK_N // 2)
-    pair = i % (HEAD_DIM // 2)
-    first, second = 2 * i, 2 * i + 1
-    if HALF > 0:
-        first = tl.where(pair < HALF, 2 * i - pair, first)
-        second = tl.where(pair < HALF, first + HALF, second)
-    return first, second, pair
-
-
-@triton.jit
-def load_turns(rotary, m, mask, report=None):
-    """Each token's row of cosines and sines, and whether it exists. rotary: as in embed_qkv.store_projected."""
-    _, _, turn_ids, period, rows, _ = rotary
-    return load_places(turn_ids, m, mask, period, rows, report, 3)
-
-
-@triton.jit
-def turn(x, y, rotary, row, pair, turns):
-    """Pairs (x, y) rotated by the angle of their row, if the matrix is rotated (`turns`: query and key) and the pair is."""
-    cos, sin, _, _, _, half = rotary
-    turned = ((pair < half) & turns)[None, :]
-    angle = row[:, None] * half + pair[None, :]
-    c = tl.load(cos + angle, mask=turned, other=1.0)
-    s = tl.load(sin + angle, mask=turned, other=0.0)
-    return tl.where(turned, x * c - y * s, x), tl.where(turned, y * c + x * s, y)
-
-
-@triton.jit
-def head_offsets(m, n, width, length, HEAD_DIM: tl.constexpr):
-    """Offsets of rows m and of columns n in query, key or value: layout (M, width), or (B, H, length, HEAD_DIM) if length is
-    not None."""
-    rows, columns = m * width, n.to(tl.int64)
-    if length is not None:
-        rows = m // length * length * width + m % length * HEAD_DIM
-        columns = columns // HEAD_DIM * length * HEAD_DIM + columns % HEAD_DIM
-    return rows, columns
-
-
-@triton.jit
-def store_pairs(out, x, y, m, M, n0, width, length, first, second, HEAD_DIM: tl.constexpr, HALF: tl.constexpr):
-    """Stores the pairs (x, y) of rows m to columns first and second: two stores of consecutive columns, or one interleaved."""
-    inside = (m < M)[:, None]
-    if HALF > 0:
-        rows, columns = head_offsets(m, first, width, length, HEAD_DIM)
-        tl.store(out + rows[:, None] + columns[None, :], x.to(out.dtype.element_ty), mask=inside & (first < width)[None, :])
-        rows, columns = head_offsets(m, second, width, length, HEAD_DIM)
-        tl.store(out + rows[:, None] + columns[None, :], y.to(out.dtype.element_ty), mask=inside & (second < width)[None, :])
-    else:
-        z = tl.interleave(x, y)
-        n = n0 + tl.arange(0, z.shape[1])
-        rows, columns = head_offsets(m, n, width, length, HEAD_DIM)
-        tl.store(out + rows[:, None] + columns[None, :], z.to(out.dtype.element_ty), mask=inside & (n < width)[None, :])
-
-
-@triton.jit
-def normalise_heads(acc, head_norm, first, query, key, HEAD_DIM: tl.constexpr, HALF: tl.constexpr):
-    """RMSNorm of each head in a tile of whole heads. Tiles of value (first >= query + key) are returned as they are.
-
-    head_norm: weights (d_h,) of query and of key, and eps."""
-    query_weight, key_weight, eps = head_norm
-    weight = tl.where(first < query, query_weight, key_weight)
-    x = tl.reshape(acc, (acc.shape[0], acc.shape[1] // HEAD_DIM, HEAD_DIM))
-    scale = 1.0 / tl.sqrt(tl.sum(x * x, 2) / HEAD_DIM + eps)
-    gamma = tl.load(weight + paired_source(tl.arange(0, HEAD_DIM), HEAD_DIM, HALF)).to(acc.dtype)
-    normed = tl.reshape(x * scale[:, :, None] * gamma[None, None, :], acc.shape)
-    return tl.where(first < query + key, normed, acc)

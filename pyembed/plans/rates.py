@@ -37,10 +37,12 @@ NOMINAL = {"cpu": Rates(2e11, 1e10, 2e9), "cuda": Rates(5e14, 2e12, 2e12)}
 def measure(device: torch.device, dtype: torch.dtype) -> Rates:
     """Rates of a device for a dtype. The first call measures them: 0.3 s on a CPU, some ms on a GPU.
 
-    NOMINAL ones if memory runs out, and under torch.use_deterministic_algorithms: measured ones differ from run to run, and
-    with them the plan that the planner picks."""
+    NOMINAL ones if memory runs out; under torch.use_deterministic_algorithms, since measured ones differ from run to run, and
+    with them the plan that the planner picks; and within the capture of a CUDA graph, if none were measured before."""
     if torch.are_deterministic_algorithms_enabled():
         return NOMINAL[device.type]
+    if device.type == "cuda" and (device, dtype) not in _measured and torch.cuda.is_current_stream_capturing():
+        return NOMINAL[device.type]  # a measurement waits for the device
     with _measuring:
         return _measure(device, dtype)
 
@@ -48,8 +50,12 @@ def measure(device: torch.device, dtype: torch.dtype) -> Rates:
 _measuring = threading.RLock()  # one thread at a time: two would slow each other down
 
 
+_measured: set[tuple[torch.device, torch.dtype]] = set()
+
+
 @functools.cache
 def _measure(device: torch.device, dtype: torch.dtype) -> Rates:
+    _measured.add((device, dtype))
     try:
         return _time(device, dtype)
     except torch.OutOfMemoryError:

@@ -8,8 +8,11 @@ import os
 import re
 import subprocess
 import tempfile
+from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
+import machine_code
 import torch
 import triton
 from pyembed.kernels import launch
@@ -25,8 +28,8 @@ DTYPES = {
 }  # fmt: skip
 
 
-def target(arch):
-    return GPUTarget("cuda", arch, 32) if isinstance(arch, int) else GPUTarget("hip", arch, 64)
+def target(device):
+    return GPUTarget("cuda" if isinstance(device.arch, int) else "hip", device.arch, device.lanes)
 
 
 def _typed(argument):
@@ -51,6 +54,7 @@ class Launch:
         self.kernel = kernel
         self.options = {k: v for k, v in kwargs.items() if k in ("num_warps", "num_stages", "maxnreg")}
         self.signature, self.constants, self.attributes = {}, {}, {}
+        self.small = []  # tensors of less than 2 GB, whose elements AMD's buffer instructions reach
         for index, parameter in enumerate(kernel.params):
             value = bound[parameter.name]
             if parameter.is_constexpr:
@@ -66,15 +70,26 @@ class Launch:
             self.constants[path] = constant
         elif divisible:
             self.attributes[path] = [["tt.divisibility", 16]]
+        if isinstance(value, torch.Tensor) and value.untyped_storage().size() < 2**31:
+            self.small.append(path)
         return kind
 
-    def key(self):
-        parts = (self.signature, self.constants, self.attributes, self.options)
-        return (self.kernel.__name__, *(str(part) for part in parts))
+    def _attributes(self, device):
+        if isinstance(device.arch, int):
+            return self.attributes
+        return self.attributes | {path: [*self.attributes.get(path, []), ["tt.pointer_range", 32]] for path in self.small}
 
-    def compile(self, arch):
-        source = ASTSource(self.kernel, self.signature, self.constants, self.attributes)
-        return triton.compile(source, target=target(arch), options=self.options)
+    def key(self, device):
+        parts = (self.signature, self.constants, self._attributes(device), self.options)
+        return (device.arch, self.kernel.__name__, *(str(part) for part in parts))
+
+    def constant(self, name):
+        """The value of a compile-time constant; None: the kernel has no such parameter."""
+        return next((self.constants.get((i,)) for i, each in enumerate(self.kernel.params) if each.name == name), None)
+
+    def compile(self, device):
+        source = ASTSource(self.kernel, self.signature, self.constants, self._attributes(device))
+        return triton.compile(source, target=target(device), options=self.options)
 
 
 def record(monkeypatch, tuning, device, call):
@@ -89,19 +104,87 @@ def record(monkeypatch, tuning, device, call):
     return launches
 
 
-def report(compiled, arch):
-    """Registers spilled, bytes of shared memory, and the tensor cores' instruction (None: none is there)."""
-    if not isinstance(arch, int):
-        assembly = compiled.asm["amdgcn"]
-        spills = int(re.search(r"ScratchSize: (\d+)", assembly).group(1))  # scalars kept in vector lanes stay on chip
-        instruction = re.search(r"v_mfma_\w+", assembly)
+class Report(NamedTuple):
+    """What a compiled kernel takes of its device, and what its machine code does."""
+
+    threads: int
+    registers: int  # of a thread, as they are handed out
+    spills: int  # bytes of a thread's stack, on which ptxas and LLVM put registers and nothing else here
+    shared: int  # bytes
+    instruction: str | None  # the first of the matrix units'
+    warnings: list[str]  # of ptxas
+    loops: list[machine_code.Loop]  # that have matrix instructions
+
+
+def report(compiled, device):
+    """The Report of a kernel that was compiled for this device."""
+    threads, shared = compiled.metadata.num_warps * device.lanes, compiled.metadata.shared
+    if isinstance(device.arch, int):
+        registers, spills, text, warnings = _of_cubin(compiled, device.arch)
+        blocks = machine_code.sass(text)
     else:
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(compiled.asm["cubin"])
-            file.flush()
-            run = {"capture_output": True, "text": True, "check": True}
-            usage = subprocess.run([f"{BIN}/cuobjdump", "--dump-resource-usage", file.name], **run).stdout
-            sass = subprocess.run([f"{BIN}/nvdisasm", "-c", file.name], **run).stdout
-        spills = int(re.search(r"STACK:(\d+)", usage).group(1)) + len(re.findall(r"\bSTL\b|\bLDL\b", sass))
-        instruction = re.search(r"\b(HGMMA|UTC\w*MMA|HMMA)\b", sass)
-    return {"spills": spills, "shared": compiled.metadata.shared, "instruction": instruction and instruction.group(0)}
+        text, warnings = compiled.asm["amdgcn"], []
+        registers = int(re.search(r"\.vgpr_count: +(\d+)", text)[1])
+        spills = int(re.search(r"ScratchSize: (\d+)", text)[1])  # scalars kept in vector lanes stay on chip
+        blocks = machine_code.amdgcn(text)
+    instructions = (each.name for block in blocks for each in block.instructions if machine_code.MATRIX.match(each.name))
+    handed_out = -(-registers // 8) * 8
+    return Report(threads, handed_out, spills, shared, next(instructions, None), warnings, machine_code.loops(blocks))
+
+
+def faults(found, device, aligned=True, widest=16):
+    """{what is wrong with a compiled kernel on this device: where it shows}, empty where nothing is.
+
+    aligned: rows start at multiples of 16 bytes, so that a thread can read and write as much at once, and copy it.
+    widest: bytes that a thread can read at once, where an operand's tile has no 16 for each.
+    """
+    wrong = {}
+    if found.registers * found.threads > device.registers:
+        wrong["registers"] = f"{found.threads} threads of {found.registers} share {device.registers}"
+    if found.shared > device.shared_memory:
+        wrong["shared memory"] = f"{found.shared} of {device.shared_memory} bytes"
+    if found.spills:
+        wrong["spills"] = f"{found.spills} bytes"
+    if found.warnings:
+        wrong["serialised products"] = found.warnings[0]
+    through_registers = not isinstance(device.arch, int)  # as loads on AMD pass them; but they should be wide
+    for loop in found.loops:
+        narrow = [each for each in loop.body if (machine_code.width(each) or 4) < 4]
+        vectors = 0 if loop.innermost else 2  # after the products: a bias and a norm, of which a thread may have one element
+        if aligned and len(narrow) > (vectors if all(map(machine_code.is_load, narrow)) else 0):
+            wrong["narrow access"] = f"{len(narrow)} of {len(loop.body)} instructions, as {' '.join(narrow[0])}"
+        if not loop.innermost:
+            continue
+        loads = [each for each in loop.body if machine_code.is_load(each)]
+        pieces = [each for each in loads if not through_registers or machine_code.width(each) < widest]
+        if 2 * len(pieces) > len(loads) * through_registers and aligned:  # those of the norm are small, and few
+            wrong["synchronous loads"] = f"{len(pieces)} of {len(loop.body)} instructions, as {' '.join(pieces[0])}"
+        copies = [machine_code.width(each) or 16 for each in loop.body if machine_code.is_copy(each)]
+        small = [size for size in copies if size < 16]
+        if 2 * len(small) > len(copies) and aligned:
+            wrong["narrow copies"] = f"{len(small)} of {len(copies)} copies are of {min(small)} bytes"
+        if aligned and not machine_code.matrix_overlaps(loop):
+            wrong["nothing in flight"] = f"{len(loop.matrix())} products in a loop of {len(loop.body)} instructions"
+    return wrong
+
+
+def _run(tool, *arguments):
+    return subprocess.run([tool, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True).stdout
+
+
+def _of_cubin(compiled, arch):
+    """Registers, bytes of stack, SASS where there may be matrix instructions (nvdisasm takes 0.3 s), and ptxas' warnings, for
+    which it runs again where there is a wgmma to warn of."""
+    ptx, text, warnings = compiled.asm["ptx"], "", []
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = f"{folder}/kernel.cubin"
+        Path(cubin).write_bytes(compiled.asm["cubin"])
+        usage = _run(f"{BIN}/cuobjdump", "--dump-resource-usage", cubin)
+        if re.search(r"mma[._]", ptx):
+            text = _run(f"{BIN}/nvdisasm", "-c", "-ndf", cubin)
+        if "wgmma" in ptx:
+            Path(f"{folder}/kernel.ptx").write_text(ptx)
+            told = _run(f"{BIN}/ptxas", f"--gpu-name=sm_{arch}a", f"{folder}/kernel.ptx", "-o", cubin)
+            warnings = re.findall(r".*Performance Loss.*", told)
+    registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
+    return registers, stack, text, warnings

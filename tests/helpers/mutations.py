@@ -34,6 +34,7 @@ FAST, LAUNCHES, OPS = (f"tests/machinery/test_{name}.py" for name in ("fast_path
 EMBEDDING, MODULES, TAKEN = (f"tests/modules/test_{name}.py" for name in ("embedding", "modules", "known"))
 SAMES, PLANNER = (f"tests/plans/test_{name}.py" for name in ("distinct", "planner"))
 PARALLEL, TRACES, UNUSED = (f"tests/machinery/test_{name}.py" for name in ("parallel", "traces", "unused"))
+TUNING, AHEAD = (f"tests/kernels/test_{name}.py" for name in ("tuning", "ahead_of_time"))
 RUN, ONE_PASS, OPERATORS = (f"pyembed/{name}.py" for name in ("run", "plans/one_pass", "plans/operators"))
 CHOICE, PARTS = "pyembed/plans/choice.py", "pyembed/modules/parts.py"
 KNOWN, KEEPS = "pyembed/modules/known.py", "pyembed/modules/keeps_table.py"
@@ -70,41 +71,65 @@ MUTATIONS = [
         TERMS + " -k nn_drop",
     ),
     Mutation(KERNELS + "tiles.py", "delta * delta * (seen * share)", "0.0", QKV + " -k variants"),
-    Mutation(KERNELS + "tiles.py", "1.0 / tl.sqrt(squares / D + eps)", "1.0 / tl.sqrt(squares / D)", QKV),
+    Mutation(KERNELS + "tiles.py", "1.0 / tl.sqrt(scale / D + eps)", "1.0 / tl.sqrt(scale / D)", QKV),
+    Mutation(KERNELS + "tiles.py", "scale += tl.sum(apart * apart * seen, 1)", "scale += 0.0", QKV + " -k variants"),
+    Mutation(KERNELS + "tiles.py", "D % BLOCK_K - tl.arange(0, LANES) * LANE", "D % BLOCK_K", QKV + " -k variants"),
     Mutation(KERNELS + "tiles.py", "x -= mean[:, None]", "x -= 0.0", QKV + " -k variants"),
-    Mutation(KERNELS + "tiles.py", "y * c + x * s, y)", "y * c - x * s, y)", ROTARY + " -k every_plan"),
-    Mutation(KERNELS + "tiles.py", "load_places(turn_ids, m, mask", "load_places(None, m, mask", ROTARY + " -k as_they_come"),
-    Mutation(KERNELS + "tiles.py", "HEAD_DIM + eps)", "HEAD_DIM)", ENDS + " -k fused"),
+    Mutation(KERNELS + "epilogue.py", "y * c + x * s, y)", "y * c - x * s, y)", ROTARY + " -k every_plan"),
     Mutation(
-        KERNELS + "tiles.py",
+        KERNELS + "epilogue.py", "load_places(turn_ids, m, mask", "load_places(None, m, mask", ROTARY + " -k as_they_come"
+    ),
+    Mutation(KERNELS + "epilogue.py", "HEAD_DIM + eps)", "HEAD_DIM)", ENDS + " -k fused"),
+    Mutation(
+        KERNELS + "epilogue.py",
         "first < query, query_weight, key_weight",
         "first < query, key_weight, key_weight",
         ENDS + " -k fused",
     ),
-    Mutation(KERNELS + "tiles.py", "first < query + key, normed, acc", "first >= 0, normed, acc", ENDS + " -k fused"),
+    Mutation(KERNELS + "epilogue.py", "first < query + key, normed, acc", "first >= 0, normed, acc", ENDS + " -k fused"),
     Mutation(
-        KERNELS + "tiles.py",
+        KERNELS + "epilogue.py",
         "paired_source(tl.arange(0, HEAD_DIM), HEAD_DIM, HALF)",
         "tl.arange(0, HEAD_DIM)",
         ENDS + " -k fused",
     ),
-    Mutation(KERNELS + "tiles.py", "m // length * length * width", "m // length * width", ENDS + " -k every_plan"),
-    Mutation(KERNELS + "embed_qkv.py", "more = acc + tl.load", "more = acc - tl.load", ENDS + " -k second"),
+    Mutation(KERNELS + "epilogue.py", "t // length).to(tl.int64)", "t // length * 2).to(tl.int64)", ROTARY + " -k blocks"),
+    Mutation(KERNELS + "epilogue.py", "m0 // length * length * width", "m0 // length * width", ROTARY + " -k blocks"),
+    Mutation(KERNELS + "epilogue.py", "(m0 % rotary[3]).to(tl.int32) + row", "row", ROTARY + " -k blocks"),
+    Mutation(KERNELS + "epilogue.py", "group // 2 * GROUP + group % 2", "group % 2", ROTARY + " -k blocks"),
+    Mutation(KERNELS + "epilogue.py", "y * s, y * c + x * s\n", "y * s, y * c - x * s\n", ROTARY + " -k blocks"),
+    Mutation(KERNELS + "tiles.py", "mask=(r < height) & (c < width)", "mask=r < height", DISTINCT + " -k without_tma"),
+    Mutation(KERNELS + "tiles.py", "mask=(r < height) & (c < width)", "mask=c < width", DISTINCT + " -k without_tma"),
+    Mutation(KERNELS + "tuning.py", "if device.tma and block", "if block", DISTINCT + " -k without_tma"),
+    Mutation(KERNELS + "epilogue.py", "more = acc + tl.load", "more = acc - tl.load", ENDS + " -k second"),
     Mutation(KERNELS + "embed_qkv.py", "(m, tl.minimum(m, M - 1), m, m)", "(m, m * 0, m, m)", TERMS + " -k scale"),
     Mutation(KERNELS + "embed_qkv.py", "writes = (run == 0) | READ_BACK", "writes = run > 0", TERMS + " -k many_programs"),
-    Mutation(KERNELS + "embed_qkv.py", "acc -= mu[:, None]", "acc += mu[:, None]", QKV + " -k folded"),
+    Mutation(KERNELS + "embed_qkv_folded.py", "acc -= mu[:, None]", "acc += mu[:, None]", QKV + " -k folded"),
     Mutation(
-        KERNELS + "embed_qkv.py",
-        "left += tl.sum(rounded.to(ACC), 1)",
-        "left += tl.sum(w - centre[:, None], 1)",
+        KERNELS + "embed_qkv_folded.py",
+        "left += rounded.to(ACC)",
+        "left += w - centre[:, None]",
         QKV + " -k folded",
     ),
     Mutation(
-        KERNELS + "embed_qkv.py", 'acc = tl.where(known[:, None], acc, float("nan"))', "acc = acc", QKV + " -k without_a_row"
+        KERNELS + "embed_qkv.py", 'acc = tl.where(turned[:, None], acc, float("nan"))', "acc = acc", QKV + " -k without_a_row"
     ),
     Mutation(KERNELS + "embed_grad.py", "dx = drop(dx, terms[4], m, d, ACC)", "dx = dx", TERMS + " -k forward_and_backward"),
-    Mutation(KERNELS + "embed_grad.py", "dx -= (tl.sum(dy, 1) / D)[:, None]", "dx -= 0.0", QKV + " -k variants"),
-    Mutation(KERNELS + "embed_grad.py", "dx *= scale\n", "dx *= 1.0\n", QKV + " -k variants"),
+    Mutation(KERNELS + "embed_grad.py", "dx -= drift[:, None]", "dx -= 0.0", QKV + " -k variants"),
+    Mutation(KERNELS + "embed_grad.py", "dx *= scale[:, None]\n", "dx *= 1.0\n", QKV + " -k variants"),
+    Mutation(KERNELS + "embed_grad.py", "drift += tl.sum(lanes(dy, token), 2)", "drift += 0.0", QKV + " -k too_wide"),
+    Mutation(KERNELS + "embed_grad.py", "BLOCK_D if HELD else D, BLOCK_D)", "BLOCK_D, BLOCK_D)", QKV + " -k too_wide"),
+    Mutation(
+        KERNELS + "distinct_grad.py", "pull += tl.sum(shares, 0)", "pull = tl.sum(shares, 0)", DISTINCT + " -k many_shares"
+    ),
+    Mutation(
+        KERNELS + "distinct_grad.py",
+        "tl.store(means + total + r, tl.sum(drift",
+        "tl.store(means + r, tl.sum(drift",
+        DISTINCT + " -k wide",
+    ),
+    Mutation(KERNELS + "distinct.py", "x - centre[:, None], 0.0)", "x, 0.0)", DISTINCT + " -k wide"),
+    Mutation(KERNELS + "epilogue.py", "first + HEAD_DIM // 2 - HALF)", "first + HEAD_DIM // 2)", ROTARY + " -k every_plan"),
     Mutation(KERNELS + "embed_grad.py", "terms.padding_idx, weights=weights)", "terms.padding_idx)", TERMS + " -k scale"),
     Mutation(KERNELS + "embed_grad.py", "grad[0] = rows.sum(0", "grad[-1] = rows.sum(0", TERMS + " -k segments"),
     Mutation(
@@ -115,8 +140,8 @@ MUTATIONS = [
     ),
     Mutation(
         KERNELS + "embed_grad.py",
-        "(row < V) & (row != padding_idx):\n        chunk",
-        "(row < V):\n        chunk",
+        "(row < V) & (row != padding_idx):\n        count",
+        "(row < V):\n        count",
         QKV + " -k padding",
     ),
     Mutation(KERNELS + "embed_grad.py", "chunk += BLOCK_M", "chunk += 2 * BLOCK_M", GRAD),
@@ -159,8 +184,36 @@ MUTATIONS = [
     Mutation(CHOICE, 'return f"{added[0]}s are added" if added else None', "return None", SAMES + " -k refused"),
     Mutation(KERNELS + "tiles.py", "first = absent & (came == 0)", "first = absent", IDS + " -k several_launches"),
     Mutation(KERNELS + "embed_grad.py", "embed(terms, absent=0.0)", "embed(terms)", IDS + " -k loss"),
-    Mutation(KERNELS + "tiles.py", "period, rows, report, 3)", "period, rows, report, 1)", IDS + " -k report"),
+    Mutation(KERNELS + "epilogue.py", "period, rows, report, 3)", "period, rows, report, 1)", IDS + " -k report"),
     Mutation(KERNELS + "embed_qkv.py", "tuning.INVARIANT if batch_invariant else M", "M", SAME + " -k tiles"),
+    Mutation(KERNELS + "embed_qkv.py", '{"table": dtype}', '{"table": weight_dtype}', AHEAD + " -k 86-mixed"),
+    Mutation(
+        KERNELS + "embed_qkv_rows.py", "tl.where(turned[:, None], x", "tl.where(known[:, None], x", ROTARY + " -k place_without"
+    ),
+    Mutation(KERNELS + "embed_qkv_rows.py", "bias + column", "bias + n", QKV + " -k variants"),
+    Mutation(
+        KERNELS + "embed_qkv_rows.py",
+        "column = first + paired_source(n, HEAD_DIM, HALF)",
+        "column = first + n",
+        ROTARY + " -k alternate",
+    ),
+    Mutation(KERNELS + "embed_qkv_rows.py", " and tuning.aligned(normed.dtype, *widths)", "", QKV + " -k several_tiles"),
+    Mutation(KERNELS + "tuning.py", "reversed(choices), key=time", "choices, key=lambda tiles: -time(tiles)", TUNING),
+    Mutation(KERNELS + "tuning.py", "many = max(1024, 3 * N)", "many = 32", TUNING),
+    Mutation(
+        KERNELS + "tuning.py",
+        "        loop = max(loop, 4 * max",
+        "        max(loop, 4 * max",
+        TUNING,
+    ),
+    Mutation(KERNELS + "tuning.py", "return fitted(tiles, dtype, device, table or dtype)", "return tiles", TUNING),
+    Mutation(KERNELS + "tuning.py", "return fitted(tiles, dtype, device, spare=1)  # the", "return tiles  # the", TUNING),
+    Mutation(KERNELS + "tuning.py", "(M + 1) * K * table.itemsize", "(M + 1) * K * dtype.itemsize", TUNING),
+    Mutation(KERNELS + "tuning.py", "return max(loop, epilogue)", "return loop", TUNING),
+    Mutation(KERNELS + "tuning.py", 'for name in ("", "_optin")', 'for name in ("",)', TUNING),
+    Mutation(
+        "pyembed/plans/rates.py", " and torch.cuda.is_current_stream_capturing():", " and False:", PLANNER + " -k capture"
+    ),
     Mutation("pyembed/ids.py", "ids.clamp(0, rows - 1)", "ids.clamp(0, rows)", IDS + " -k clamp"),
     Mutation("pyembed/reference.py", "(part, (0, -D % line, 0,", "(part, (0, 0, 0,", SAME + " -k wide"),
     Mutation("pyembed/reference.py", "absent.unsqueeze(-1), 0)", "absent.unsqueeze(-1), 1)", IDS + " -k zero"),

@@ -6,7 +6,9 @@ import torch
 
 from pyembed import reference
 from pyembed.call import Call, Norm, Projection, Terms
+from pyembed.plans import operators
 
+WAYS = ("few", "rows", "folded")  # of tuning.way
 GRADIENTS = ("token", "weight", "bias", "position", "norm_weight", "norm_bias")
 
 
@@ -36,6 +38,12 @@ def tf32(allowed):
         yield
     finally:
         matmul.allow_tf32 = before
+
+
+def take(way, monkeypatch):
+    """Makes embed_qkv run these kernels, whatever the number of tokens."""
+    kernels, _ = operators.launcher("tuning", torch.empty(0, device="cuda" if torch.cuda.is_available() else "cpu"))
+    monkeypatch.setattr(kernels, "way", lambda M, N, dtype, device: way)
 
 
 def guarded(tensor):

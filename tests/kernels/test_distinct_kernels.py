@@ -52,6 +52,38 @@ def test_variants(dtype, variant):
     Case(dtype, DEVICE, **variant).check(F.embed_qkv)
 
 
+@pytest.mark.parametrize("norm", ["layer", full("rms"), full(None)])
+@pytest.mark.parametrize("dtype", [torch.float32, full(torch.float16)])
+@pytest.mark.parametrize("position_ids", [full(None), "BT"])
+def test_rows_too_wide_to_be_held(position_ids, dtype, norm, monkeypatch):
+    """Tables' rows are prepared and their gradients finished in parts, of which the last is not full."""
+    module, _ = kernels("distinct_grad")
+    monkeypatch.setattr(module.tuning, "rows", lambda D, dtype: (2, 16, 4))
+    case = Case(dtype, DEVICE, T=5, V=9, heads=1, norm=norm, padding_idx=3, position_ids=position_ids)
+    case.parameters["token"] += 2.0
+    first, second = case.check(F.embed_qkv), case.run(F.embed_qkv)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_many_shares_of_a_dot(monkeypatch):
+    """More blocks of columns than their sum takes at a time."""
+    module, _ = kernels("distinct_grad")
+    monkeypatch.setattr(module.tuning, "stream", lambda N, dtype: (4, 16))
+    Case(torch.float32, DEVICE, T=5, V=9, D=24, head_dim=32).check(F.embed_qkv)
+
+
+@pytest.mark.parametrize("dtype, D, transposed", [(DTYPES[0], 40, False), (DTYPES[0], 33, True), (DTYPES[-1], 40, True)])
+def test_without_tma(dtype, D, transposed, monkeypatch):
+    """On an A100, which has no descriptors; 33: rows that do not start at multiples of 16 bytes; a weight as Conv1D's."""
+    module, _ = kernels("tuning")
+    monkeypatch.setattr(module, "device_of", lambda tensor: module.DEVICES[80])
+    monkeypatch.setattr(module, "TensorDescriptor", None)
+    case = Case(dtype, DEVICE, B=3, D=D, head_dim=5)
+    if transposed:
+        case.parameters["weight"] = case.parameters["weight"].t().contiguous().t()
+    case.check(F.embed_qkv)
+
+
 @pytest.mark.parametrize("V, M", [(31, 50), (2048, 300), (2049, 300), (50257, 5000), (5, 3)])
 def test_find(V, M):
     ids = torch.randint(V, (M,), device=DEVICE)

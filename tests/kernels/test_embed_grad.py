@@ -37,7 +37,7 @@ def check(rows, ids, size):
         [1] * 10 + [2] * 300 + [3],
         full(list(range(200))),
         [i // 7 for i in range(200)],
-        [0, 7] * 150,
+        full([0, 7] * 150),
     ],
     ids=["one", "a chunk", "a chunk and one", "across", "long", "distinct", "sevens", "two"],
 )

@@ -5,7 +5,7 @@ import torch
 from conftest import CUDA, DEVICE, DTYPES, examples, full
 from hypothesis import given
 from hypothesis import strategies as st
-from numerics import Case, assert_no_worse, tf32
+from numerics import WAYS, Case, assert_no_worse, take, tf32
 
 import pyembed
 from pyembed import functional as F
@@ -21,7 +21,9 @@ pytestmark = pytest.mark.usefixtures("triton")
 @pytest.mark.parametrize("norm", ["layer", "rms", None])
 @pytest.mark.parametrize("position", ["learned", None])
 @pytest.mark.parametrize("bias", [True, False])
-def test_variants(dtype, norm, position, bias):
+@pytest.mark.parametrize("way", ["few", "rows"])
+def test_variants(dtype, norm, position, bias, way, monkeypatch):
+    take(way, monkeypatch)
     Case(dtype, DEVICE, norm=norm, position=position, bias=bias).check(F.embed_qkv)
 
 
@@ -36,10 +38,17 @@ def test_ragged_shapes(B, T, D, head_dim):
     Case(torch.float32, DEVICE, B=B, T=T, D=D, head_dim=head_dim, heads=1).check(F.embed_qkv)
 
 
+@pytest.mark.sample(2)
+@pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("D", [64, 72, 70])
-def test_several_tiles_each_way(D):
+@pytest.mark.parametrize("way", ["few", "rows"])
+def test_several_tiles_each_way(D, way, transposed, monkeypatch):
     """More tokens, columns and depth than one tile of any size: rows that end inside a tile, aligned and not."""
-    Case(torch.float16, DEVICE, B=2, T=41, D=D, heads=5, kv_heads=5, head_dim=9).check(F.embed_qkv)
+    take(way, monkeypatch)
+    case = Case(torch.float16, DEVICE, B=2, T=41, D=D, heads=5, kv_heads=5, head_dim=9)
+    if transposed:  # as Conv1D holds it
+        case.parameters["weight"] = case.parameters["weight"].t().contiguous().t()
+    case.check(F.embed_qkv)
 
 
 @pytest.mark.sample
@@ -85,10 +94,23 @@ def test_expanded_gradients(device):
 @pytest.mark.parametrize("centre", [0.0, 30.0])
 @pytest.mark.parametrize("norm", ["layer", "rms"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rows_with_a_large_mean(dtype, norm, centre):
+@pytest.mark.parametrize("way", ["few", "rows"])
+def test_rows_with_a_large_mean(dtype, norm, centre, way, monkeypatch):
+    take(way, monkeypatch)
     case = Case(dtype, DEVICE, norm=norm, position=None)
     case.parameters["token"] += centre
     case.check(F.embed_qkv)
+
+
+@pytest.mark.parametrize("norm, dtype, centre", [("layer", torch.float32, 30.0), full("rms", torch.float16, 0.0)])
+def test_rows_too_wide_to_be_held(norm, dtype, centre, monkeypatch):
+    """The norm's backward in parts of a row, of which the last is not full; its sums have a fixed order too."""
+    module, _ = operators.launcher("embed_grad", torch.empty(0, device=DEVICE))
+    monkeypatch.setattr(module.tuning, "rows", lambda D, dtype: (2, 16, 4))
+    case = Case(dtype, DEVICE, T=5, heads=1, norm=norm)
+    case.parameters["token"] += centre
+    first, second = case.check(F.embed_qkv), case.run(F.embed_qkv)
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_rows_without_variance():
@@ -105,15 +127,15 @@ def test_rows_without_variance():
 def test_programs_that_share_rows(programs, norm, monkeypatch):
     """The N tiles of a block of rows split among programs, evenly and not."""
     module, _ = operators.launcher("embed_qkv", torch.empty(0, device=DEVICE))
-    monkeypatch.setattr(module.tuning, "runs", lambda M, N, tiles, device: programs)
+    monkeypatch.setattr(module.tuning, "runs", lambda M, N, tiles, device, resident: programs)
+    take("few", monkeypatch)
     Case(torch.float32, DEVICE, heads=5, head_dim=11, norm=norm).check(F.embed_qkv)
 
 
-@pytest.mark.parametrize("folds", [False, True])
-def test_an_id_without_a_row_is_nan_by_the_kernel(folds, monkeypatch):
+@pytest.mark.parametrize("way", WAYS)
+def test_an_id_without_a_row_is_nan_by_the_kernel(way, monkeypatch):
     """On a GPU nothing looks at ids: its heads become NaN there, and no other row's."""
-    kernels, _ = operators.launcher("tuning", torch.empty(0, device=DEVICE))
-    monkeypatch.setattr(kernels, "folds", lambda M, dtype: folds)
+    take(way, monkeypatch)
     case = Case(torch.float32, DEVICE)
     case.ids[0, 3], case.ids[1, 5] = -1, 31
     case.options["id_policy"] = "trust"
@@ -137,10 +159,9 @@ def test_eps(eps):
 @pytest.mark.parametrize("D, bias, affine", [(40, True, True), (70, False, True), (136, True, False)])
 def test_folded(D, bias, affine, dtype, norm, position, centre, monkeypatch):
     """The kernel for many tokens, here with few: its weight carries the norm."""
-    kernels, _ = operators.launcher("tuning", torch.empty(0, device=DEVICE))
-    monkeypatch.setattr(kernels, "folds", lambda M, dtype: True)
+    take("folded", monkeypatch)
     called = []
-    fold_kernel = operators.launcher("embed_qkv", torch.empty(0, device=DEVICE))[0].fold_kernel
+    fold_kernel = operators.launcher("embed_qkv_folded", torch.empty(0, device=DEVICE))[0].fold_kernel
     monkeypatch.setattr(fold_kernel, "run", lambda *a, _run=fold_kernel.run, **k: (called.append(1), _run(*a, **k)))
     case = Case(dtype, DEVICE, T=37, D=D, head_dim=11, norm=norm, position=position, bias=bias, affine=affine)
     case.parameters["token"] += centre
@@ -148,8 +169,21 @@ def test_folded(D, bias, affine, dtype, norm, position, centre, monkeypatch):
     assert len(called) == 1
 
 
+@pytest.mark.parametrize("D, position, centre", [(48, "learned", 0.0), (70, None, 5.0)])
+@pytest.mark.parametrize("way", ["rows", "folded"])
+def test_without_tma(way, D, position, centre, monkeypatch):
+    """On an A100, which has no descriptors; 70: rows that do not start at multiples of 16 bytes."""
+    kernels, _ = operators.launcher("tuning", torch.empty(0, device=DEVICE))
+    monkeypatch.setattr(kernels, "device_of", lambda tensor: kernels.DEVICES[80])
+    take(way, monkeypatch)
+    monkeypatch.setattr(kernels, "TensorDescriptor", None)
+    case = Case(torch.float16, DEVICE, T=67, D=D, head_dim=11, position=position)
+    case.parameters["token"] += centre
+    case.check(F.embed_qkv)
+
+
 def test_many_tokens(device):
-    """At the size where tuning.py turns to the folded kernel, where bf16 runs."""
+    """At the size where tuning.py turns to the folded weight, where bf16 runs."""
     case = Case(DTYPES[-1], device, B=8, T=129, D=24, heads=2, head_dim=8)
     case.check(F.embed_qkv)
 

@@ -5,13 +5,13 @@ import itertools
 import pytest
 import torch
 from conftest import DEVICE, DTYPES
-from numerics import Case, assert_no_worse
+from numerics import WAYS, Case, assert_no_worse, take
 
 import pyembed
 from pyembed import functional as F
 from pyembed import reference
 from pyembed.call import Epilogue
-from pyembed.plans import one_pass, operators
+from pyembed.plans import one_pass
 from pyembed.rotary import Rotary, turns
 
 PLANS = list(itertools.product(["torch", "triton"], ["one_pass", "distinct"]))
@@ -72,12 +72,11 @@ def test_second_query(first, backend, plan):
 @pytest.mark.usefixtures("triton")
 @pytest.mark.sample
 @pytest.mark.parametrize("head_dim, interleaved", [(16, None), (32, False), (64, True), (64, False), (24, False), (8, True)])
-@pytest.mark.parametrize("folds", [False, True])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_fused_norms_of_heads(dtype, folds, head_dim, interleaved, monkeypatch):
+def test_fused_norms_of_heads(dtype, way, head_dim, interleaved, monkeypatch):
     """Without gradients the epilogue normalises, of any width that a tile can hold; PyTorch does the rest."""
-    kernels, _ = operators.launcher("tuning", torch.empty(0, device=DEVICE))
-    monkeypatch.setattr(kernels, "folds", lambda M, dtype: folds)
+    take(way, monkeypatch)
     case = epilogue_case(dtype, norms=True, first=True, head_dim=head_dim)
     case.options["head_eps"] = 0.3
     if interleaved is not None:

@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 from conftest import DEVICE
-from numerics import Case
+from numerics import WAYS, Case
 from torch import nn
 
 import pyembed
@@ -22,6 +22,7 @@ LAYOUTS = {
     "half": {"head_dim": 8},
     "interleaved": {"head_dim": 8, "interleaved": True},
     "part, half": {"head_dim": 12, "rotary_dim": 4},
+    "part, in eights": {"head_dim": 32, "rotary_dim": 16},
     "part, interleaved": {"head_dim": 10, "rotary_dim": 6, "interleaved": True},
     "scaled": {"head_dim": 64, "scale": 1.3, "base": 500.0},
 }
@@ -253,19 +254,33 @@ def test_training_after_inference_mode(backend, plan):
 
 
 @pytest.mark.sample
-@pytest.mark.parametrize("layout", ["half", "part, half", "interleaved"])
-@pytest.mark.parametrize("norm", ["layer", "rms"])
-def test_folded_kernel(layout, norm):
-    """The kernel of many tokens, whose folded weight has the pairs side by side."""
-    case = Case(torch.float32, DEVICE, B=3, T=50, D=24, heads=4, kv_heads=2, head_dim=LAYOUTS[layout]["head_dim"], norm=norm)
-    epilogue = turned_by(rotary_of(layout), case.ids)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("way, norm", [("folded", "layer"), ("folded", "rms"), ("rows", "layer"), ("few", "layer")])
+def test_blocks_of_tokens(layout, first, way, norm):
+    """Tiles that begin within a sequence."""
+    check_blocks(layout, first, way, norm)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_groups_of_both_halves_alternate(way):
+    """Within a tile, where a half of a head has several groups of eight columns."""
+    check_blocks("scaled", False, way, "layer")
+
+
+def check_blocks(layout, first, way, norm):
+    head_dim = LAYOUTS[layout]["head_dim"]
+    case = Case(torch.float32, DEVICE, B=3, T=50, D=24, heads=2, kv_heads=1, head_dim=head_dim, norm=norm)
+    epilogue = turned_by(rotary_of(layout), case.ids)._replace(heads_first=first)
     module, running = operators.launcher("embed_qkv", case.ids)
     with running:
-        outputs = module.embed_qkv(case.call(epilogue=epilogue), folds=True)
-    expected = F.embed_qkv(case.ids, **case.parameters, **case.options)
-    torch.testing.assert_close(outputs[1], rotate(expected.query, epilogue), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(outputs[2], rotate(expected.key, epilogue), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(outputs[3], expected.value, rtol=1e-4, atol=1e-4)
+        outputs = module.embed_qkv(case.call(epilogue=epilogue), way=way)
+    doubles = {name: p if p is None else p.double() for name, p in case.parameters.items()}
+    expected = reference.embed_qkv(case.ids, **doubles, **case.options)
+    expected = (rotate(expected.query, epilogue), rotate(expected.key, epilogue), expected.value)
+    for ours, right in zip(outputs[1:4], expected, strict=True):
+        ours = ours.transpose(-3, -2) if first else ours
+        torch.testing.assert_close(ours, right.float(), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.full
@@ -410,7 +425,7 @@ def test_places_without_a_row():
             pyembed.EmbeddingQKV(3, 16, 4, rotary=wrong)
 
 
-@pytest.mark.parametrize("plan", ["embed_qkv", "folded", "distinct"])
+@pytest.mark.parametrize("plan", ["few", "rows", "folded", "distinct"])
 def test_a_place_without_a_row_is_nan_by_the_kernel(plan):
     """On a GPU nothing looks at ids: their heads become NaN there, and no other row's."""
     ids, token, weight = (t.to(DEVICE) for t in (torch.tensor([[0, 0, 0, 3]]), torch.randn(3, 6), torch.randn(24, 6)))
@@ -419,7 +434,7 @@ def test_a_place_without_a_row_is_nan_by_the_kernel(plan):
     norm = Norm("rms", torch.ones(6, device=DEVICE), None, 1e-5)
     call = Call(Terms(ids, token), norm, Projection(weight, None, 1, 1), epilogue)
     with running:
-        results = module.forward(call) if plan == "distinct" else module.embed_qkv(call, folds=plan == "folded")
+        results = module.forward(call) if plan == "distinct" else module.embed_qkv(call, way=plan)
     query = results[1]
     assert query[0, 0].isfinite().all() and query[0, 1:].isnan().all()
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as tf
 from conftest import DEVICE, DTYPES, full
-from numerics import Case, assert_no_worse
+from numerics import WAYS, Case, assert_no_worse, take
 from torch.utils.checkpoint import checkpoint
 
 import pyembed
@@ -67,16 +67,25 @@ def test_segment_ids_without_segments_are_refused():
 def test_many_terms_of_many_programs(norm, monkeypatch):
     """Programs that share rows read back what each of them wrote."""
     module, _ = operators.launcher("embed_qkv", torch.empty(0, device=DEVICE))
-    monkeypatch.setattr(module.tuning, "runs", lambda M, N, tiles, device: 3)
+    monkeypatch.setattr(module.tuning, "runs", lambda M, N, tiles, device, resident: 3)
+    take("few", monkeypatch)
     with_segments(Case(torch.float32, DEVICE, norm=norm)).check(F.embed_qkv)
+
+
+@pytest.mark.usefixtures("triton")
+def test_many_terms_of_rows_too_wide_to_be_held(monkeypatch):
+    module, _ = operators.launcher("embed_grad", torch.empty(0, device=DEVICE))
+    monkeypatch.setattr(module.tuning, "rows", lambda D, dtype: (1, 16, 4))
+    case = with_segments(Case(torch.float32, DEVICE, T=5, heads=1, padding_idx=3, position_ids="BT"), "none")
+    case.options["scale"] = 40**0.5
+    case.check(F.embed_qkv)
 
 
 @pytest.mark.usefixtures("triton")
 @pytest.mark.parametrize("norm", ["layer", "rms"])
 def test_many_terms_of_many_tokens(norm, monkeypatch):
     """The kernel for many tokens, here with few."""
-    kernels, _ = operators.launcher("tuning", torch.empty(0, device=DEVICE))
-    monkeypatch.setattr(kernels, "folds", lambda M, dtype: True)
+    take("folded", monkeypatch)
     case = with_segments(Case(torch.float16, DEVICE, norm=norm, position=None))
     case.options["scale"] = 3.0
     case.check(F.embed_qkv)
@@ -158,12 +167,11 @@ def masked(mask, probability):
 @pytest.mark.usefixtures("triton")
 @pytest.mark.sample
 @pytest.mark.parametrize("norm", ["layer", "rms", None])
-@pytest.mark.parametrize("folds", [False, True])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_dropout_forward_and_backward(dtype, norm, folds, monkeypatch):
+def test_dropout_forward_and_backward(dtype, norm, way, monkeypatch):
     """What was dropped shows in hidden, as zeros; everything else follows from that mask, gradients too."""
-    kernels, _ = operators.launcher("tuning", torch.empty(0, device=DEVICE))
-    monkeypatch.setattr(kernels, "folds", lambda M, dtype: folds)
+    take(way, monkeypatch)
     case = with_segments(Case(dtype, DEVICE, padding_idx=2, norm=norm))
     case.options["scale"] = 2.0
     assert case.run(F.embed_qkv, backward=False)["hidden"].all(), "a sum of 0 does not show whether it was dropped"

@@ -257,7 +257,7 @@ def test_interpreter_leaves_the_compiler_alone(monkeypatch):
     call = Call(Terms(ids, token), Norm("layer", vector, vector, 1e-5), Projection(weight, bias, 1, 1))
     (launch,) = aot.record(monkeypatch, tuning, tuning.H100, lambda: embed_qkv.embed_qkv(call))
     monkeypatch.setattr(triton.knobs.compilation, "always_compile", True)
-    assert launch.compile(90).asm["cubin"]
+    assert launch.compile(tuning.H100).asm["cubin"]
 
 
 @pytest.mark.parametrize("plan", ["one_pass", "distinct"])

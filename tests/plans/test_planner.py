@@ -138,6 +138,19 @@ def test_threads_share_rates_that_one_measures_alone(monkeypatch):
     assert single is again and half is half_again and len(most) == 2 and max(most) == 1
 
 
+def test_nothing_is_measured_within_a_capture(monkeypatch):
+    """Which a wait for the device would end with an error; a call with given distinct ids is weighed there too."""
+    capturing, measured = [True], rates.Rates(1e15, 3e12, 3e12)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    monkeypatch.setattr(rates, "_measure", functools.cache(rates._measure.__wrapped__))
+    monkeypatch.setattr(rates, "_measured", set())
+    monkeypatch.setattr(rates, "_time", lambda device, dtype: measured if not capturing[0] else pytest.fail("it measured"))
+    device = torch.device("cuda", 0)
+    assert rates.measure(device, torch.bfloat16) == rates.NOMINAL["cuda"]
+    for capturing[0] in (False, True):
+        assert rates.measure(device, torch.bfloat16) is measured
+
+
 def test_small_calls_that_fill_a_large_gradient(steady):
     """One token of training zeroes the gradient of the whole table: in memory that is used again, that costs less."""
     assert chosen(torch.tensor([[5]])).name == "one_pass"

@@ -1,8 +1,11 @@
 """The largest and the smallest: tables and results of more than 2³¹ elements, widths of one, no token, no row."""
 
+import contextlib
 import itertools
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -109,10 +112,74 @@ def test_no_row_for_an_id(backend):
             F.embed(ids, some, segment=token)
 
 
-# What takes real memory: about 30 GiB of a GPU's at most.
+# What takes real memory: about 30 GiB of a GPU's at most, and so one test at a time, whatever number of processes runs tests.
+
+NEEDED = 32 << 30
+
+
+@contextlib.contextmanager
+def alone(path):
+    """Within it this process has the file at `path`, for which every other one that asks for it waits."""
+    import fcntl
+
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # let go when the file is closed, even if the process dies
+        yield
+
+
+def wait_for_memory(needed, seconds=120):
+    """Whether the GPU comes to have so many bytes free, of which other processes' tests may hold some for a while."""
+    end = time.monotonic() + seconds
+    while True:
+        free, total = torch.cuda.mem_get_info()
+        if free >= needed or total < needed or time.monotonic() > end:
+            return free >= needed
+        time.sleep(1)
+
+
+@pytest.fixture
+def most_of_a_gpu(tmp_path_factory):
+    with alone(tmp_path_factory.getbasetemp().parent / "most_of_a_gpu"):
+        torch.cuda.empty_cache()
+        if not wait_for_memory(NEEDED):
+            pytest.skip(f"needs {NEEDED >> 30} GiB of a GPU's memory, of which {torch.cuda.mem_get_info()[0] >> 30} are free")
+        yield
+        torch.cuda.empty_cache()
+
+
+def test_one_process_at_a_time(tmp_path):
+    pytest.importorskip("fcntl")
+    entered, order = threading.Event(), []
+
+    def other():
+        entered.wait()
+        with alone(tmp_path / "file"):
+            order.append("the other")
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    with alone(tmp_path / "file"):
+        entered.set()
+        thread.join(0.1)
+        order.append("this one")
+    thread.join()
+    assert order == ["this one", "the other"]
+
+
+@pytest.mark.parametrize(
+    "free, total, found, turns", [([40], 80, True, 0), ([10, 10, 40], 80, True, 2), ([10], 80, False, 5), ([10], 24, False, 0)]
+)
+def test_memory_is_waited_for(free, total, found, turns, monkeypatch):
+    """Until the deadline; not at all on a GPU that has never so much."""
+    now, left = [0], list(free)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (left.pop(0) if left[1:] else left[0], total))
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "sleep", lambda seconds: now.append(now.pop() + seconds))
+    assert wait_for_memory(32, 4) == found and now == [turns]
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("most_of_a_gpu")
 @pytest.mark.parametrize("plan", ["one_pass", "distinct"])
 @pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64])
 def test_a_gpus_table_beyond_two_to_the_31_elements(plan, ids_dtype):
@@ -141,6 +208,7 @@ def test_a_gpus_table_beyond_two_to_the_31_elements(plan, ids_dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("most_of_a_gpu")
 @pytest.mark.parametrize("plan", ["one_pass", "distinct"])
 @pytest.mark.parametrize("heads, width", [(32, 64), (1, 2048)], ids=["query", "hidden"])
 def test_a_gpus_results_beyond_two_to_the_31_elements(plan, heads, width):
