@@ -20,10 +20,12 @@ from pyembed.call import Call, Norm, Terms, wide_dtype
 from . import tuning
 from .arguments import contiguous, period, places, terms_arguments
 from .distinct import ProjectedRows, find_used, load_used, prepare, project, projected_rows
-from .embed_grad import embed_qkv_backward, position_grad, projected_grads, table_grad
+from .embed_grad import embed_qkv_backward, projected_grads
 from .epilogue import find_tile
 from .launch import launch, on_device
-from .tiles import dot, find_rows, load_hidden, load_places, load_rows, load_tile, load_vector
+from .table_grad import position_grad, table_grad
+from .tiles import find_rows, load_hidden, load_places, load_rows, load_vector
+from .weight_grad import weight_grad
 
 
 @triton.jit
@@ -75,45 +77,6 @@ def qkv_kernel(
     if sums is not None:
         sums += first
         tl.store(sums + t[:, None] * stride_sn + n[None, :], acc.to(sums.dtype.element_ty), mask=(t < step)[:, None] & columns)
-
-
-@triton.jit
-def weight_grad_kernel(
-    grad_rows,  # G (P + U, N), as in tiles.load_tile
-    used,  # (P + U, D), as in tiles.load_tile
-    tails,  # G and used, and their row strides: memory past the last row is uninitialised, so the last block needs a mask
-    total,  # (N,) or None
-    norm_bias,  # (D,) or None
-    count,  # (1,) U
-    grad_weight,  # (N, D) out
-    shape,  # P, N, D
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    P, N, D = shape
-    G, rows_of_used, stride_gr, stride_ur = tails
-    ACC: tl.constexpr = tl.float64 if grad_weight.dtype.element_ty == tl.float64 else tl.float32
-    across = tl.cdiv(D, BLOCK_N)
-    n0 = tl.program_id(0) // across * BLOCK_M
-    d0 = tl.program_id(0) % across * BLOCK_N
-    n = n0 + tl.arange(0, BLOCK_M)
-    d = d0 + tl.arange(0, BLOCK_N)
-    rows = P + tl.load(count)
-    whole = rows // BLOCK_K * BLOCK_K
-    acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
-    # The last block first: after the loop, its product would make the loop's wait for one another on Hopper.
-    g = load_tile((G, rows, N, stride_gr), whole, n0, BLOCK_K, BLOCK_M, True)
-    acc = dot(g, load_tile((rows_of_used, rows, D, stride_ur), whole, d0, BLOCK_K, BLOCK_N), acc, PRECISION)
-    for r0 in range(0, whole, BLOCK_K):
-        g = load_tile(grad_rows, r0, n0, BLOCK_K, BLOCK_M, True)
-        acc = dot(g, load_tile(used, r0, d0, BLOCK_K, BLOCK_N), acc, PRECISION)
-    if norm_bias is not None:
-        beta = tl.load(norm_bias + d, mask=d < D, other=0.0).to(ACC)
-        acc += tl.load(total + n, mask=n < N, other=0.0)[:, None] * beta[None, :]
-    inside = (n < N)[:, None] & (d < D)[None, :]
-    tl.store(grad_weight + n[:, None].to(tl.int64) * D + d[None, :], acc.to(grad_weight.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -296,7 +259,7 @@ def backward(
             start += n
         if "weight" in needs:
             used, _ = prepare(terms, norm, which)
-            found["weight"] = _weight_grad(G, used, total, norm.bias, weight, which)
+            found["weight"] = weight_grad(G, used, total, norm.bias, weight, which)
         grad_sum = by_token = grad_token = grad_place = None
         if wants_tables:
             grad_sum = grad_hidden if scales is None else _grad_sum(terms, means, scales, dots, grad_hidden)
@@ -364,22 +327,6 @@ def _stream(
                 columns = slice(start, start := start + grad.shape[1])
                 table_grad(grad, position_ids.reshape(-1), P, weights=rstd, order=order, out=G[:P, columns])
     return totals.sum(0), dots
-
-
-def _weight_grad(
-    G: Tensor, used: Tensor, total: Tensor, norm_bias: Tensor | None, weight: Tensor, which: ProjectedRows
-) -> Tensor:
-    """Gᵀ·used + total ⊗ β: (N, D) in weight's dtype."""
-    N, D = weight.shape
-    device = tuning.device_of(weight)
-    tiles = tuning.weight_grad(N, D, weight.dtype, device)
-    grad = weight.new_empty(N, D)
-    launch(weight_grad_kernel, (tuning.cdiv(N, tiles.BLOCK_M) * tuning.cdiv(D, tiles.BLOCK_N),))(
-        tuning.operand(G, (tiles.BLOCK_K, tiles.BLOCK_M), device), tuning.operand(used, (tiles.BLOCK_K, tiles.BLOCK_N), device),
-        (G, used, G.stride(0), used.stride(0)), total, norm_bias, which.in_use, grad, (which.P, N, D),
-        PRECISION=tuning.precision(weight.dtype, device), **tiles._asdict(), **tuning.registers(device),
-    )  # fmt: skip
-    return grad
 
 
 def _grad_sum(terms: Terms, mean: Tensor | None, rstd: Tensor, dots: Tensor, grad_hidden: Tensor | None) -> Tensor:

@@ -351,6 +351,6 @@ def rows(D, dtype):
 
 @functools.lru_cache(256)
 def segment(D):
-    """Rows per step and columns of embed_grad.segment_kernel and join_kernel."""
+    """Rows per step and columns of table_grad.segment_kernel and join_kernel."""
     columns = min(1 << max(D - 1, 15).bit_length(), 1024)
     return min(4096 // columns, 8), columns

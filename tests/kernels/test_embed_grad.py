@@ -6,7 +6,7 @@ from conftest import DEVICE, DTYPES, examples, full
 from hypothesis import given
 from hypothesis import strategies as st
 from numerics import assert_no_worse
-from pyembed.kernels.embed_grad import CHUNK
+from pyembed.kernels.table_grad import CHUNK
 
 from pyembed.plans import operators
 
