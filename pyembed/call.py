@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from .kept import Kept
+
 MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
 
 
@@ -125,6 +127,13 @@ class Projection(NamedTuple):
             return ()
         return (weight, bias), (key_weight, key_bias), (value_weight, value_bias)
 
+    def cat(self) -> tuple[Tensor, Tensor | None]:
+        """One weight and bias of all, where each has its own."""
+        weights, biases = zip(*self.own, strict=True)
+        if all(bias is None for bias in biases):
+            return torch.cat(weights), None
+        return torch.cat(weights), torch.cat([w.new_zeros(len(w)) if b is None else b for w, b in self.own])
+
     @property
     def rows(self) -> int:
         """N."""
@@ -166,6 +175,7 @@ class Call(NamedTuple):
     batch_invariant: bool = False  # one order of sums for any number of tokens
     distinct: DistinctIds | None = None  # of ids, where a data loader found them
     concat: bool = False  # position rows stand beside token rows, 2·D wide; by PyTorch's operators alone
+    kept: Kept | None = None  # where what the norm's and the projection's weights give may be kept for later calls
 
     @property
     def head_dim(self) -> int:
@@ -195,16 +205,15 @@ class Call(NamedTuple):
         if projection is None or added is None and projection.key_weight is None:
             return self
         weight, bias, heads, kv_heads, *_ = projection
-        own = projection.own
-        if own:
-            weight = torch.cat([weight for weight, _ in own])
-            if any(bias is not None for _, bias in own):
-                bias = torch.cat([weight.new_zeros(weight.shape[0]) if bias is None else bias for weight, bias in own])
+        kept = self.kept
+        if projection.own:
+            weight, bias = projection.cat() if kept is None else kept.get("packed", weight.dtype, projection.cat)
         if added is not None:
+            kept = None  # the bias is this call's own
             added = torch.nn.functional.pad(added, (0, weight.shape[0] - added.numel()))
             bias = added if bias is None else bias + added
         epilogue = self.epilogue if added is None else self.epilogue._replace(query_bias=None)
-        return self._replace(projection=Projection(weight, bias, heads, kv_heads), epilogue=epilogue)
+        return self._replace(projection=Projection(weight, bias, heads, kv_heads), epilogue=epilogue, kept=kept)
 
     def unpacked(self, grads: dict[str, Tensor], needs: set[str]) -> dict[str, Tensor]:
         """Gradients by name, those of the weight and bias of packed() among them -> of this call's fields in needs, each with

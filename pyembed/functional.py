@@ -198,8 +198,9 @@ def embed_qkv(
     Differentiable once in every floating argument. All tensors share one dtype (float32, float16, bfloat16; float64 on the
     CPU) and one device. fp32 products on a GPU use tf32 where torch.backends.cuda.matmul says so.
     batch_invariant: a token's results have the same bits alone and at any place of any batch, by one order of sums for all
-    (slower where another would suit better). Else that holds by the kernels, within a plan, among calls of up to 16, 32, 256,
-    1,023 or more tokens. RuntimeError: torch.export, or torch.compile with fullgraph, of PyTorch's operators.
+    (slower where another would suit better). Else that holds by the kernels, within a plan, among calls of up to 16 or 32
+    tokens, and of more as far as kernels/triton/tuning.py takes the same kernels for them, and tiles of one depth.
+    RuntimeError: torch.export, or torch.compile with fullgraph, of PyTorch's operators.
     Under autocast, weight and bias are cast to its dtype, which query, key and value have, and hidden and the norm keep theirs.
     id_policy and errors as in embed.
     """

@@ -58,6 +58,11 @@ def is_plain_eager() -> bool:
     return not (torch.compiler.is_compiling() or is_traced() or is_transformed())
 
 
+def is_captured(tensor: Tensor) -> bool:
+    """Whether a CUDA graph records what runs over it, to repeat it over other values."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def can_read(tensor: Tensor) -> bool:
     """Whether a check may look at the values of this tensor: where that costs no synchronisation, or within debug()."""
     here = tensor.device.type == "cpu" or settings.current.debug and tensor.is_cuda

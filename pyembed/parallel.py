@@ -88,6 +88,7 @@ class ColwiseQKV(ParallelStyle):
             heads = module.num_heads, module.num_kv_heads, module.num_kv_heads
             self._split(module, device_mesh, [count * module._head_dim for count in heads])
         module.drop_table()
+        module.keep_folded(False)
         vars(module).update(_style=self, _mesh=device_mesh)
         module.__class__ = type(f"Colwise{type(module).__name__}", (_Colwise, type(module)), {})
         return module

@@ -60,7 +60,7 @@ def run(call: Call) -> Any:
     """hidden (..., T, D) of a call without a projection, else HiddenQKV. Errors: those of checks.py, and of a forced plan."""
     if is_compiling():  # first, so that a compiler does not trace the rest
         return _run_first(call, None)
-    terms, norm, projection, epilogue, policy, invariant, given, concat = call
+    terms, norm, projection, epilogue, policy, invariant, given, concat, kept = call
     values: tuple[Any, ...]
     if projection is None:
         values = terms
@@ -83,7 +83,8 @@ def run(call: Call) -> Any:
         tensors += tuple([called.weight for called in modules if called.weight is not None])
         more = tuple([(called.weight is None, called.has_rows) for called in modules])
     # The second tensor is mostly the token table, of which a process may have many.
-    key: tuple[Any, ...] = (current, policy, invariant, concat, terms.ids.shape, tensors[1].shape, kind.numbers(values), more)
+    shapes = terms.ids.shape, tensors[1].shape
+    key: tuple[Any, ...] = (current, policy, invariant, concat, kept is None, shapes, kind.numbers(values), more)
     if current.backend == "triton" or not terms.ids.is_cpu:  # what kernels are compiled for, beside the guards
         try:
             key += (torch.backends.cuda.matmul.fp32_precision, *map(_alignment, tensors))

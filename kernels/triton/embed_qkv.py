@@ -127,7 +127,7 @@ def embed_qkv(
     if M == 0 or N == 0 or D == 0:
         return outputs
     device, layer, normed = tuning.device_of(weight), norm.kind == "layer", norm.kind != "none"
-    way = way or tuning.way(tuning.INVARIANT if call.batch_invariant else M, N, hidden.dtype, device)
+    way = way or tuning.way(tuning.INVARIANT if call.batch_invariant else M, N, hidden.dtype, device, call.kept is not None)
     way, tiles, options, runs = configure(
         M, N, D, (heads, kv_heads, kv_heads), hidden.dtype, weight.dtype, device, normed, needs(epilogue, head_dim), way, tiles,
         call.batch_invariant, tuning.precision(weight.dtype, device),
@@ -146,7 +146,8 @@ def embed_qkv(
             rows = embed_norm(*inputs, affine, hidden, statistics, ends, tables, norm.eps, weight.dtype)
             project_norm(rows, projection, qkv, ends, pairs, tiles, widths, options)
         elif way == "folded":
-            folded, shift, residual = fold(projection, norm, pairs)
+            make, how = functools.partial(fold, projection, norm, pairs), (weight.dtype, *pairs.values())
+            folded, shift, residual = make() if call.kept is None else call.kept.get("folded", how, make)
             operand = tuning.operand(folded, (tiles.BLOCK_N, tiles.BLOCK_K), device)
             launch(embed_qkv_folded_kernel, grid)(
                 *inputs, operand, shift, residual, *stored, shape, norm.eps, D, **pairs, **options

@@ -241,7 +241,10 @@ class EmbeddingQKV(KeepsTable):
             if settings.current.plan == "table":  # there was no memory for it
                 with settings.plan("auto"):
                     return self._run(self._call(ids, position_ids, distinct, rotary, segment_ids, query_biases))
+        kept = self._current_kept(ids) if self._keeps_folded else None
         call = self._call(ids, position_ids, distinct, rotary, segment_ids, query_biases)
+        if kept is not None:
+            call = call._replace(kept=kept)
         return run(call) if self._modules["embedding_transform"] is None else self._run(call)
 
     def _run(self, call: Call) -> HiddenQKV:

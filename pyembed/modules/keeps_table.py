@@ -1,5 +1,6 @@
-"""The table of an EmbeddingQKV: when it is built, that it is kept while the weights are unchanged, and calls by it."""
+"""What an EmbeddingQKV keeps while its weights are unchanged: a table, when it is built and calls by it; a folded weight."""
 
+import contextlib
 import logging
 import threading
 import warnings
@@ -14,11 +15,12 @@ import pyembed.settings as settings
 from ..call import NO_NORM, Call, DistinctIds, Epilogue, HiddenQKV, Projection
 from ..checks import check, check_epilogue, check_query_biases, check_ranges
 from ..ids import apply_policy
-from ..modes import is_plain_eager, is_recorded, refuse_scripting
+from ..kept import Kept, Sources
+from ..modes import is_captured, is_plain_eager, is_recorded, refuse_scripting
 from ..plans.choice import refuses, why_torch
 from ..plans.table import DoesNotFit, Table, nbytes
 from ..reference import finish, with_query_biases
-from . import known
+from . import known, parts
 from .parts import HoldsParts
 
 logger = logging.getLogger(__name__)
@@ -26,8 +28,10 @@ _building = threading.RLock()  # one table at a time: two would take twice the m
 
 
 class KeepsTable(HoldsParts):
-    """A front end that may keep a table."""
+    """A front end that may keep a table, or its projection's weight with the norm folded in."""
 
+    _kept: Kept | None = None
+    _keeps_folded = False
     _table: Table | None = None
     _table_dtype: torch.dtype | None = None
     _keeps_table = _table_failed = False
@@ -50,8 +54,9 @@ class KeepsTable(HoldsParts):
     def build_table(self, dtype: torch.dtype | None = None) -> float:
         """Projects every token and position now, so that calls without gradients only gather, under "auto" and "table".
 
-        The first call after a weight changed (in place, replaced, loaded, moved) makes it anew, until drop_table(). Changes
-        through `.data` or NumPy, which PyTorch does not count, are looked for in samples on a CPU and not seen on a GPU.
+        The first call after a weight changed (in place, replaced, loaded, moved, by an optimizer) makes it anew, until
+        drop_table(). Changes that PyTorch does not count (through `.data`, NumPy or DLPack, by torch.distributed, the replay of
+        a CUDA graph or another process) are looked for in samples on a CPU and not seen on a GPU.
         dtype: of the entries, torch.float16 or torch.bfloat16 to halve an fp32 model's table; hidden stays exact.
         Returns the largest error of an entry that this made, relative to the largest entry (0.0: none).
         torch.OutOfMemoryError: it would not fit, before anything is allocated. RuntimeError: weights that are computed
@@ -81,6 +86,41 @@ class KeepsTable(HoldsParts):
     def drop_table(self) -> None:
         """Gives the table's memory back, and makes it no more."""
         self._table, self._keeps_table, self._table_failed = None, False, False
+
+    def keep_folded(self, keep: bool = True) -> None:
+        """Keeps, between calls without gradients, what the kernel for many tokens else computes at each: the norm folded into
+        the projection's weight, from the first such call on. keep=False gives the memory back.
+
+        It takes N·D elements of the weight's dtype and 2·N of float32, and N·D more where query, key and value have weights of
+        their own, which are kept as one. The first call after a change of the norm or of qkv makes it anew; which changes are
+        not seen says build_table. In a compiler's graph, during the capture of a CUDA graph and with query_biases a call folds
+        by itself. RuntimeError: modules that must be called, weights that are computed (parametrizations), made in inference
+        mode or spread over devices.
+        """
+        if keep:
+            self._new_kept()
+        self._kept, self._keeps_folded = None, keep
+
+    def _new_kept(self) -> Kept:
+        refused = self._foreign() or known.distributed(self._modules)
+        if refused:
+            raise RuntimeError(f"keep_folded: expected modules that are no more than their weights, but {refused}")
+        return Kept(Sources("keep_folded", known.links(self._modules, self._known, ("norm", "qkv"), "keep_folded")))
+
+    def _current_kept(self, ids: Tensor) -> Kept | None:
+        """What was kept of these weights, or a new, empty Kept, before they are read; None: this call keeps nothing."""
+        if not is_plain_eager() or is_recorded() or torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
+            return None
+        if ids.numel() < parts.PACK_TOKENS:
+            return None  # neither packed nor folded, and a look at the weights takes its time
+        if is_captured(self._modules["token"].weight):
+            return None  # its replays read the weights as they are then
+        kept = self._kept
+        if kept is None or not kept.sources.are_unchanged():
+            self._kept = kept = None  # its memory comes first
+            with contextlib.suppress(RuntimeError):  # weights of which nothing can be kept: they are folded at each call
+                self._kept = kept = self._new_kept()
+        return kept
 
     def _look_up(
         self,
@@ -181,8 +221,14 @@ class KeepsTable(HoldsParts):
         return "a compiler, tracer, torch.func or forward-mode AD is at work" if is_recorded() or not is_plain_eager() else None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "KeepsTable":
-        self._table = None  # its memory need not wait for the next call
+        self._table = self._kept = None  # their memory need not wait for the next call
         return super()._apply(fn, recurse)
 
+    def _replicate_for_data_parallel(self) -> Any:
+        replica: Any = super()._replicate_for_data_parallel()  # of a device of its own
+        replica.drop_table()
+        replica.keep_folded(False)
+        return replica
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_table": None}  # a copy makes its own
+        return {**self.__dict__, "_table": None, "_kept": None}  # a copy makes its own

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
 from ..call import STOCK_FORWARDS, Norm, Projection, wide_dtype
+from ..kept import Links
 from ..modes import TENSORS, autocast_dtype, brings_operators, has_process_group, is_dtensor, is_recorded
 from ..rotary import Rotary
 from . import proofs
@@ -212,7 +213,7 @@ def make_norm(name: str, kind: str | None, width: int, eps: float, bias: bool, *
 
 
 def distributed(modules: dict[str, Any]) -> str | None:
-    """Why no table can be kept of weights that are spread over devices; None: they are not."""
+    """Why nothing can be kept of weights that are spread over devices; None: they are not."""
     for name in NAMES if has_process_group() else ():
         for part in () if modules[name] is None else modules[name].modules():
             if getattr(part, "_is_fsdp_managed_module", False) or any(map(is_dtensor, part.parameters(recurse=False))):
@@ -386,9 +387,10 @@ def place_rows(position: Any, way: PositionFinding, position_ids: Tensor, offset
     return position(flat.unsqueeze(0), position_ids=flat).view(*position_ids.shape, -1)
 
 
-def links(modules: dict[str, Any], known: Known) -> list[tuple[dict[str, Any], str, Any]]:
-    """(dict, key, value) of all that a table depends on. RuntimeError: a weight that is computed at every access."""
-    found: list[tuple[dict[str, Any], str, Any]] = [(modules, name, modules[name]) for name in NAMES]
+def links(modules: dict[str, Any], known: Known, names: tuple[str, ...] = NAMES, of: str = "table") -> Links:
+    """(dict, key, value) of all that what is computed from these modules depends on. RuntimeError, which begins with `of`: a
+    weight that is computed at every access."""
+    found: Links = [(modules, name, modules[name]) for name in names]
     proofs: dict[str, Any] = known.proofs
     found += [(proofs, name, proof) for name, proof in proofs.items()]
     if isinstance(modules["qkv"], nn.ModuleList):
@@ -402,7 +404,7 @@ def links(modules: dict[str, Any], known: Known) -> list[tuple[dict[str, Any], s
             if home is not None:
                 found.append((home, name, home[name]))
             elif name in module.__dict__ or hasattr(type(module), name):
-                raise RuntimeError(f"table: expected plain parameters, got a computed {name} of {type(module).__name__}")
+                raise RuntimeError(f"{of}: expected plain parameters, got a computed {name} of {type(module).__name__}")
     return found
 
 

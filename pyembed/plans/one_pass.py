@@ -31,7 +31,8 @@ def front_end(call: Call, observed: bool) -> HiddenQKV:
     call, rest = with_seed(_cast(call)), None
     if call.epilogue.query_norm is not None and not normalises_heads(call):
         call, rest = call._replace(epilogue=Epilogue()), call.epilogue
-    found = HiddenQKV._make(embed_qkv(call, observed=observed)[: len(HiddenQKV._fields)])
+    outputs = embed_qkv(call, observed=observed, grads=call.wants_grad())
+    found = HiddenQKV._make(outputs[: len(HiddenQKV._fields)])
     return found if rest is None else finish(found, rest)
 
 

@@ -3,20 +3,17 @@
 With centred rows as in distinct_cpu.py, entry r of the table is γ⊙(r − mean(r))·Wᵀ; a call sums two entries and applies rstd
 and W·β + b. Where no position is added rstd depends on the token alone, and an entry is the finished projection.
 
-A table belongs to the modules and tensors that it was made from. Before each call it is held against them: the same objects,
-at the same address, with the same version (PyTorch counts in-place changes). What PyTorch does not count, changes through
-`.data` or NumPy, is looked for on the CPU, in whole norm weights and biases, in 64 elements of a larger weight and in one of
-every row of the token and the position table that the call uses: a change of a whole tensor or of a table's row is seen, one
-of a single row or element of the projection mostly is not.
+A table is held against its sources before each call, as kept.py says. Of the token and the position table one element of every
+row that the call uses is compared on the CPU, so that a change of a row is seen there which PyTorch does not count.
 """
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..call import Call, HiddenQKV, Norm, Projection, Terms, wide_dtype
+from ..kept import Links, Sources, bits
 from ..memory import empty
 from ..reference import finish
 from .distinct_cpu import FEW, Batch, Parts, centred, expand, inverse_deviation, project, shift
@@ -24,8 +21,6 @@ from .operators import launch
 
 CHUNK = 4096  # rows that are projected at a time
 COLUMN = 1 / math.pi  # of a table that is compared
-WHOLE = 4096  # elements of a vector up to which all of them are compared
-SAMPLES = 64  # elements of a larger weight that are compared: each costs a cache line, and few rows of a head lie between two
 
 
 def nbytes(call: Call, dtype: torch.dtype | None = None) -> int:
@@ -62,22 +57,20 @@ class Table:
     """
 
     shift: Tensor | None  # None: entries have it
-    _samples: list[tuple[Tensor, Tensor]] | None = None  # (view, copy) of what is compared before each call
-    _columns: list[tuple[Tensor, Tensor]]  # of the tables, compared by row
+    _columns: list[tuple[Tensor, Tensor]]  # (view, copy) of the tables on a CPU, compared by row; elsewhere none
 
-    def __init__(self, links: list[tuple[dict[str, Any], str, Any]], call: Call, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, links: Links, call: Call, dtype: torch.dtype | None = None) -> None:
         projection = call.packed().projection
         assert projection is not None
         (_, self.token, self.position, *_), self.norm, token = call.terms, call.norm, call.terms.token
         self.dtype = token.dtype if dtype is None else dtype
-        sources = [value for _, _, value in links if isinstance(value, Tensor)]
         size, room = nbytes(call, self.dtype), available(token.device)
         if size > room:
             raise DoesNotFit(f"table: expected at most the {room:,.0f} bytes that {token.device} has left, got {size:,}")
-        if any(tensor.is_inference() for tensor in sources):
-            raise RuntimeError("table: expected weights that count their changes, got tensors made in inference mode")
-        self._links, self._stamps = links, [(tensor, tensor.data_ptr(), tensor._version) for tensor in sources]
-        self._sample(sources)
+        tables = [table for table in (self.token, self.position) if table is not None]
+        self._sources = Sources("table", links, tables)
+        columns = [bits(table[:, int(table.shape[1] * COLUMN)]) for table in tables if table.is_cpu]
+        self._columns = [(column, column.clone()) for column in columns]
         try:
             with torch.no_grad():
                 self._build(projection.weight, projection.bias)
@@ -124,28 +117,12 @@ class Table:
         self._rows = self.token.new_empty(N, 0)
         self.error = lost / largest if largest else 0.0
 
-    def _sample(self, sources: list[Tensor]) -> None:
-        """Sets what is compared before each call, where that costs no wait."""
-        if self.token.device.type != "cpu":
-            return
-        tables = [t for t in (self.token, self.position) if t is not None]
-        spread = [_bits(_spread(t)) for t in sources if not any(t is table for table in tables)]
-        columns = [_bits(t[:, int(t.shape[1] * COLUMN)]) for t in tables]
-        self._samples, self._columns = ([(view, view.clone()) for view in views] for views in (spread, columns))
-
     def is_current(self, ids: Tensor, position_ids: Tensor | None) -> bool:
         """Whether the table still is what its sources give, as far as this call's rows go."""
-        for holder, key, value in self._links:
-            if holder.get(key) is not value:
-                return False
-        for tensor, address, version in self._stamps:
-            if tensor._version != version or tensor.data_ptr() != address:
-                return False
-        if self._samples is None:
+        if not self._sources.are_unchanged():
+            return False
+        if not self._columns:
             return True
-        for view, copy in self._samples:
-            if not torch.equal(view, copy):
-                return False
         (view, copy), *positions = self._columns
         rows = ids.reshape(-1)
         if not torch.equal(view.index_select(0, rows), copy.index_select(0, rows)):
@@ -217,17 +194,3 @@ def _split(hidden: Tensor, qkv: Tensor, shape: torch.Size, projection: Projectio
     groups = projection.groups
     heads = qkv.view(*shape, sum(groups), qkv.shape[-1] // sum(groups))
     return HiddenQKV(hidden.view(*shape, hidden.shape[-1]), *torch.split_with_sizes(heads, groups, -2))
-
-
-def _spread(tensor: Tensor) -> Tensor:
-    """A short vector whole; of others SAMPLES elements, each of another row and column, from one end to the other."""
-    if tensor.dim() == 1 and len(tensor) <= WHOLE:
-        return tensor.detach()
-    count = min(SAMPLES, *tensor.shape)
-    step = sum(size // count * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.detach().as_strided((count,), (step,), tensor.storage_offset())
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    """To compare NaN with itself."""
-    return tensor.detach().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])

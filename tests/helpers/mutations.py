@@ -32,6 +32,7 @@ SAME, SIZES, TABLE = (f"tests/plans/test_{name}.py" for name in ("determinism", 
 IDS, CAST, FUNCTIONS = (f"tests/machinery/test_{name}.py" for name in ("ids", "autocast", "functional"))
 FAST, LAUNCHES, OPS = (f"tests/machinery/test_{name}.py" for name in ("fast_path", "launches", "ops"))
 EMBEDDING, MODULES, TAKEN = (f"tests/modules/test_{name}.py" for name in ("embedding", "modules", "known"))
+KEPT = "tests/plans/test_kept.py"
 SAMES, PLANNER = (f"tests/plans/test_{name}.py" for name in ("distinct", "planner"))
 PARALLEL, TRACES, UNUSED = (f"tests/machinery/test_{name}.py" for name in ("parallel", "traces", "unused"))
 TUNING, AHEAD = (f"tests/kernels/test_{name}.py" for name in ("tuning", "ahead_of_time"))
@@ -199,7 +200,7 @@ MUTATIONS = [
     ),
     Mutation(KERNELS + "embed_qkv_rows.py", " and tuning.aligned(normed.dtype, *widths)", "", QKV + " -k several_tiles"),
     Mutation(KERNELS + "tuning.py", "reversed(choices), key=time", "choices, key=lambda tiles: -time(tiles)", TUNING),
-    Mutation(KERNELS + "tuning.py", "many = max(1024, 3 * N)", "many = 32", TUNING),
+    Mutation(KERNELS + "tuning.py", "else max(1024, 3 * N)", "else 32", TUNING + " -k ways"),
     Mutation(
         KERNELS + "tuning.py",
         "        loop = max(loop, 4 * max",
@@ -483,13 +484,44 @@ MUTATIONS = [
         SAMES + " -k padding",
     ),
     Mutation("pyembed/plans/distinct_cpu.py", "grad_rows -= grad_rows.mean(1, keepdim=True)", "pass", SAMES + " -k gradcheck"),
-    Mutation("pyembed/plans/table.py", "if tensor._version != version or", "if", TABLE + " -k stale"),
+    Mutation("pyembed/kept.py", "if tensor._version != version or", "if", TABLE + " -k stale"),
     Mutation(
-        "pyembed/plans/table.py",
-        "            if holder.get(key) is not value:\n",
-        "            if False:\n",
-        TABLE + " -k stale",
+        "pyembed/kept.py", "            if holder.get(key) is not value:\n", "            if False:\n", TABLE + " -k stale"
     ),
+    Mutation("pyembed/kept.py", "if tensor._version != version or", "if", KEPT + " -k by_what_is"),
+    Mutation(
+        "pyembed/kept.py", "            if holder.get(key) is not value:\n", "            if False:\n", KEPT + " -k by_what"
+    ),
+    Mutation("pyembed/kept.py", " or tensor.data_ptr() != address or storage.expired()", "", KEPT + " -k by_what_is"),
+    Mutation("pyembed/kept.py", " or storage.expired()", "", KEPT + " -k same_address"),
+    Mutation("pyembed/kept.py", "torch.equal(view, copy) for view", "True for view", KEPT + " -k a_cpu"),
+    Mutation("pyembed/kept.py", "            sources._stepped = True\n", "            pass\n", KEPT + " -k by_what_is"),
+    Mutation("pyembed/kept.py", "        if any(id(tensor) in stepped for", "        if any(True for", KEPT + " -k matter"),
+    Mutation(
+        "pyembed/kept.py",
+        "@torch._disable_dynamo",
+        "@(lambda f: lambda *a: torch.compiler.is_compiling() or f(*a))",
+        KEPT + " -k compiled",
+    ),
+    Mutation("pyembed/kept.py", ".cuda_stream if self._device", ".device if self._device", KEPT + " -k stream"),
+    Mutation("pyembed/kept.py", "if found is None or found[0] != key:", "if found is None:", KEPT + " -k pairs"),
+    Mutation("pyembed/kept.py", "if found is None or found[0] != key:", "if True:", KEPT + " -k same_bits"),
+    Mutation("pyembed/call.py", "            kept = None  # the bias is this call's own\n", "", KEPT + " -k biases"),
+    Mutation("pyembed/call.py", "if kept is None else kept.get(", "if True else kept.get(", KEPT + " -k projections"),
+    Mutation(
+        KEEPS,
+        " or torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):\n",
+        ":\n",
+        KEPT + " -k gradients",
+    ),
+    Mutation(KEEPS, '        if is_captured(self._modules["token"].weight):\n', "        if False:\n", KEPT + " -k captured"),
+    Mutation(KEEPS, "kept is None or not kept.sources.are_unchanged()", "kept is None", KEPT + " -k by_what_is"),
+    Mutation(KEEPS, "        self._table = self._kept = None", "        self._table = None", KEPT + " -k memory_is"),
+    Mutation(KEEPS, ', "_kept": None}', "}", KEPT + " -k memory_is"),
+    Mutation(KEEPS, "        replica.keep_folded(False)\n", "", KEPT + " -k replica"),
+    Mutation(KEEPS, "        replica.drop_table()\n", "", KEPT + " -k replica"),
+    Mutation(KERNELS + "embed_qkv.py", "(weight.dtype, *pairs.values())\n", "None\n", KEPT + " -k pairs"),
+    Mutation(KERNELS + "tuning.py", "many = 1024 if kept else max", "many = max", TUNING + " -k ways"),
     Mutation(
         "pyembed/plans/table.py", "(Norm(), None) if self.position is None", "(Norm(), None) if False", TABLE + " -k variants"
     ),

@@ -78,6 +78,7 @@ def test_ways():
     found = [tuning.way(M, 2304, half, h100) for M in (1, 32, 33, 1024, 6912, 6913)]
     assert found == ["few", "few", "rows", "rows", "rows", "folded"]
     assert tuning.way(1024, 64, half, h100) == "rows" and tuning.way(1025, 64, half, h100) == "folded"
+    assert [tuning.way(M, 2304, half, h100, kept=True) for M in (32, 1024, 1025)] == ["few", "rows", "folded"]
     for dtype in (torch.float32, torch.float16):
         assert [tuning.way(M, 2304, dtype, h100) for M in (32, 50_000)] == ["few", "rows"]
     assert [tuning.way(16, 2304, half, tuning.DEVICES[arch]) for arch in ("gfx942", "gfx1100")] == ["few", "rows"]
