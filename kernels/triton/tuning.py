@@ -123,9 +123,9 @@ def way(M, N, dtype, device, kept=False):
     """Which kernels run for M tokens: "few", one launch; "rows", hidden and its norm, then the product; "folded", the norm
     folded into the weight, then one launch.
 
-    "rows" writes M·D elements more, "folded" reads the weight twice and writes it once, 3·N·D; or nothing, where it is kept from
-    an earlier call. It is for bf16 only: in fp32, rows with a mean far larger than their deviation would lose digits that eager
-    keeps; in fp16, the folded weight would underflow where the norm's weight is small.
+    "rows" writes M·D elements more, "folded" reads the weight twice and writes it once, 3·N·D, or nothing where it was kept. It
+    is for bf16 only: in fp32, rows with a mean far larger than their deviation would lose digits that eager keeps; in fp16,
+    the folded weight would underflow where the norm's weight is small.
     """
     most = 32  # AMD would load the norm's weight in pieces of 2 bytes, or spill
     if not isinstance(device.arch, int):
