@@ -228,7 +228,7 @@ def project(N, K, dtype, device):
     """Tiles of the persistent product over distinct rows; both operands have descriptors."""
     if dtype.itemsize > 2:
         return product(1024, N, K, dtype, device, precision=precision(dtype, device))
-    return embed_qkv_folded(1024, N, K, dtype, device)
+    return embed_qkv_folded(1024, N, K, dtype, device, crowded=device.arch == 100)  # 256 columns spill there under Triton 3.8
 
 
 @functools.lru_cache(256)
@@ -292,12 +292,14 @@ def shared_memory(tiles, dtype, device, table=None, spare=0):
     # Hopper's and Blackwell's matrix units read shared memory while they multiply, and so hold the tiles of one more step; fp32
     # may be rearranged, which takes those of another.
     reads_shared = isinstance(device.arch, int) and 90 <= device.arch < 120
-    held = max(stages - 1, 1) + reads_shared + (dtype.itemsize > 2)
+    copies = device.arch == "gfx950"  # into shared memory, padded, by Triton 3.8: a step more is there
+    held = max(stages - 1, 1) + (reads_shared or copies) + (dtype.itemsize > 2)
     if table is None:
         loop = (held + spare) * (rows + columns)
     else:  # the weight's columns; token rows, position rows and the norm's weight and bias; then the normalised rows
         loop = held * columns + (stages - 1) * 2 * (M + 1) * K * table.itemsize + rows
         loop = max(loop, 4 * max(8192, M * K * table.itemsize))  # two steps of token and position rows for their statistics
+    loop += loop // 64 * copies
     epilogue = M * N * 4  # the products in fp32, on their way from the matrix units' layout to that of the stores
     return max(loop, epilogue) + 128 * device.tma  # barriers that count what TMA has copied
 
