@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# On a CUDA machine, also without a network: GPU tests, compute-sanitizer and the benchmark, within a time given.
+# On a CUDA machine, also without a network: GPU tests, compute-sanitizer, predictions beside measurements, and the benchmark,
+# within a time given.
 #
 #     bench/gpu.sh OUT [SECONDS=1500] [arguments of `python -m pytest bench`, as --full or --text FILE]
 #
-# Leaves in OUT: gpu.txt, bench.json, report/ and a log of each part. Every part runs, whatever came of those
+# Leaves in OUT: gpu.txt, predict.json, bench.json, report/ and a log of each part. Every part runs, whatever came of those
 # before it. Exit status: 0, all went well; 1, a part failed or its time ran out; 2, it could not start.
 set -uo pipefail
 
@@ -58,6 +59,7 @@ if command -v compute-sanitizer >/dev/null; then # without PyTorch's cache, so t
 else
     echo "sanitizer: not run: compute-sanitizer is not installed" | tee "$out/sanitizer.log"
 fi
+part predict $((total * 10 / 100)) env COLUMNS=200 "$python" bench/predict.py --measure --json "$out/predict.json"
 left=$((total - SECONDS - 150)) # for the row under way, and the report
 part bench $((left + 60)) "$python" -m pytest bench/bench_{host,front,embedding,step}.py --budget "$left" --benchmark-json="$out/bench.json" "$@"
 [ -s "$out/bench.json" ] && part report 60 "$python" bench/report.py "$out/bench.json" --out "$out/report"

@@ -48,10 +48,10 @@ def _typed(argument):
 class Launch:
     """One launch: a kernel with its specialised signature, compile-time constants and options; hashable."""
 
-    def __init__(self, kernel, args, kwargs):
+    def __init__(self, kernel, args, kwargs, grid=()):
         names = [p.name for p in kernel.params]
         bound = dict(zip(names, args, strict=False)) | {k: v for k, v in kwargs.items() if k in names}
-        self.kernel = kernel
+        self.kernel, self.grid, self.values = kernel, grid, bound
         self.options = {k: v for k, v in kwargs.items() if k in ("num_warps", "num_stages", "maxnreg")}
         self.signature, self.constants, self.attributes = {}, {}, {}
         self.small = []  # tensors of less than 2 GB, whose elements AMD's buffer instructions reach
@@ -99,7 +99,7 @@ def record(monkeypatch, tuning, device, call):
         patch.setattr(tuning, "device_of", lambda tensor: device)
         patch.setattr(launch, "driver", SimpleNamespace(active=SimpleNamespace(get_current_device=lambda: None)))
         patch.setattr(launch, "_kinds", {})
-        patch.setattr(JITFunction, "run", lambda self, *args, grid, warmup, **kw: launches.append(Launch(self, args, kw)))
+        patch.setattr(JITFunction, "run", lambda self, *args, grid, warmup, **kw: launches.append(Launch(self, args, kw, grid)))
         call()
     return launches
 
@@ -170,6 +170,16 @@ def faults(found, device, aligned=True, widest=16):
 
 def _run(tool, *arguments):
     return subprocess.run([tool, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True).stdout
+
+
+def resources(compiled):
+    """(registers of a thread as they are handed out, blocks of SASS with what its encoding says) of a kernel for NVIDIA."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = f"{folder}/kernel.cubin"
+        Path(cubin).write_bytes(compiled.asm["cubin"])
+        usage = _run(f"{BIN}/cuobjdump", "--dump-resource-usage", cubin)
+        text = _run(f"{BIN}/nvdisasm", "-c", "-ndf", "-hex", cubin)
+    return -(-int(re.search(r"REG:(\d+)", usage)[1]) // 8) * 8, machine_code.sass(text)
 
 
 def _of_cubin(compiled, arch):

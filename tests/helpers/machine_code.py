@@ -11,6 +11,22 @@ from typing import NamedTuple
 class Instruction(NamedTuple):
     name: str  # as LDG.E.128 or global_load_dwordx4
     operands: str
+    control: int = 0  # with `nvdisasm -hex`: stall (4 bits), a hint (1), scoreboards that it sets (3, 3) and waits for (6)
+
+    @property
+    def stall(self):
+        """Cycles after which the warp's next instruction may issue, at the earliest."""
+        return self.control & 15
+
+    @property
+    def sets(self):
+        """Scoreboards that it clears when its result is there, or when it has read its operands."""
+        return {self.control >> 5 & 7, self.control >> 8 & 7} - {7} if self.control else set()
+
+    @property
+    def waits(self):
+        """Scoreboards that must be clear before it issues."""
+        return {board for board in range(6) if self.control >> 11 + board & 1}
 
 
 @dataclass
@@ -30,6 +46,7 @@ class Loop(NamedTuple):
 
 
 MATRIX = re.compile(r"HGMMA|HMMA|IMMA|DMMA|OMMA|QMMA|UTC\w*MMA|v_mfma_|v_wmma_|v_smfmac_")
+ENCODING = re.compile(r"\s+/\* 0x([0-9a-f]{16}) \*/$")  # the upper half of an instruction, on a line of its own
 LINES = {  # a label, or an instruction with what guards it
     "sass": re.compile(
         r"(?P<label>[.$][\w$.]+):|\s*/\*\w+\*/\s+(?:@(?P<guard>!?U?P\w+)\s+)?(?P<name>[A-Z][\w.]*)(?P<operands>[^;]*);"
@@ -41,9 +58,11 @@ LINES = {  # a label, or an instruction with what guards it
 def _blocks(language, text, jumps):
     """jumps(instruction, guard): None where it goes on with the next, else the label that it may jump to ("": it ends), and
     whether it may go on with the next too."""
-    blocks, labels, targets = [Block()], {}, {}
+    blocks, labels, targets, last = [Block()], {}, {}, None
     for line in text.splitlines():
-        found = LINES[language].match(line)
+        found, encoding = LINES[language].match(line), ENCODING.match(line)
+        if encoding and last:
+            last[-1] = last[-1]._replace(control=int(encoding[1], 16) >> 41)
         if found is None:
             continue
         if found["label"]:
@@ -53,6 +72,7 @@ def _blocks(language, text, jumps):
             continue
         instruction = Instruction(found["name"], found["operands"].strip())
         blocks[-1].instructions.append(instruction)
+        last = blocks[-1].instructions
         jump = jumps(instruction, found["guard"])
         if jump is not None:
             targets[len(blocks) - 1] = jump
@@ -92,8 +112,9 @@ def amdgcn(text):
     return _blocks("amdgcn", text, jumps)
 
 
-def loops(blocks):
-    """The loops that have matrix instructions: from each block that a later one jumps back to, all that lead to that jump."""
+def natural_loops(blocks):
+    """{header: the blocks of its loop}, and the blocks that can run, in an order in which they do. A loop is, from each block
+    that a later one jumps back to, all that lead to that jump."""
     order, backwards = [], {}  # order: of leaving, so that reversed a block comes before those that follow it
     entered, left, path = {0}, set(), [(0, iter(blocks[0].next))]
     while path:
@@ -118,8 +139,14 @@ def loops(blocks):
                 members.add(place)
                 waiting += before[place]
         found[header] = members
+    return found, order[::-1]
+
+
+def loops(blocks):
+    """The loops that have matrix instructions."""
+    found, order = natural_loops(blocks)
     bodies = {
-        header: [each for place in reversed(order) if place in members for each in blocks[place].instructions]
+        header: [each for place in order if place in members for each in blocks[place].instructions]
         for header, members in found.items()
     }
     with_matrix = [header for header, body in bodies.items() if any(MATRIX.match(each.name) for each in body)]
@@ -192,12 +219,12 @@ def _waits_for_its_own(body):
 
 def _products_meet_loads(body):
     """Whether in a loop's steady state a product runs while a load is under way."""
-    waits = [wait for wait in map(_allows, body) if wait is not None]
+    waits = [wait for wait in map(allows, body) if wait is not None]
     if not waits:
         return _operands_come_early(body)
     pending, meets = 0, False
     for each in body * 2:
-        allowed = _allows(each)
+        allowed = allows(each)
         if allowed is not None:
             pending = min(pending, allowed)
         elif each.name == "LDGDEPBAR" or each.name[0].islower() and (is_load(each) or is_copy(each)):
@@ -207,7 +234,7 @@ def _products_meet_loads(body):
     return meets
 
 
-def _allows(instruction):
+def allows(instruction):
     """The number of loads that may be under way after a wait; None: the instruction waits for no load."""
     if instruction.name == "DEPBAR.LE" and instruction.operands.startswith("SB0"):
         return int(instruction.operands.partition(",")[2].split(",")[0], 0)

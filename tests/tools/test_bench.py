@@ -168,7 +168,7 @@ case "$*" in *"$FAILS"*) exit 1 ;; esac
 """
 
 
-@pytest.mark.parametrize("fails", ["nothing", "-m gpu", "bench/report.py"])
+@pytest.mark.parametrize("fails", ["nothing", "-m gpu", "bench/predict.py", "bench/report.py"])
 def test_gpu_script_runs_every_part(tmp_path, fails):
     """With a Python that notes what it is asked to do: the parts, in order, whatever came of those before."""
     python, out = tmp_path / "python", tmp_path / "out"
@@ -182,13 +182,14 @@ def test_gpu_script_runs_every_part(tmp_path, fails):
         "-m pytest -q -m gpu ",
         "-m pytest -q -m not gpu ",
     ]
+    assert calls[-3] == f"bench/predict.py --measure --json {out}/predict.json"
     assert (
         "-m pytest bench/bench_host.py bench/bench_front.py" in calls[-2]
         and "--budget" in calls[-2]
         and calls[-2].endswith("--full")
         and "bench/report.py" in calls[-1]
     )
-    assert {"gpu.txt", "gpu-tests.log", "kernel-tests.log", "sanitizer.log", "bench.log", "bench.json"} <= {
+    assert {"gpu.txt", "gpu-tests.log", "kernel-tests.log", "sanitizer.log", "predict.log", "bench.log", "bench.json"} <= {
         p.name for p in out.iterdir()
     }
 
