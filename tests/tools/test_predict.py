@@ -135,6 +135,7 @@ def test_a_warp_waits(model):
     assert cycles(load, *[add] * 10, use) == 301
     assert cycles(load, *[add] * 100, use) == 402
     assert cycles(read, use) == 31
+    assert cycles(use, *[add] * 10, load) == 341  # by the next trip
     assert cycles(add, "BAR.SYNC.DEFER_BLOCKING 0x0") == 5 + model.BARRIER
 
 
@@ -205,10 +206,23 @@ def test_time_grows_with_waves(model):
     assert total(priced(model, 264 * 128, N, D, shared=100_000)) <= twice
 
 
+def test_rounds_of_programs(model):
+    """Of three on a multiprocessor that holds two: first two share its rate, then one waits for its own copies."""
+    rates = model.DEVICES["h100"]._replace(l2=1e16, dram=1e16, latency_dram=0)
+    alone = priced(model, M, N, D, rates)["statistics"].seconds
+    busy = max(alone["issue"], alone["shared"])
+    rates = rates._replace(latency_dram=2 * 1.5 * busy / 32 * rates.clock)  # over two steps, 1.5 times as long as it is busy
+    found = priced(model, 3 * M, N, D, rates, shared=100_000)["statistics"]
+    assert found.time == pytest.approx((2 + 1.5) * busy)
+    assert found.seconds["issue"] == pytest.approx(3 * alone["issue"])
+
+
 def test_time_falls_with_rates(model):
     rates = model.DEVICES["h100"]
     slow = rates._replace(dram=rates.dram / 50)
     assert total(priced(model, M, N, D, slow)) > total(priced(model, M, N, D))
+    assert priced(model, M, N, D, slow)["statistics"].limit == "DRAM"
+    assert total(priced(model, M, N, D, slow)) >= 2 * (2 * M * D + N * D + M * N) / (slow.dram * model.COPY)
     assert total(priced(model, M, N, D, slow, itemsize=4)) == pytest.approx(2 * total(priced(model, M, N, D, slow)), rel=0.1)
     assert priced(model, M, N, D, rates._replace(l2=rates.l2 / 50))["main"].limit == "L2"
     assert priced(model, M, N, D, rates._replace(tensor=64))["main"].limit == "tensor"
@@ -278,7 +292,9 @@ def test_measurements_have_columns_of_their_own(predict):
     cells = {column.header: [*column.cells] for column in predict.summary(found, {("h100", case.name): (20e-6, 8e-6)}).columns}
     assert cells["one_pass, µs"] == ["11.3"] and cells["ratio"] == ["2.26"]
     assert cells["MEASURED one_pass, µs"] == ["20.0"] and cells["MEASURED ratio"] == ["2.50"]
-    assert not any("MEASURED" in column.header for column in predict.summary(found, {}).columns)
+    table = predict.summary(found, {})
+    assert not any("MEASURED" in column.header for column in table.columns)
+    assert all("PREDICTED by a model, not measured" in each.title for each in (table, predict.details(found)))
 
 
 def test_what_is_not_there_is_refused(predict):
