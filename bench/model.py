@@ -144,7 +144,7 @@ def warp_cycles(instructions, latency):
             now = max([now, *(ready[board] for board in each.waits)])
             for board in each.sets:
                 is_late = machine_code.is_load(each) or kind in ("ATOMG", "ATOM")
-                ready[board] = now + (latency if is_late else ON_CHIP.get(kind, OTHER))
+                ready[board] = max(ready[board], now + (latency if is_late else ON_CHIP.get(kind, OTHER)))
             now += max(1, each.stall) + (BARRIER if kind == "BAR" else 0)
         return now
 

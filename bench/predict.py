@@ -24,6 +24,7 @@ import aot
 import cases
 import model
 import pytest
+import timing
 import torch
 import typer
 from every_call import meta, norm_of
@@ -32,6 +33,7 @@ from pyembed.kernels.tuning import cdiv
 from rich.console import Console
 from rich.table import Table
 
+import pyembed
 from pyembed.call import Call, Epilogue, Projection, Terms
 
 TILES = ((256, 128), (128, 256), (128, 128), (256, 64), (64, 256), (128, 64), (64, 128), (64, 64))  # of cuBLAS: assumed
@@ -164,7 +166,7 @@ def us(seconds):
 
 
 def summary(predictions, measured):
-    """measured: {(device, case's name): (one_pass, cuBLAS)} in seconds; empty without a GPU."""
+    """measured: {case's name: what measure() gives}; empty without a GPU."""
     table = Table(title="PREDICTED by a model, not measured" + (" (but the columns that say so)" if measured else ""))
     columns = [
         "device",
@@ -188,7 +190,7 @@ def summary(predictions, measured):
             f"{100 * each.traffic:.0f}",
         ]
         if measured:
-            ours, theirs = measured[each.device, each.case.name]
+            ours, theirs = (measured[each.case.name][variant] for variant in ("one_pass", "cuBLAS"))
             row += [us(ours), us(theirs), f"{ours / theirs:.2f}"]
         table.add_row(*row)
     return table
@@ -244,25 +246,25 @@ def at_hand():
     return next((device for device in model.DEVICES if device.upper() in name), None)
 
 
-def measure(case):
-    """(one_pass, cuBLAS' product alone): median seconds on the GPU at hand, cold L2, from CUDA graphs."""
-    import timing
-
-    import pyembed
-
-    device = torch.device("cuda")
-    front = cases.Stock(case.model, max(case.T, 1), device, case.dtype).fused()
+def variants(case, device):
+    """{name: timing.Variant} of the case, and of cuBLAS' product alone."""
+    front = cases.Stock(case.model, case.T, device, case.dtype).fused()
     ids = torch.randint(case.model.V, (case.M // case.T, case.T), device=device)
     x, weight = (torch.randn(rows, case.D, device=device, dtype=case.dtype) for rows in (case.M, case.N))
+    return {
+        "one_pass": timing.Variant(lambda: front(ids), [], lambda: pyembed.plan("one_pass")),
+        "cuBLAS": timing.Variant(lambda: (x @ weight.T,), []),
+    }
+
+
+def measure(case):
+    """{variant: median seconds} on the GPU at hand, each from a CUDA graph, with a cold L2."""
+    device = torch.device("cuda")
     with tf32(case.tf32):
-        variants = {
-            "one_pass": timing.Variant(lambda: front(ids), [], lambda: pyembed.plan("one_pass")),
-            "cuBLAS": timing.Variant(lambda: (x @ weight.T,), []),
-        }
         pool = torch.cuda.graph_pool_handle()
-        variants = {name: timing.capture(variant, pool) for name, variant in variants.items()}
-        found = timing.compare(variants, None, timing.clock(device), seconds=1)
-    return tuple(found[name]["seconds"]["forward"]["median"] for name in variants)
+        captured = {name: timing.capture(variant, pool) for name, variant in variants(case, device).items()}
+        found = timing.compare(captured, None, timing.clock(device), seconds=1)
+    return {name: row["seconds"]["forward"]["median"] for name, row in found.items()}
 
 
 app = typer.Typer(add_completion=False)
@@ -290,10 +292,11 @@ def main(
             f"expected part of one of: {'; '.join(each.name for each in CASES)}; got {case}", param_hint="--case"
         )
     found = [predict(name, each) for name in devices for each in chosen]
-    measured = {(devices[0], each.name): measure(each) for each in chosen} if measures else {}
+    measured = {each.name: measure(each) for each in chosen} if measures else {}
     if json_file:
-        document = {"what": "predicted by a model, not measured", "rows": [as_json(each) for each in found]}
+        document = {"what": "rows: predicted by a model, not measured", "rows": [as_json(each) for each in found]}
         document["rates"] = {name: model.DEVICES[name]._asdict() for name in devices}
+        document |= {"measured": {"device": torch.cuda.get_device_name(), "seconds": measured}} if measures else {}
         json_file.write_text(json.dumps(document, indent=1))
     console = Console(width=200)
     for table in (rates_table(devices), details(found), summary(found, measured)):

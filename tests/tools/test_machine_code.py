@@ -102,6 +102,21 @@ def test_accesses(name, operands, bytes, load, copy):
     assert (width(instruction), is_load(instruction), is_copy(instruction)) == (bytes, load, copy)
 
 
+def test_encoding():
+    """As `nvdisasm -hex` writes it, the upper half of each instruction on a line of its own."""
+    text = """
+        /*0900*/                   LDGSTS.E.BYPASS.128 [R113], desc[UR10][R90.64], P6 ;                /* 0x000000005a717fae */
+                                                                                                       /* 0x0003e2000b101c4a */
+        /*0960*/                   LDGDEPBAR ;                                                         /* 0x00000000000079af */
+                                                                                                       /* 0x000e220000000000 */
+        /*0970*/              @!P0 IMAD.MOV.U32 R27, RZ, RZ, R113 ;                                    /* 0x000000ffff1b7224 */
+                                                                                                       /* 0x003fc400078e00ff */
+"""
+    found = [(each.stall, each.sets, each.waits) for each in sass(text)[0].instructions]
+    assert found == [(1, {1}, set()), (1, {0}, set()), (2, set(), {0, 1})]
+    assert sass(sass_of("NOP"))[0].instructions[0].sets == set()
+
+
 HMMA, COPY, MFMA = (
     "HMMA.16816.F32 R4, R8, R12, R4",
     "LDGSTS.E.BYPASS.128 [R5], [R6.64]",

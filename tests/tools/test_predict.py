@@ -289,12 +289,27 @@ def test_measurements_have_columns_of_their_own(predict):
     case = predict.Case(predict.SMALL, 16)
     cost = predict.model.Cost("main", 1, 10, 0.0, 0.0, 0.0, {"tensor": 10e-6, "DRAM": 0.0})
     found = [predict.Prediction("h100", case, [("kernel", 1, "16", [cost])], 5e-6, 5e-6)]
-    cells = {column.header: [*column.cells] for column in predict.summary(found, {("h100", case.name): (20e-6, 8e-6)}).columns}
+    cells = {
+        column.header: [*column.cells]
+        for column in predict.summary(found, {case.name: {"one_pass": 20e-6, "cuBLAS": 8e-6}}).columns
+    }
     assert cells["one_pass, µs"] == ["11.3"] and cells["ratio"] == ["2.26"]
     assert cells["MEASURED one_pass, µs"] == ["20.0"] and cells["MEASURED ratio"] == ["2.50"]
     table = predict.summary(found, {})
     assert not any("MEASURED" in column.header for column in table.columns)
     assert all("PREDICTED by a model, not measured" in each.title for each in (table, predict.details(found)))
+
+
+def test_what_is_measured(predict):
+    """One call of a front end as wide as the case's, and the product of as many rows; here on a CPU."""
+    small = predict.SMALL.__class__("small", V=50, D=32, heads=4, layers=1, mlp=1, L=8, kv_heads=2, head_dim=16)
+    for M, shape in ((4, (1, 4)), (16, (2, 8))):
+        case = predict.Case(small, M, torch.float32)
+        made = predict.variants(case, torch.device("cpu"))
+        with torch.no_grad(), made["one_pass"].context():
+            hidden, query, key, value = made["one_pass"].forward()
+        assert hidden.shape == (*shape, 32) and [x.shape[-2] for x in (query, key, value)] == [4, 2, 2]
+        assert made["cuBLAS"].forward()[0].shape == (M, case.N) == (M, 128)
 
 
 def test_what_is_not_there_is_refused(predict):
