@@ -3,7 +3,8 @@
 A launch is split into phases by the loops of its machine code:
 
     prologue     what runs once a program
-    statistics   loops without matrix instructions: a pass over the columns of rows, or in `fold` over those of the weight
+    statistics   loops without matrix instructions: a pass over D columns of rows, in `fold` of the weight; within a loop over
+                 column tiles once for each
     main         innermost loops with matrix instructions
     epilogue     what else a column tile runs once
 
@@ -161,7 +162,7 @@ def steps_ahead(instructions, stages):
 
 
 def phases(blocks, trips):
-    """[Phase] of a kernel's blocks. trips(name, instructions): of a phase."""
+    """[Phase] of a kernel's blocks. trips(name, instructions, nested): of a phase; nested: within another loop."""
     loops, order = machine_code.natural_loops(blocks)
 
     def code(members):
@@ -179,7 +180,8 @@ def phases(blocks, trips):
         if "main" in parts:  # tiles and steps may be one loop
             now_and_then = _epilogue(blocks, header, own)
             parts = {"main": own - now_and_then} | ({"epilogue": now_and_then} if now_and_then else {})
-        found += [Phase(name, trips(name, code(part)), code(part)) for name, part in parts.items()]
+        nested = any(members < other for other in loops.values())
+        found += [Phase(name, trips(name, code(part), nested), code(part)) for name, part in parts.items()]
         rest -= members
     return [Phase("prologue", 1, code(rest)), *found]
 
@@ -198,7 +200,10 @@ def _epilogue(blocks, header, members):
                 waiting += [following for following in blocks[place].next if following in members]
         return False
 
-    left_out = {place for place in members - {header} if comes_back(place)}
+    def steps(place):  # products and copies are a step's, though a thread or a last trip may leave them out
+        return any(flops_of(each) or machine_code.is_copy(each) for each in blocks[place].instructions)
+
+    left_out = {place for place in members - {header} if comes_back(place) and not steps(place)}
     names = [each.name for place in left_out for each in blocks[place].instructions]
     return left_out if any(name.startswith(("STG", "UTMASTG")) for name in names) else set()
 
@@ -242,10 +247,10 @@ def priced(launch, rates, case, registers, shared, blocks):
     tile_flops = 2 * size_m * size_n * size_k * columns
     per_tile = tile_flops * min(1, tiles / programs)  # less, where programs share a tile's columns
 
-    def trips(name, own):
+    def trips(name, own, nested):
         if name == "main":
             return per_program * per_tile / sum(program_flops(each, warps) for each in own)
-        return columns if name == "statistics" else per_program
+        return columns * (per_program if nested else 1) if name == "statistics" else per_program
 
     found = phases(blocks, trips)
     resident = min(REGISTERS // (registers * warps * 32), rates.shared // (shared + RESERVED), rates.threads // (warps * 32))

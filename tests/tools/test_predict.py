@@ -60,7 +60,7 @@ KERNEL = (  # a pass over rows; column tiles, in each a product and a store; a w
 
 def test_phases(model):
     """What each loop is, and how many instructions a trip has, those of a wait too, once."""
-    found = {phase.name: phase for phase in model.phases(code(*KERNEL), lambda name, own: len(own) * 10)}
+    found = {phase.name: phase for phase in model.phases(code(*KERNEL), lambda name, own, nested: len(own) * 10)}
     counts = {name: len(phase.instructions) for name, phase in found.items()}
     assert counts == {"prologue": 3, "statistics": 7, "epilogue": 4, "main": 8}
     assert {name: phase.trips for name, phase in found.items()} == {"prologue": 1, "statistics": 70, "epilogue": 40, "main": 80}
@@ -73,10 +73,10 @@ def test_phases_of_tiles_and_steps_in_one_loop(model):
         "NOP", ".L_x_0:", HGMMA, *COPY, "@P1 BRA `(.L_x_1)", "F2FP R1, R2, R3", store,
         ".L_x_1:", "IADD3 R1, R1, 1", "@P2 BRA `(.L_x_0)", "EXIT",
     ]  # fmt: skip
-    counts = [(phase.name, len(phase.instructions)) for phase in model.phases(code(*lines), lambda name, own: 1)]
+    counts = [(phase.name, len(phase.instructions)) for phase in model.phases(code(*lines), lambda *_: 1)]
     assert counts == [("prologue", 2), ("main", 6), ("epilogue", 2)]
     lines[lines.index(store)] = "NOP"  # a block that is left out now and then, and writes nothing, belongs to the step
-    counts = [(phase.name, len(phase.instructions)) for phase in model.phases(code(*lines), lambda name, own: 1)]
+    counts = [(phase.name, len(phase.instructions)) for phase in model.phases(code(*lines), lambda *_: 1)]
     assert counts == [("prologue", 2), ("main", 8)]
 
 
@@ -190,6 +190,14 @@ def test_trips_do_the_products(model):
         assert main.trips * main.flops * programs == 2 * M * N * D
         assert costs["statistics"].trips == 32
         assert sum(cost.dram for cost in costs.values()) == 2 * (M * D + N * D + M * D + M * N)
+    first, tiles = KERNEL.index(".L_x_0:"), KERNEL.index(".L_x_1:")
+    within = [
+        *KERNEL[:first],
+        *KERNEL[tiles : tiles + 2],
+        *KERNEL[first:tiles],
+        *KERNEL[tiles + 2 :],
+    ]  # rows read again for each
+    assert priced(model, M, N, D, kernel=within)["statistics"].trips == 32 * 16
 
 
 def test_time_grows_with_work(model):
