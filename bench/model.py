@@ -2,9 +2,9 @@
 
 A launch is split into phases by the loops of its machine code:
 
-    prologue     what runs once a program
+    prologue     what runs once a program; its end too, where it has one column tile
     statistics   loops without matrix instructions: a pass over D columns of rows, in `fold` of the weight; within a loop over
-                 column tiles once for each
+                 column tiles once for each. Trips by what one stores; of a loop without stores, D over the launch's block
     main         innermost loops with matrix instructions
     epilogue     what else a column tile runs once
 
@@ -219,7 +219,7 @@ def tensors_of(value, name=""):
 
 
 PHASES = {"token": "statistics", "terms": "statistics", "weight": "main", "folded": "main"}  # in which a tensor is read
-WRITTEN, FOLDED = {"hidden", "qkv", "statistics"}, {"folded", "shift", "residual"}  # FOLDED: by the launch that makes them
+WRITTEN, MADE = {"hidden", "qkv", "statistics"}, {"folded", "shift", "residual", "normed"}  # MADE: before the product
 
 
 def dram_bytes(launch, case, names):
@@ -229,8 +229,8 @@ def dram_bytes(launch, case, names):
     for name, tensor in tensors_of(launch.values):
         place = next((each for each in (PHASES.get(name, "epilogue"), "main", "statistics") if each in found), "prologue")
         rows = max(tensor.shape[0] if tensor.dim() > 1 else 1, 1)
-        most = rows if rows == case.N else case.M if name in ("token", "hidden", "qkv") else max(case.T, 1)
-        written = name in WRITTEN or name in FOLDED and "main" not in found
+        most = rows if rows == case.N else max(case.T, 1) if name in ("terms", "epilogue") else case.M
+        written = name in WRITTEN or name in MADE and "main" not in found
         found[None if written else place] += tensor.numel() * tensor.element_size() * min(1, most / rows)
     return found
 
@@ -242,7 +242,7 @@ def priced(launch, rates, case, registers, shared, blocks):
     warps = launch.options.get("num_warps", 4)
     size_m, size_n, size_k = (launch.constant(f"BLOCK_{axis}") or 1 for axis in "MNK")
     programs, tiles = math.prod(launch.grid), cdiv(case.M, size_m) * case.column_tiles(size_n)
-    columns = cdiv(case.D, size_k)
+    columns, rows = cdiv(case.D, size_k), launch.constant("BLOCK_M") or size_n  # rows: of a program that walks over them
     per_program = max(1, cdiv(tiles, programs))
     tile_flops = 2 * size_m * size_n * size_k * columns
     per_tile = tile_flops * min(1, tiles / programs)  # less, where programs share a tile's columns
@@ -250,7 +250,11 @@ def priced(launch, rates, case, registers, shared, blocks):
     def trips(name, own, nested):
         if name == "main":
             return per_program * per_tile / sum(program_flops(each, warps) for each in own)
-        return columns * (per_program if nested else 1) if name == "statistics" else per_program
+        if name == "statistics":
+            stored = sum(machine_code.width(each) for each in own if each.name.startswith("STG")) * 32 * warps
+            wide = stored / (rows * case.itemsize) or launch.constant("BLOCK_D") or size_k
+            return math.ceil(case.D / wide) * (per_program if nested else 1)
+        return per_program
 
     found = phases(blocks, trips)
     resident = min(REGISTERS // (registers * warps * 32), rates.shared // (shared + RESERVED), rates.threads // (warps * 32))

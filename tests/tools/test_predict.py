@@ -49,7 +49,7 @@ COPY, WAIT = ["LDGSTS.E.BYPASS.128 [R5], [R6.64]", "LDGDEPBAR"], "DEPBAR.LE SB0,
 HGMMA = "HGMMA.64x256x16.F32.BF16 R24, gdesc[UR16], R24, gsb0"
 KERNEL = (  # a pass over rows; column tiles, in each a product and a store; a wait between, as for TMA
     "S2R R0, SR_TID.X", "LDG.E R2, [R2.64]",
-    ".L_x_0:", WAIT, "LDS.128 R8, [R1]", "FFMA R1, R2, R3, R1", *COPY, "STG.E.128 [R2.64], R4", "@P0 BRA `(.L_x_0)",
+    ".L_x_0:", WAIT, "LDS.128 R8, [R1]", "FFMA R1, R2, R3, R1", *COPY, *["STG.E.128 [R2.64], R4"] * 2, "@P0 BRA `(.L_x_0)",
     ".L_x_1:", "MOV R1, RZ",
     ".L_x_2:", WAIT,
     ".L_x_3:", "SYNCS.PHASECHK.TRANS64.TRYWAIT P4, [UR7], R6", "@!P4 BRA `(.L_x_3)",
@@ -62,8 +62,8 @@ def test_phases(model):
     """What each loop is, and how many instructions a trip has, those of a wait too, once."""
     found = {phase.name: phase for phase in model.phases(code(*KERNEL), lambda name, own, nested: len(own) * 10)}
     counts = {name: len(phase.instructions) for name, phase in found.items()}
-    assert counts == {"prologue": 3, "statistics": 7, "epilogue": 4, "main": 8}
-    assert {name: phase.trips for name, phase in found.items()} == {"prologue": 1, "statistics": 70, "epilogue": 40, "main": 80}
+    assert counts == {"prologue": 3, "statistics": 8, "epilogue": 4, "main": 8}
+    assert {name: phase.trips for name, phase in found.items()} == {"prologue": 1, "statistics": 80, "epilogue": 40, "main": 80}
     assert sum(map(model.flops_of, found["main"].instructions)) == 2 * 2 * 64 * 256 * 16
 
 
@@ -190,6 +190,8 @@ def test_trips_do_the_products(model):
         assert main.trips * main.flops * programs == 2 * M * N * D
         assert costs["statistics"].trips == 32
         assert sum(cost.dram for cost in costs.values()) == 2 * (M * D + N * D + M * D + M * N)
+    wider = [*KERNEL[:8], *[KERNEL[8]] * 2, *KERNEL[8:]]  # twice the columns of BLOCK_K in a step
+    assert KERNEL[8].startswith("STG") and priced(model, M, N, D, kernel=wider)["statistics"].trips == 16
     first, tiles = KERNEL.index(".L_x_0:"), KERNEL.index(".L_x_1:")
     within = [
         *KERNEL[:first],
