@@ -152,13 +152,13 @@ def faults(found, device, aligned=True, widest=16):
         narrow = [each for each in loop.body if (machine_code.width(each) or 4) < 4]
         vectors = 0 if loop.innermost else 2  # after the products: a bias and a norm, of which a thread may have one element
         if aligned and len(narrow) > (vectors if all(map(machine_code.is_load, narrow)) else 0):
-            wrong["narrow access"] = f"{len(narrow)} of {len(loop.body)} instructions, as {' '.join(narrow[0])}"
+            wrong["narrow access"] = f"{len(narrow)} of {len(loop.body)} instructions, as {' '.join(narrow[0][:2])}"
         if not loop.innermost:
             continue
         loads = [each for each in loop.body if machine_code.is_load(each)]
         pieces = [each for each in loads if not through_registers or machine_code.width(each) < widest]
         if 2 * len(pieces) > len(loads) * through_registers and aligned:  # those of the norm are small, and few
-            wrong["synchronous loads"] = f"{len(pieces)} of {len(loop.body)} instructions, as {' '.join(pieces[0])}"
+            wrong["synchronous loads"] = f"{len(pieces)} of {len(loop.body)} instructions, as {' '.join(pieces[0][:2])}"
         copies = [machine_code.width(each) or 16 for each in loop.body if machine_code.is_copy(each)]
         small = [size for size in copies if size < 16]
         if 2 * len(small) > len(copies) and aligned:

@@ -75,6 +75,11 @@ def test_phases_of_tiles_and_steps_in_one_loop(model):
     ]  # fmt: skip
     counts = [(phase.name, len(phase.instructions)) for phase in model.phases(code(*lines), lambda *_: 1)]
     assert counts == [("prologue", 2), ("main", 6), ("epilogue", 2)]
+    copies = ["@P3 BRA `(.L_x_2)", *COPY, ".L_x_2:"]  # by one thread, as TMA's are
+    counts = [
+        (phase.name, len(phase.instructions)) for phase in model.phases(code(*lines[:2], *copies, *lines[2:]), lambda *_: 1)
+    ]
+    assert counts == [("prologue", 2), ("main", 9), ("epilogue", 2)]
     lines[lines.index(store)] = "NOP"  # a block that is left out now and then, and writes nothing, belongs to the step
     counts = [(phase.name, len(phase.instructions)) for phase in model.phases(code(*lines), lambda *_: 1)]
     assert counts == [("prologue", 2), ("main", 8)]
@@ -135,6 +140,7 @@ def test_a_warp_waits(model):
     assert cycles(load, *[add] * 10, use) == 301
     assert cycles(load, *[add] * 100, use) == 402
     assert cycles(read, use) == 31
+    assert cycles(load, read, use) == 301  # both by one scoreboard
     assert cycles(use, *[add] * 10, load) == 341  # by the next trip
     assert cycles(add, "BAR.SYNC.DEFER_BLOCKING 0x0") == 5 + model.BARRIER
 
