@@ -25,9 +25,10 @@ EVERYWHERE = [  # each kernel that multiplies matrices, by each way in which it 
     (False, distinct_rows, HALF, 4098, 768, 2304, "layer", True),
     (False, mixed, FLOAT, 513, "layer"),
 ]
+DECODE = (False, front_end, HALF, 1, 768, 2304, "layer", True)  # on AMD, rows of fp32 are normalised before the product
 ON_HOPPER = [  # every kernel; test_the_sample_has_every_kernel holds it to that
     *EVERYWHERE,
-    (False, front_end, HALF, 1, 768, 2304, "layer", True),
+    DECODE,
     (False, front_end, HALF, 17, 768, 2304, "layer", True),
     (False, front_end, HALF, 4097, 771, 2313, "rms", True),
     (False, front_end, torch.float16, 513, 768, 2304, "layer", True),
@@ -71,10 +72,17 @@ def name_of(arch, call):
     return "-".join(str(word).removeprefix("torch.") for word in (arch, function.__name__, *arguments, *["tf32"] * switch))
 
 
+def sample(arch):
+    """The calls that are compiled for a device by default."""
+    if arch == 90:
+        return ON_HOPPER
+    return EVERYWHERE if isinstance(arch, int) else [*EVERYWHERE, DECODE]
+
+
 def cases():
     found = []
     for arch, call in itertools.product(tuning.DEVICES, every_call()):
-        by_default = call in (ON_HOPPER if arch == 90 else EVERYWHERE)
+        by_default = call in sample(arch)
         found.append(pytest.param(arch, call, marks=() if by_default else pytest.mark.full, id=name_of(arch, call)))
     return found
 
@@ -230,17 +238,17 @@ def test_faults(wrong, arch, changes):
 
 def test_the_sample_has_every_kernel(monkeypatch):
     """Each that any call launches, by a call that is compiled by default; and of those that multiply, each on every device."""
-    every, sample = (
+    every, found = (
         {launch.kernel.__name__ for call in calls for launch in launches(monkeypatch, 90, call)}
         for calls in (every_call(), ON_HOPPER)
     )
-    assert sample == every and {*ON_HOPPER} <= {*every_call()}
-    for arch in tuning.DEVICES:
-        every, sample = (
+    assert found == every and {*ON_HOPPER} <= {*every_call()}
+    for arch in (90, 80, "gfx942", "gfx1100"):
+        every, found = (
             {launch.kernel for call in calls for launch in launches(monkeypatch, arch, call) if multiplies(launch)}
-            for calls in (every_call(), EVERYWHERE)
+            for calls in (every_call(), sample(arch))
         )
-        assert every == sample
+        assert every == found
 
 
 def test_files_of_kernels():

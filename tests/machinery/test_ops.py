@@ -253,7 +253,7 @@ def test_interpreter_leaves_the_compiler_alone(monkeypatch):
     assert type(interpreter.load("embed_qkv").embed_qkv_kernel).__name__ == "InterpretedFunction"
     meta = {"dtype": torch.bfloat16, "device": "meta"}
     token, weight, bias = (torch.empty(shape, **meta) for shape in ((9, 64), (48, 64), (48,)))
-    ids, vector = torch.empty(1, 40, dtype=torch.long, device="meta"), torch.empty(64, **meta)
+    ids, vector = torch.empty(1, 20, dtype=torch.long, device="meta"), torch.empty(64, **meta)
     call = Call(Terms(ids, token), Norm("layer", vector, vector, 1e-5), Projection(weight, bias, 1, 1))
     (launch,) = aot.record(monkeypatch, tuning, tuning.H100, lambda: embed_qkv.embed_qkv(call))
     monkeypatch.setattr(triton.knobs.compilation, "always_compile", True)

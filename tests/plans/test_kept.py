@@ -377,11 +377,17 @@ def test_threads(folds):
     """Of several that come at once each has a result of the weights as they are."""
     module, found = front(), []
     expected = folded_anew(module)
-    threads = [threading.Thread(target=lambda: found.append(called(module))) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+
+    def call():
+        with torch.no_grad():
+            found.append(module(IDS))
+
+    threads = [threading.Thread(target=call) for _ in range(4)]
+    with pyembed.plan("one_pass"):  # once: the setting is the process's
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
     assert len(found) == 4 and all(same(each, expected) for each in found)
 
 
