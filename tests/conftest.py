@@ -24,6 +24,7 @@ DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if CUDA else [])]
 
 def pytest_addoption(parser, pluginmanager):
     pluginmanager.import_plugin("default_run")  # --full
+    pluginmanager.import_plugin("recorder")  # --record
     help = "of the ahead-of-time cases, only kernels that these files of kernels/triton make, as embed,tiles"
     parser.getgroup("pyembed").addoption("--kernels", metavar="FILES", help=help)
 
@@ -32,8 +33,10 @@ def pytest_configure(config):
     full = config.getoption("--full")
     hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "full" if full else "default"))
     examples.full = full
-    if CUDA:
-        config.option.limit = 0  # kernels are compiled
+    if CUDA and config.getoption("--record"):
+        raise pytest.UsageError("--record: expected a machine without a GPU, where kernels are interpreted")
+    if CUDA or config.getoption("--record"):
+        config.option.limit = 0  # kernels are compiled, or run three times
 
 
 def pytest_collection_finish(session):
