@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DEVICE, full
+from conftest import DEVICE, examples, full
 from numerics import Case
 from recorder import recording
 
@@ -154,14 +154,15 @@ def small_tiles(monkeypatch):
     tiles = tuning.Tiles(4, 16, 16, 4, 1)
     for name in ("embed_qkv", "embed_qkv_folded", "project", "weight_grad"):
         monkeypatch.setattr(tuning, name, lambda *args: tiles)
-    several = {"rows": (2, 16, 4), "stream": (4, 16), "streaming": (4, 16), "expand": (4, 16, 16), "segment": (2, 16)}
+    several = {"rows": (2, 8, 4), "stream": (4, 32), "streaming": (4, 16), "expand": (4, 32, 16), "segment": (4, 32)}
     for name, sizes in several.items():
         monkeypatch.setattr(tuning, name, lambda *args, sizes=sizes: sizes)
     monkeypatch.setattr(tuning, "runs", lambda M, count, tiles, device: min(2, count))
     monkeypatch.setattr(tuning, "fold", lambda weight: {"BLOCK_N": 16, "BLOCK_K": 16, "num_warps": 4})
-    monkeypatch.setattr(kernels_of("embed_grad"), "CHUNK", 4)
+    monkeypatch.setattr(kernels_of("embed_grad"), "CHUNK", 2)
 
     def of(arch, folds):
+        kernels_of("embed_qkv").configure.cache_clear()
         device = tuning.DEVICES[arch]._replace(multiprocessors=3)
         monkeypatch.setattr(tuning, "device_of", lambda tensor: device)
         monkeypatch.setattr(tuning, "folds", lambda M, dtype: folds)
@@ -170,46 +171,49 @@ def small_tiles(monkeypatch):
 
 
 def case(**options):
-    """11 tokens of 5 ids, so that runs of equal ones go on for more than a chunk; rows and heads end inside a tile."""
-    options = {"B": 1, "T": 11, "V": 5, "D": 20, "heads": 2, "kv_heads": 1, "head_dim": 12} | options
+    """Of 2 ids, so that runs of equal ones go on for more than a chunk; rows and heads end inside a tile."""
+    options = {"B": 1, "T": 5, "V": 2, "D": 12, "heads": 2, "kv_heads": 1, "head_dim": 8} | options
     return Case(torch.float32, "cpu", **options)
 
 
 def with_segments(found):
-    found.parameters["segment"] = torch.randn(3, 20)
+    found.parameters["segment"] = torch.randn(3, 12)
     found.options["segment_ids"] = torch.randint(3, found.ids.shape)
     return found
 
 
 def one_pass(**options):
-    found = case(padding_idx=3, **options)
-    found.options["rotary"] = Rotary(12, 24, rotary_dim=8)
+    found = case(padding_idx=-1, **options)
+    found.options["rotary"] = Rotary(8, 24, rotary_dim=4)
     found.run(F.embed_qkv)
 
 
 def many_terms():
-    found = with_segments(case(norm="rms", padding_idx=3, position_ids="BT"))
-    found.options |= {"dropout": 0.25, "scale": 3.0, "rotary": Rotary(12, 24, interleaved=True)}
+    found = with_segments(case(norm="rms", position_ids="BT", T=4))
+    found.options |= {"dropout": 0.25, "scale": 3.0, "rotary": Rotary(8, 24, interleaved=True)}
     found.run(F.embed_qkv)
 
 
 def without_norm():
-    found = with_segments(case(norm=None, bias=False, T=6))
+    found = with_segments(case(norm=None, bias=False))
     found.options |= {"dropout": 0.25}
     found.run(F.embed_qkv)
 
 
 def ends():
-    found = case(norm="rms", head_dim=16)
+    found = case(norm="rms", head_dim=16, T=3)
     found.parameters |= {"query_norm": torch.randn(16), "key_norm": torch.randn(16)}
-    found.options |= {"heads_first": True, "rotary": Rotary(16, 24), "query_biases": torch.randn(2, 2, 16).unbind()}
+    second = case(norm="rms", T=3)
+    found.options |= {"heads_first": True, "rotary": Rotary(16, 24)}
+    second.options |= {"heads_first": True, "query_biases": torch.randn(2, 2, 8).unbind()}
     with torch.no_grad():
         found.run(F.embed_qkv, backward=False)
+        second.run(F.embed_qkv, backward=False)
 
 
 def distinct(**options):
     found = case(**options)
-    found.options["rotary"] = Rotary(12, 24)
+    found.options["rotary"] = Rotary(8, 24)
     with pyembed.plan("distinct"):
         found.run(F.embed_qkv)
 
@@ -226,10 +230,10 @@ def table():
 
 
 def embeddings():
-    ids = torch.tensor([[3, 3, 3, 3, 3, 1, 0, 1, 3]])
+    ids = torch.tensor([[3, 3, 3, 1, 0, 3]])
     token, table = (torch.randn(4, 20, requires_grad=True) for _ in range(2))
-    F.embedding(ids, token, padding_idx=1).backward(torch.randn(1, 9, 20))
-    F.embed(ids, token, table, ids, segment=table, segment_ids=ids, dropout=0.5).backward(torch.randn(1, 9, 20))
+    F.embedding(ids, token, padding_idx=1).backward(torch.randn(1, 6, 20))
+    F.embed(ids, token, table, ids, segment=table, segment_ids=ids, dropout=0.5).backward(torch.randn(1, 6, 20))
 
 
 def sines():
@@ -237,43 +241,50 @@ def sines():
 
 
 def split_weights():
-    token, norm, qkv = torch.nn.Embedding(5, 20), torch.nn.LayerNorm(20), tuple(torch.nn.Linear(20, 24) for _ in range(3))
+    token, norm, qkv = torch.nn.Embedding(5, 12), torch.nn.LayerNorm(12), tuple(torch.nn.Linear(12, 16) for _ in range(3))
     front = pyembed.EmbeddingQKV.from_modules(token, norm=norm, qkv=qkv, num_heads=2)
-    front(torch.randint(5, (1, 7))).query.sum().backward()
+    front(torch.randint(5, (1, 3))).query.sum().backward()
 
 
 def absent():
-    """Two tokens without a row, of which the report may name either."""
+    """Two tokens without a row, in two programs: the report, which is made where nobody looked at ids before, names either."""
     found = case(position=None)
-    found.ids = torch.tensor([[0, 99, 2, 3, 4, 0, -1, 2]])
+    found.ids = torch.tensor([[0, 99, 2, 3, 4, -1]])
     for plan in ("one_pass", "distinct"):
-        with pyembed.plan(plan), torch.no_grad(), pytest.raises(IndexError, match="ids: expected values in"):
-            found.run(F.embed_qkv, backward=False)
-    with pytest.raises(IndexError, match="ids: expected values in"):
-        F.embed(found.ids, found.parameters["token"])
+        with pyembed.plan(plan), pyembed.id_policy("trust"), torch.no_grad():
+            assert found.run(F.embed_qkv, backward=False)["hidden"].isnan().any()
 
 
-RAGGED = {"norm": "rms", "position_ids": "BT", "B": 2, "T": 5, "padding_idx": 3}
+RAGGED = {"norm": "rms", "position_ids": "BT", "B": 2, "T": 3, "V": 5, "padding_idx": 3}
 # the device, whether norms are folded, a function and its arguments: kernels that it runs in more than one program
 SHIPPED = [
     (90, False, one_pass, {}, "embed_qkv norm_backward segment join turn_back"),
-    (90, True, one_pass, {"T": 5}, "fold embed_qkv_folded norm_backward turn_back"),
-    full(80, True, one_pass, {"norm": "rms"}, "fold embed_qkv_folded norm_backward segment join turn_back"),
+    (80, True, one_pass, {"position": None}, "fold embed_qkv_folded norm_backward turn_back"),
+    full(90, True, one_pass, {"norm": "rms"}, "fold embed_qkv_folded norm_backward segment join turn_back"),
     (90, False, many_terms, {}, "embed_qkv norm_backward segment turn_back"),
     full(90, True, many_terms, {}, "fold embed_qkv_folded norm_backward segment turn_back"),
     (90, False, without_norm, {}, "embed_qkv embed drop segment"),
     (90, False, ends, {}, "embed_qkv"),
     full(90, True, ends, {}, "embed_qkv_folded"),
-    (90, False, distinct, {"T": 6}, "prepare project shift expand turn_back qkv weight_grad sum table segment"),
-    (80, False, distinct, RAGGED, "prepare project expand qkv weight_grad sum table segment"),
+    (90, False, distinct, {}, "prepare project shift expand turn_back qkv weight_grad sum table segment"),
+    full(80, False, distinct, RAGGED, "prepare project expand qkv weight_grad sum table segment"),
     full(90, False, distinct, RAGGED, "prepare project expand qkv weight_grad sum table segment"),
-    full(90, False, distinct, {"norm": None, "position_ids": "T", "T": 7}, "prepare project expand qkv weight_grad table"),
+    full(
+        90,
+        False,
+        distinct,
+        {
+            "norm": None,
+            "position_ids": "T",
+        },
+        "prepare project expand qkv weight_grad table",
+    ),
     (90, False, numbering, {}, "mark number"),
-    (90, False, table, {}, "prepare project shift expand"),
+    (90, False, table, {}, "expand"),
     (90, False, embeddings, {}, "embed drop segment join"),
     (90, False, sines, {}, "embed"),
     (90, False, split_weights, {}, "embed_qkv norm_backward"),
-    (90, False, absent, {}, "embed_qkv expand embed"),
+    (90, False, absent, {}, "embed_qkv expand"),
 ]
 
 
@@ -282,7 +293,7 @@ SHIPPED = [
 def test_launches_that_ship(arch, folds, function, options, kernels, small_tiles):
     torch.manual_seed(0)
     small_tiles(arch, folds)
-    with operators.kernels("interpreter").running(), recording() as recorder:
+    with operators.kernels("interpreter").running(), recording(every_order=examples.full) as recorder:
         function(**options)
     recorder.check()
     several = {name.removesuffix("_kernel") for name, programs in recorder.kernels.items() if programs > 1}
