@@ -159,12 +159,16 @@ def pytest_addoption(parser):
     parser.getgroup("pyembed").addoption("--record", action="store_true", help=help)
 
 
-@pytest.fixture(autouse=True)
-def recorded_launches(request):
-    """With --record, the launches of each test are recorded, and their faults are the test's."""
-    if not request.config.getoption("--record"):
-        yield
-        return
+@contextlib.contextmanager
+def checking():
+    """AssertionError at its end: launches within it had faults."""
     with recording(every_order=False) as recorder:
         yield
     recorder.check()
+
+
+@pytest.fixture(autouse=True)
+def recorded_launches(request):
+    """With --record, the launches of each test are recorded, and their faults are the test's."""
+    with checking() if request.config.getoption("--record") else contextlib.nullcontext():
+        yield

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import DEVICE, examples, full
 from numerics import Case
-from recorder import recording
+from recorder import checking, recording
 
 import pyembed
 from pyembed import functional as F
@@ -137,6 +137,12 @@ def test_results_are_those_of_ascending_order():
         interpreter.InterpretedFunction(last_come)[(3,)](out)
         interpreter.InterpretedFunction(counts)[(3,)](out)
     assert out.tolist() == [0, 3, 2, 0, 0, 0, 0, 0]
+
+
+def test_faults_are_the_tests():
+    with pytest.raises(AssertionError, match=r"last_come: order of out\[2\]"), checking():
+        with operators.kernels("interpreter").running():
+            interpreter.InterpretedFunction(last_come)[(3,)](words())
 
 
 # The library's launches
