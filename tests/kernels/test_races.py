@@ -140,9 +140,9 @@ def test_results_are_those_of_ascending_order():
 
 
 def test_faults_are_the_tests():
-    with pytest.raises(AssertionError, match=r"last_come: order of out\[2\]"), checking():
-        with operators.kernels("interpreter").running():
-            interpreter.InterpretedFunction(last_come)[(3,)](words())
+    wrong = pytest.raises(AssertionError, match=r"last_come: order of out\[2\]")
+    with wrong, checking(), operators.kernels("interpreter").running():
+        interpreter.InterpretedFunction(last_come)[(3,)](words())
 
 
 # The library's launches
