@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import DEVICE, examples, full
-from numerics import Case
+from numerics import Case, take
 from recorder import checking, recording
 
 import pyembed
@@ -158,20 +158,27 @@ def small_tiles(monkeypatch):
     """Makes several programs of each kernel at small sizes; of 80, an A100, by pointers, since it has no descriptors."""
     tuning = kernels_of("tuning")
     tiles = tuning.Tiles(4, 16, 16, 4, 1)
-    for name in ("embed_qkv", "embed_qkv_folded", "project", "weight_grad"):
-        monkeypatch.setattr(tuning, name, lambda *args: tiles)
-    several = {"rows": (2, 8, 4), "stream": (4, 32), "streaming": (4, 16), "expand": (4, 32, 16), "segment": (4, 32)}
+    for name in ("few", "product", "embed_qkv_folded", "project", "weight_grad"):
+        monkeypatch.setattr(tuning, name, lambda *args, **options: tiles)
+    several = {
+        "rows": (2, 8, 4),
+        "stream": (4, 32),
+        "streaming": (4, 16),
+        "expand": (4, 32, 16),
+        "segment": (4, 32),
+        "embed_norm": (2, 16),
+    }
     for name, sizes in several.items():
         monkeypatch.setattr(tuning, name, lambda *args, sizes=sizes: sizes)
-    monkeypatch.setattr(tuning, "runs", lambda M, count, tiles, device: min(2, count))
+    monkeypatch.setattr(tuning, "runs", lambda M, count, tiles, device, resident: min(2, count))
     monkeypatch.setattr(tuning, "fold", lambda weight: {"BLOCK_N": 16, "BLOCK_K": 16, "num_warps": 4})
-    monkeypatch.setattr(kernels_of("embed_grad"), "CHUNK", 2)
+    monkeypatch.setattr(kernels_of("table_grad"), "CHUNK", 2)
 
-    def of(arch, folds):
+    def of(arch, way):
         kernels_of("embed_qkv").configure.cache_clear()
         device = tuning.DEVICES[arch]._replace(multiprocessors=3)
         monkeypatch.setattr(tuning, "device_of", lambda tensor: device)
-        monkeypatch.setattr(tuning, "folds", lambda M, dtype: folds)
+        take(way, monkeypatch)
 
     return of
 
@@ -262,43 +269,39 @@ def absent():
 
 
 RAGGED = {"norm": "rms", "position_ids": "BT", "B": 2, "T": 3, "V": 5, "padding_idx": 3}
-# the device, whether norms are folded, a function and its arguments: kernels that it runs in more than one program
+# the device, which kernels of embed_qkv, a function and its arguments: kernels that it runs in more than one program
 SHIPPED = [
-    (90, False, one_pass, {}, "embed_qkv norm_backward segment join turn_back"),
-    (80, True, one_pass, {"position": None}, "fold embed_qkv_folded norm_backward turn_back"),
-    full(90, True, one_pass, {"norm": "rms"}, "fold embed_qkv_folded norm_backward segment join turn_back"),
-    (90, False, many_terms, {}, "embed_qkv norm_backward segment turn_back"),
-    full(90, True, many_terms, {}, "fold embed_qkv_folded norm_backward segment turn_back"),
-    (90, False, without_norm, {}, "embed_qkv embed drop segment"),
-    (90, False, ends, {}, "embed_qkv"),
-    full(90, True, ends, {}, "embed_qkv_folded"),
-    (90, False, distinct, {}, "prepare project shift expand turn_back qkv weight_grad sum table segment"),
-    full(80, False, distinct, RAGGED, "prepare project expand qkv weight_grad sum table segment"),
-    full(90, False, distinct, RAGGED, "prepare project expand qkv weight_grad sum table segment"),
-    full(
-        90,
-        False,
-        distinct,
-        {
-            "norm": None,
-            "position_ids": "T",
-        },
-        "prepare project expand qkv weight_grad table",
-    ),
-    (90, False, numbering, {}, "mark number"),
-    (90, False, table, {}, "expand"),
-    (90, False, embeddings, {}, "embed drop segment join"),
-    (90, False, sines, {}, "embed"),
-    (90, False, split_weights, {}, "embed_qkv norm_backward"),
-    (90, False, absent, {}, "embed_qkv expand"),
+    (90, "few", one_pass, {}, "embed_qkv norm_backward segment join turn_back"),
+    (80, "folded", one_pass, {"position": None}, "fold embed_qkv_folded norm_backward turn_back"),
+    (90, "rows", one_pass, {"norm": "rms"}, "embed_norm project_norm norm_backward segment join turn_back"),
+    full(90, "folded", one_pass, {"norm": "rms"}, "fold embed_qkv_folded norm_backward segment join turn_back"),
+    (90, "few", many_terms, {}, "embed_qkv norm_backward segment"),
+    full(90, "rows", many_terms, {}, "embed_norm project_norm norm_backward segment"),
+    full(90, "folded", many_terms, {}, "fold embed_qkv_folded norm_backward segment"),
+    (90, "few", without_norm, {}, "embed_qkv embed drop segment"),
+    full(80, "rows", without_norm, {}, "embed_norm project_norm embed drop segment"),
+    (90, "few", ends, {}, "embed_qkv"),
+    full(90, "rows", ends, {}, "embed_norm project_norm"),
+    full(90, "folded", ends, {}, "embed_qkv_folded"),
+    (90, "few", distinct, {}, "prepare project shift expand turn_back qkv weight_grad sum table segment"),
+    full(80, "few", distinct, RAGGED, "prepare project expand qkv weight_grad sum table segment"),
+    full(90, "few", distinct, RAGGED, "prepare project expand qkv weight_grad sum table segment"),
+    full(90, "few", distinct, {"norm": None, "position_ids": "T"}, "prepare project expand qkv weight_grad table"),
+    (90, "few", numbering, {}, "mark number"),
+    (90, "few", table, {}, "expand"),
+    (90, "few", embeddings, {}, "embed drop segment join"),
+    (90, "few", sines, {}, "embed"),
+    (90, "few", split_weights, {}, "embed_qkv norm_backward"),
+    (90, "few", absent, {}, "embed_qkv expand"),
+    full(90, "rows", absent, {}, "embed_norm project_norm expand"),
 ]
 
 
 @pytest.mark.usefixtures("triton")
-@pytest.mark.parametrize("arch, folds, function, options, kernels", SHIPPED)
-def test_launches_that_ship(arch, folds, function, options, kernels, small_tiles):
+@pytest.mark.parametrize("arch, way, function, options, kernels", SHIPPED)
+def test_launches_that_ship(arch, way, function, options, kernels, small_tiles):
     torch.manual_seed(0)
-    small_tiles(arch, folds)
+    small_tiles(arch, way)
     with operators.kernels("interpreter").running(), recording(every_order=examples.full) as recorder:
         function(**options)
     recorder.check()
