@@ -85,13 +85,14 @@ def _blocks(language, text, jumps):
 
 
 def sass(text):
-    """The basic blocks of a kernel of NVIDIA's. A call comes back, so it is no jump."""
+    """The basic blocks of a kernel of NVIDIA's. A call comes back, so it is no jump; but ptxas also calls labels of the kernel
+    itself, and never comes back."""
 
     def jumps(instruction, guard):
         kind = instruction.name.partition(".")[0]
         if kind in ("EXIT", "RET"):
             return "", guard is not None
-        if kind != "BRA":
+        if kind != "BRA" and not (kind == "CALL" and "`(.L_x_" in instruction.operands):
             return None
         condition, _, label = instruction.operands.partition("`(")  # BRA.U UP0, `(.L_x_1)
         return label.rstrip(")"), guard is not None or bool(condition.strip())

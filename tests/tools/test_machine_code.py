@@ -49,6 +49,16 @@ def test_loops():
     assert [each.name for each in inner.matrix()] == ["HMMA.16816.F32"]
 
 
+def test_calls():
+    """One of a label of the kernel is a jump, as ptxas leaves a loop; one of a function comes back."""
+    text = sass_of(
+        ".L_x_0:", "CALL.REL.NOINC `($__internal_0_$__cuda_sm20_rem_s64)", ".L_x_1:", HMMA, "@P5 CALL.REL.NOINC `(.L_x_2)",
+        "BRA `(.L_x_1)", ".L_x_2:", "STG.E.128 [R2.64], R4", "@P0 BRA `(.L_x_0)", "EXIT",
+    )  # fmt: skip
+    outer, inner = sorted(loops(sass(text)), key=lambda loop: loop.innermost)
+    assert names(inner) == ["HMMA.16816.F32", "CALL.REL.NOINC", "BRA"] and "STG.E.128" in names(outer)
+
+
 def test_no_loop():
     assert loops(sass(sass_of("HMMA.16816.F32 R4, R8, R12, R4", "BRA `(.L_x_0)", "NOP", ".L_x_0:", "EXIT"))) == []
     assert loops(sass(sass_of(".L_x_0:", "FFMA R1, R2, R3, R1", "@P0 BRA `(.L_x_0)", "EXIT"))) == []
