@@ -2,6 +2,7 @@
 
 from . import data, flops, functional, positions, reference, relative
 from .call import DistinctIds, HiddenQKV
+from .fuse import fuse
 from .ids import check_ids
 from .memory import empty_cache
 from .modules.embedding import Embedding, TokenPositionEmbedding
@@ -25,6 +26,7 @@ __all__ = [
     "empty_cache",
     "flops",
     "functional",
+    "fuse",
     "id_policy",
     "plan",
     "positions",

@@ -108,7 +108,7 @@ class Projection(NamedTuple):
     weight: Tensor  # (N, D), rows of query, then key, then value; or of query alone, where key and value have their own
     bias: Tensor | None  # (N,), or of query alone
     num_heads: int
-    num_kv_heads: int
+    num_kv_heads: int  # 0: query alone, which is then the whole product
     key_weight: Tensor | None = None  # (H_kv·d_h, D)
     value_weight: Tensor | None = None
     key_bias: Tensor | None = None  # (H_kv·d_h,)

@@ -104,7 +104,7 @@ def _check_front_end(call: Call, projection: Projection) -> None:
     token = call.terms.token
     weight, bias, num_heads, num_kv_heads, *_ = projection
     width = None if isinstance(token, Called) else token.shape[1]
-    check_heads(num_heads, num_kv_heads)
+    check_heads(num_heads, num_kv_heads or num_heads)  # no key heads: all of weight's outputs are one tensor
     if call.norm.kind != "called":
         _check_norm(call.norm, width)
     if isinstance(weight, Called):

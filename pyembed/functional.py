@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import settings
 from .call import NO_EPILOGUE, NO_NORM, Call, DistinctIds, Epilogue, HiddenQKV, Norm, Projection, Terms, pad_row
-from .checks import TensorValueError, check, check_integers, check_query_biases, check_range, check_shape
+from .checks import TensorValueError, check, check_heads, check_integers, check_query_biases, check_range, check_shape
 from .modes import TENSORS, can_read
 from .plans.choice import ZEROS, takes, why_torch
 from .reference import with_query_biases
@@ -204,6 +204,8 @@ def embed_qkv(
     Under autocast, weight and bias are cast to its dtype, which query, key and value have, and hidden and the norm keep theirs.
     id_policy and errors as in embed.
     """
+    if num_kv_heads == 0:
+        check_heads(num_heads, num_kv_heads)
     epilogue = NO_EPILOGUE
     if rotary is not None or query_norm is not None or key_norm is not None or heads_first or not head_eps >= 0:
         epilogue = Epilogue(query_norm, key_norm, None, *turns(rotary, ids, position_ids), head_eps, heads_first)

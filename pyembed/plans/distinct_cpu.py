@@ -202,6 +202,8 @@ def forward(call: Call, rows: Tensor | None = None, index: Tensor | None = None)
     parts, product = [], product_dtype(weight.device, weight.dtype)
     offsets = shift(weight, bias, norm.bias).split(widths)
     for rows_of, table, out, offset in zip(weight.split(widths), split(projected, widths), results, offsets, strict=True):
+        if rows_of.shape[0] == 0:  # all outputs are the query's
+            continue
         project(used, rows_of, table, product)
         parts.append((table[P:], table[:P] if P else None, offset, out.view(batch.M, rows_of.shape[0])))
     expand(batch, token, places, parts, hidden.view(batch.M, D), rstd, norm)

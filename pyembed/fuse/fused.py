@@ -1,0 +1,202 @@
+"""pyembed.fuse and the handle that it returns."""
+
+import math
+import time
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..modules.proofs import Proof
+from ..plans.choice import LEAST_FLOPS, LEAST_TOKENS, refuses, weigh
+from .discover import Nothing, discover
+from .fusion import Found, Fusion, why_not
+from .sites import LinearSite, NormSite, RowsSite, TokenSite, is_site, site_class
+from .verify import at_rest, compare, front_end, noisy, observe
+
+ROLES = ("token", "segment", "position", "norm", "linear")
+
+
+def fuse(model: nn.Module, *args: Any, gradients: bool = True, strict: bool = False, **batch: Any) -> "Fused":
+    """Lets the front end of a model run by one call of pyembed, in place: embedding lookups, their sum, the first norm and the
+    linear maps that take its output.
+
+    args, batch: any small batch as the model's forward takes it, with ids (..., T) int32 or int64 on the model's device. The
+    model runs on it a few times in eval mode: once watched, to find which modules these are; then with and without fusing, and
+    with backward unless gradients is False, and every output and gradient is compared. Modules are proved by value at random
+    parameters (modules/proofs.py), never by their class. What could not be proved is left as it is, and the handle says why.
+
+    Fused calls run where the planner expects a gain (a decode step does not); at other times, and for any input that was not
+    foreseen (hooks, dropout, other weights, torch.func, torch.compile), the model's own modules run. Keys of state_dict, types'
+    names and attributes stay; a copy or a pickle of the model is not fused. The gradient of hidden_states[0] by itself raises
+    an error in a model that ran fused: its projections do not pass through it.
+
+    strict: ValueError where there is nothing to fuse. TypeError: no nn.Module, or no tensor. ValueError: it is fused already.
+    RuntimeError (verify.Difference): a result differs by more than rounding explains; the model is then as it was. Errors of
+    the model's own forward pass on.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    if not args and not batch:
+        raise TypeError("ids: expected a batch that the model takes, as fuse(model, ids) or fuse(model, input_ids=ids), got none")
+    fused = next((name for name, module in model.named_modules() if is_site(module)), None)
+    if fused is not None:
+        raise ValueError(f"model: expected one that is not fused, got one whose {fused} is: undo that first")
+    with at_rest(model):
+        try:
+            found = discover(model, args, batch)
+            _check_shapes(found)
+        except Nothing as why:
+            if strict:
+                raise ValueError(f"model: expected a front end that can be fused, got none: {why}") from None
+            return Fused(model, None, str(why))
+        except Exception as error:
+            if hasattr(error, "add_note"):
+                error.add_note("pyembed.fuse stopped here: the model's own forward refused this batch. Nothing was changed.")
+            raise
+        return _verified(model, Fusion(found), args, batch, gradients)
+
+
+def _check_shapes(found: Found) -> None:
+    shape = found.rows["token"].shape
+    for role, ids in found.rows.items():
+        if len(shape) == 0 or ids.shape not in (shape, shape[-1:], (1,) * (len(shape) - 1) + shape[-1:]):
+            raise Nothing(f"{found.names[found.lookups[role]]} looked up ids {tuple(ids.shape)} beside {tuple(shape)}")
+
+
+def _verified(model: nn.Module, fusion: Fusion, args: Any, batch: Any, gradients: bool) -> "Fused":
+    times = []
+    for _ in range(2):  # the first may compile or load something
+        began = time.perf_counter()
+        stock = observe(model, args, batch, False)
+        times.append(time.perf_counter() - began)
+    seconds = min(times)
+    modes = (False, True) if gradients else (False,)
+    expected = [(stock if not mode else observe(model, args, batch, True)) for mode in modes]
+    with noisy(fusion.found):
+        noise = [observe(model, args, batch, mode) for mode in modes]
+    fusion.trial = True
+    handle = Fused(model, fusion, None, seconds)
+    try:
+        front_end(fusion, fusion.found.rows, gradients)
+        handle._install()
+        for mode, before, around in zip(modes, expected, noise, strict=True):
+            ran = fusion.calls["fused"]
+            worst = compare(observe(model, args, batch, mode), before, around)
+            if fusion.calls["fused"] == ran:
+                handle.undo()
+                why = next(iter(fusion.calls.keys() - {"fused"}), "what lies between lookups and projections asks for hidden itself")
+                return Fused(model, None, f"the fused front end did not run: {why}")
+            if worst[1] >= handle.error[1]:
+                handle.error = worst
+    except BaseException:
+        handle._restore()
+        raise
+    finally:
+        fusion.trial, fusion.missed = False, 0
+        fusion.calls.clear()
+    handle._forecast()
+    return handle
+
+
+class Fused:
+    """A model whose front end is fused, or that could not be. print() it for a report.
+
+    modules: {what it is: names in the model}; why_not: why nothing was fused, or None; error: the tensor that came nearest to
+    its budget when the model was verified, and how far it was from the model before; forward_seconds: of the model on the
+    batch, measured; saved_seconds: of them, predicted to be saved; plan: what runs for such a batch, and why; calls: counts of
+    fused calls since, under "fused", and of each reason why one was not.
+    """
+
+    def __init__(self, model: nn.Module, fusion: Fusion | None, why_not: str | None, seconds: float = 0.0) -> None:
+        self.model, self.why_not, self.forward_seconds, self.saved_seconds = model, why_not, seconds, 0.0
+        self.error, self.plan, self.share = ("", 0.0), "", 0.0
+        self.modules: dict[str, list[str]] = {}
+        self.calls: Counter[str] = Counter() if fusion is None else fusion.calls
+        self._fusion, self._undone = fusion, False
+        if fusion is not None:
+            found = fusion.found
+            self.modules = {role: [found.names[module]] for role, module in found.lookups.items()}
+            self.modules |= {"norm": [found.names[found.norm]], "linear": [found.names[m] for m in found.linears]}
+
+    def _install(self) -> None:
+        fusion = self._fusion
+        assert fusion is not None
+        found = fusion.found
+        sites: list[tuple[Any, Any]] = [(TokenSite if role == "token" else RowsSite, role) for role in found.lookups]
+        sites += [(NormSite, "norm"), *((LinearSite, place) for place in range(len(found.linears)))]
+        classes = [site_class(m, site, fusion, place) for m, (site, place) in zip(found.modules, sites, strict=True)]
+        fusion.classes = classes
+        for module, kind in zip(found.modules, classes, strict=True):
+            module.__class__ = kind
+        fusion.proofs = [Proof(module, finding) for module, finding in zip(found.modules, found.findings, strict=True)]
+
+    def _restore(self) -> None:
+        for module in () if self._fusion is None else self._fusion.found.modules:
+            if is_site(module):
+                module.__class__ = type(module)._pyembed_base  # type: ignore[attr-defined]
+        self._undone = True
+
+    def undo(self) -> None:
+        """The model as it was before, to the last attribute. RuntimeError: it was undone before, or a module has changed its
+        class since (a parametrization), which must be taken back first."""
+        if self._undone:
+            raise RuntimeError("undo: expected a fused model, got one that was undone before")
+        if self._fusion is not None:
+            for module, kind in zip(self._fusion.found.modules, self._fusion.classes, strict=True):
+                if type(module) is not kind:
+                    name = self._fusion.found.names[module]
+                    raise RuntimeError(f"undo: expected {name} as it was fused, got one whose class was changed since")
+        self._restore()
+
+    def __enter__(self) -> "Fused":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if not self._undone:
+            self.undo()
+
+    def _forecast(self) -> None:
+        """Fills plan, saved_seconds and share for the batch that was given."""
+        fusion = self._fusion
+        assert fusion is not None
+        rows = fusion.found.rows
+        ids, D = rows["token"], fusion.token.weight.shape[1]
+        call = fusion.call(rows)
+        refused = refuses(call)
+        if fusion.is_small(ids):
+            least = LEAST_TOKENS if ids.is_cuda else math.ceil(LEAST_FLOPS / (2.0 * sum(fusion.rows) * D))
+            why = refused if ids.is_cpu and refused else f"fusing is considered from {least:,} tokens on"
+            self.plan = f"the model's own modules: {why}"
+        else:
+            why = why_not(call)
+            self.plan = "fused" if why is None else f"the model's own modules: {why}"
+        if refused or not ids.is_cpu:
+            return
+        seconds = weigh(call, ids.unique().numel()).seconds
+        self.share = min(1.0, seconds["one_pass"] / self.forward_seconds)
+        if self.plan == "fused":
+            self.saved_seconds = max(0.0, min(seconds["one_pass"], self.forward_seconds) - seconds["distinct"])
+
+    def __str__(self) -> str:
+        name = type(self.model).__name__
+        if self.why_not is not None:
+            return f"{name}: nothing is fused: {self.why_not}"
+        fusion = self._fusion
+        assert fusion is not None
+        size = " x ".join(map(str, fusion.found.rows["token"].shape))
+        tensor, error = self.error
+        lines = [f"{name}: the front end {'was fused and is undone' if self._undone else 'is fused'}"]
+        lines += [f"  {role:10}{', '.join(self.modules[role])}" for role in ROLES if role in self.modules]
+        lines += [f"  verified  hidden bit for bit; nearest to its budget: {tensor}, {error:.1e} from the model before"]
+        lines += [f"  ids {size}: {self.plan}"]
+        if self.share:
+            gain = self.saved_seconds / self.forward_seconds
+            expect = f"expect {gain:.1%} less time for a forward" if gain else "no more than that can be gained"
+            lines += [f"  the front end is about {self.share:.1%} of a forward of {self.forward_seconds * 1e3:.3g} ms: {expect}"]
+        if self.calls:
+            lines += [f"  {count:6,} calls {'fused' if why == 'fused' else 'not fused: ' + why}" for why, count in self.calls.items()]
+        return "\n".join(lines)
+
+    __repr__ = __str__

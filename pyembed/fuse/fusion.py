@@ -1,0 +1,301 @@
+"""One fused front end: when it runs, and what it computes.
+
+Every module that is touched stays exact for any input by itself: what was computed before is handed out only for the very tensor
+that it belongs to, unchanged, under unchanged weights and the same modes; else the module's own forward runs. Results travel
+with tensors, never with a module, so that threads, nested calls and recomputation cannot mix.
+"""
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import pyembed.settings as settings
+
+from ..call import NO_EPILOGUE, Call, Norm, Projection, Terms, pad_row, wide_dtype
+from ..memory import SMALL_BYTES
+from ..modes import autocast_dtype, is_plain_eager, is_recorded
+from ..modules import known
+from ..modules.proofs import Proof
+from ..plans.choice import LEAST_FLOPS, LEAST_TOKENS, choose, refuses, why_composed
+from ..run import run
+from .waiting import Hidden, Tag, Waiting, state_of
+
+MISSES = 3  # results in a row that nobody took, after which fusing is tried at every RETRY-th call
+RETRY = 64
+
+
+class Found(NamedTuple):
+    """What discovery proved. names: of modules in the model, by what they are; findings: of proofs.py."""
+
+    lookups: dict[str, nn.Embedding]  # "token", and "segment" and "position" if there are any
+    norm: nn.Module
+    linears: list[nn.Module]
+    dropouts: list[nn.Module]
+    findings: list[Any]  # of the lookups, the norm and the linear maps, in this order
+    rows: dict[str, Tensor]  # what the lookups were given
+    names: dict[nn.Module, str]
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """All but dropouts, in the order of findings."""
+        return [*self.lookups.values(), self.norm, *self.linears]
+
+
+class Stock(Exception):
+    """Why a call runs by the model's own modules."""
+
+
+class Fusion:
+    """See above. calls: how many front ends ran fused, and how often each reason kept one from it."""
+
+    def __init__(self, found: Found) -> None:
+        self.found, self.calls, self.missed = found, Counter[str](), 0
+        self.trial = False  # whether it is verified now, at any size
+        self.hint = False  # whether the last lookup of tokens waits: then those of positions shall, too
+        self.proofs: list[Proof] = []
+        self.classes: list[type] = []  # of found.modules
+        self._scale = known.OwnScale()
+        self.token = found.lookups["token"]
+        count = len(found.lookups)
+        self.norm_finding, self.linear_findings = found.findings[count], found.findings[count + 1 :]
+        self.rows = [m.weight.shape[f.transposed] for m, f in zip(found.linears, self.linear_findings, strict=True)]
+        sizes = sorted(self.rows)
+        # Three maps in the ratio of query, key and value each have an output of their own; else one output is cut.
+        self.is_qkv = len(sizes) == 3 and sizes[0] == sizes[1] and sizes[2] % sizes[0] == 0
+        self.order = sorted(range(len(self.rows)), key=lambda i: -self.rows[i]) if self.is_qkv else [*range(len(self.rows))]
+
+    # When
+
+    def is_small(self, ids: Tensor) -> bool:
+        """Whether so few tokens cannot save what looking further costs."""
+        if self.trial or settings.current.plan != "auto" or settings.current.backend == "triton":
+            return False
+        table, count = self.token._parameters["weight"], ids.numel()
+        if table is None or not ids.is_cpu:
+            return count < LEAST_TOKENS
+        if count < 2 or 2.0 * count * sum(self.rows) * table.shape[1] >= LEAST_FLOPS:
+            return count < 2
+        return not (torch.is_grad_enabled() and table.requires_grad and table.numel() * table.element_size() >= SMALL_BYTES)
+
+    def check(self, ids: Tensor) -> None:
+        """Stock: a module is not as it was proved, or something wants to see what happens inside."""
+        if not is_plain_eager() or is_recorded() or known.has_global_hooks():
+            raise Stock("a transform, tracer, fake tensors or global hooks are at work")
+        if self.missed >= MISSES and not self.trial:
+            self.missed += 1
+            if self.missed % RETRY:
+                raise Stock("projections that were computed before were not taken: what lies between asks for hidden itself")
+        token = self.token._parameters["weight"]
+        for module, kind, proof in zip(self.found.modules, self.classes, self.proofs, strict=True):
+            name, own = self.found.names[module], module.__dict__
+            if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+                raise Stock(f"{name} has hooks")
+            if type(module) is not kind or not proof.holds(module):
+                raise Stock(f"{name} was changed since it was fused")
+            for p in module._parameters.values():
+                if p is not None and (type(p) is not nn.Parameter or p.is_inference() or p.is_meta):
+                    raise Stock(f"{name} has weights of another kind")
+                if p is not None and (p.device != ids.device or token is None or p.dtype != token.dtype):
+                    raise Stock("weights have several dtypes or devices")
+        for role, module in self.found.lookups.items():
+            trains = torch.is_grad_enabled() and module.weight.requires_grad
+            if role != "token" and module.padding_idx is not None and trains:
+                raise Stock(f"{self.found.names[module]} has a row without a gradient (padding_idx)")
+        if autocast_dtype(token) is not None and token.dtype.itemsize == 2:
+            raise Stock("under autocast the norm of 16-bit rows has another dtype")
+        if any(m.training and m.p > 0 for m in self.found.dropouts):  # type: ignore[operator]
+            raise Stock("dropout is at work between the lookups and the projections")
+
+    # What
+
+    def look_up(self, role: str, module: nn.Embedding, ids: Any, stock: Callable[[Any], Tensor]) -> Tensor:
+        """Rows that wait to be summed; where there is nothing to sum, hidden. stock: the module's own forward."""
+        if type(ids) is not Tensor or ids.dtype not in (torch.int32, torch.int64) or ids.dim() == 0:
+            return stock(ids)
+        try:
+            self.check(ids)
+            with _counted():
+                ids = ids.clone()  # it is read later
+                if len(self.found.lookups) == 1:
+                    return self._run({"token": ids})
+                weight = module.weight
+                version, scale = weight._version, self.factor() if role == "token" else None
+
+                def compute() -> Tensor:
+                    if weight._version != version:
+                        name = self.found.names[module]
+                        raise RuntimeError(f"{name}: rows were asked for after its weight was changed: look them up again")
+                    rows = F.embedding(ids, weight, module.padding_idx)
+                    return rows if scale is None else rows * scale
+
+                if role == "token":
+                    self.hint = True
+                shape = (*ids.shape, weight.shape[1])
+                return Waiting.make(shape, weight, weight.dtype, compute, Tag(self, {role: ids}), [weight])
+        except Stock as why:
+            self.calls[str(why)] += role == "token"
+            return stock(ids)
+
+    def add(self, a: Waiting, b: Waiting) -> Tensor | None:
+        """The sum of waiting rows: waiting too, or hidden where all are in it; None: it is another sum than was proved."""
+        assert a.tag is not None and b.tag is not None
+        one, other, roles = a.tag.rows, b.tag.rows, self.found.lookups
+        rows = {role: (one | other)[role] for role in roles if role in one or role in other}
+        if one.keys() & other.keys() or "token" not in rows or a.dtype != b.dtype:
+            return None
+        ids = rows["token"]
+        if any(x.shape not in (ids.shape, ids.shape[-1:], (1,) * (ids.dim() - 1) + ids.shape[-1:]) for x in rows.values()):
+            return None
+        if len(rows) < len(roles):
+            if "position" in rows:  # which embed_qkv adds last
+                return None
+            first, second = a.compute, b.compute
+            anchors = [roles[role].weight for role in rows]
+            with _counted():
+                return Waiting.make(
+                    (*ids.shape, a.shape[-1]), a, a.dtype, lambda: first() + second(), Tag(self, rows), anchors
+                )
+        if len(rows) == 3 and not (len(one) == 2 or len(other) == 2):
+            return None
+        try:
+            self.check(ids)
+            with _counted():
+                return self._run(rows)
+        except Stock as why:
+            self.calls[str(why)] += 1
+            return None
+
+    def factor(self) -> float | None:
+        """By which rows of tokens are multiplied."""
+        return self._scale.of(self.token, self.found.findings[0])
+
+    def call(self, rows: dict[str, Tensor]) -> Call:
+        """rows: {role: ids}."""
+        tables = {role: module.weight for role, module in self.found.lookups.items()}
+        token, norm, kind = tables["token"], self.found.norm, self.norm_finding
+        segment, position = tables.get("segment"), tables.get("position")
+        row = -1 if self.token.padding_idx is None else pad_row(self.token.padding_idx, token.shape[0])
+        scale, position_ids = self.factor(), rows.get("position")
+        terms = Terms(rows["token"], token, position, position_ids, segment, rows.get("segment"), None, scale, 0.0, row)
+        weight, bias = (None if name is None else getattr(norm, name) for name in (kind.weight, kind.bias))
+        if kind.one_plus:
+            weight = 1.0 + weight.to(wide_dtype(weight.dtype))
+            bias = None if bias is None else bias.to(weight.dtype)
+        eps = getattr(norm, kind.eps) if isinstance(kind.eps, str) else kind.eps
+        return Call(terms, Norm(kind.kind, weight, bias, float(eps)), self._projection(), NO_EPILOGUE, "raise")
+
+    def _projection(self) -> Projection:
+        parts = []
+        for i in self.order:
+            linear = self.found.linears[i]
+            weight = linear.weight.t() if self.linear_findings[i].transposed else linear.weight
+            parts.append((weight, getattr(linear, "bias", None)))
+        if self.is_qkv:
+            (query, query_bias), (key, key_bias), (value, value_bias) = parts
+            heads = query.shape[0] // key.shape[0]
+            return Projection(query, query_bias, heads, 1, key, value, key_bias, value_bias)
+        if len(parts) == 1:
+            return Projection(*parts[0], 1, 0)
+        bias = None
+        if any(b is not None for _, b in parts):
+            bias = torch.cat([w.new_zeros(w.shape[0]) if b is None else b for w, b in parts])
+        return Projection(torch.cat([w for w, _ in parts]), bias, 1, 0)
+
+    def _run(self, rows: dict[str, Tensor]) -> Tensor:
+        call = self.call(rows)
+        if not self.trial:
+            why = why_not(call)
+            if why is not None:
+                raise Stock(why)
+        hidden, *outs = self._computed(call)
+        parameters = self._parameters()
+        hidden.tag = Tag(self, None, outs, (parameters, [p._version for p in parameters]), state_of(hidden.device.type))
+        hidden.version, hidden.taken = hidden._version, False
+        hidden.__class__ = Hidden
+        self.missed += 1
+        return hidden
+
+    def parts(self, rows: dict[str, Tensor]) -> list[Any]:
+        """Hidden and the projections, plain tensors."""
+        return self._computed(self.call(rows))
+
+    def _computed(self, call: Call) -> list[Any]:
+        with self._forced(call):
+            hidden, query, key, value = run(call)
+        if self.is_qkv:
+            outs = dict(zip(self.order, (query, key, value), strict=True))
+            return [hidden, *(outs[i].flatten(-2) for i in range(3))]
+        whole = query.flatten(-2)
+        if len(self.rows) == 1:
+            return [hidden, whole]
+        return [hidden, *(part.contiguous() for part in whole.split(self.rows, -1))]
+
+    def _forced(self, call: Call) -> contextlib.AbstractContextManager[None]:
+        """In a trial the plan that fusing is for, even if it does not pay at this size."""
+        if not self.trial or settings.current.plan != "auto" or not call.terms.token.is_cpu:
+            return contextlib.nullcontext()
+        return settings.plan("one_pass" if refuses(call) or why_composed(call) is None else "distinct")
+
+    def _parameters(self) -> list[Any]:
+        return [p for module in self.found.modules for p in module._parameters.values() if p is not None]
+
+    def holds(self, tag: Tag, device: str) -> bool:
+        """Whether nothing that the projections depend on has changed since."""
+        parameters = self._parameters()
+        if tag.state != state_of(device) or len(parameters) != len(tag.weights[0]):
+            return False
+        return all(p is q and p._version == v for p, q, v in zip(parameters, *tag.weights, strict=True))
+
+    def normed(self, x: Any, stock: Callable[[Tensor], Tensor]) -> Tensor | None:
+        """The norm of such a hidden: waiting, with its projections; None: of another tensor."""
+        with torch._C.DisableTorchFunctionSubclass():
+            tag, x.tag = x.tag, None
+            wants, device = x.requires_grad, x.device.type
+            same = tag is not None and tag.fusion is self and x._version == x.version
+        if not wants:
+            x.__class__ = Tensor
+        if not same or not self.holds(tag, device):
+            return None
+        x.taken = wants
+        with _counted():
+            anchors = [x, *self.found.norm.parameters()]
+            return Waiting.make(x.shape, x, x.dtype, lambda: stock(x), tag, anchors)
+
+    def projected(self, x: Waiting, place: int) -> Tensor | None:
+        """The projection that travels with x, once; None: it must be computed."""
+        tag = x.tag
+        if tag is None or tag.fusion is not self or tag.outs is None or not x.is_untouched():
+            return None
+        if not self.holds(tag, x.device.type):
+            return None
+        found, tag.outs[place] = tag.outs[place], None
+        if found is not None:
+            if not any(out is not None for out in tag.outs):
+                self.calls["fused"] += 1
+            self.missed = 0
+        return found
+
+
+def why_not(call: Call) -> str | None:
+    """Why the model's own modules are as fast; None: they are not."""
+    if settings.current.plan == "table":
+        return "pyembed.plan('table') is set, which is for an EmbeddingQKV"
+    plan, composed = choose(call), why_composed(call)
+    if plan.name == "one_pass" and composed is not None:
+        return f"nothing to gain here: {plan.reason}"
+    return None
+
+
+@contextlib.contextmanager
+def _counted() -> Iterator[None]:
+    """Tensors of inference mode do not count their changes: what is made here is made outside of it."""
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield

@@ -1,0 +1,87 @@
+"""The classes that the modules of a fused front end have: their own, with a forward before theirs that hands out what was
+computed. Each module has one to itself, so that neither its attributes nor its state_dict change, and a copy or a pickle of it
+is the module as it was before."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..modules import known
+from .fusion import Fusion
+from .waiting import Hidden, Waiting
+
+_compiling = torch.compiler.is_compiling  # a compiler sees the model's own modules
+
+
+class Site:
+    """fusion: of which this module is a part; base: its own class."""
+
+    _pyembed_fusion: Fusion
+    _pyembed_base: type[nn.Module]
+    _pyembed_place: Any
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        function, (_, *arguments), *rest = super().__reduce_ex__(protocol)  # type: ignore[misc]
+        return (function, (self._pyembed_base, *arguments), *rest)
+
+
+class TokenSite(Site):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        stock: Any = super().forward  # type: ignore[misc]
+        if _compiling() or kwargs or len(args) != 1 or type(args[0]) is not Tensor:
+            return stock(*args, **kwargs)
+        fusion = self._pyembed_fusion
+        fusion.hint = False
+        if fusion.is_small(args[0]) or fusion.token is not self:
+            return stock(*args)
+        return fusion.look_up("token", fusion.token, args[0], stock)
+
+
+class RowsSite(nn.Embedding):
+    """Of positions and segments: between the module's class and nn.Embedding, where super().forward(rows) of an offset arrives."""
+
+    def forward(self, input: Tensor) -> Any:
+        stock: Any = super().forward
+        if _compiling():
+            return stock(input)
+        fusion: Fusion = self._pyembed_fusion  # type: ignore[assignment]
+        role: str = self._pyembed_place  # type: ignore[assignment]
+        if not (fusion.hint or fusion.trial) or fusion.found.lookups[role] is not self:
+            return stock(input)
+        return fusion.look_up(role, self, input, stock)
+
+
+class NormSite(Site):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        stock: Any = super().forward  # type: ignore[misc]
+        if _compiling() or kwargs or len(args) != 1 or type(args[0]) is not Hidden or self._pyembed_fusion.found.norm is not self:
+            return stock(*args, **kwargs)
+        found = self._pyembed_fusion.normed(args[0], stock)
+        return stock(*args) if found is None else found
+
+
+class LinearSite(Site):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        stock: Any = super().forward  # type: ignore[misc]
+        if _compiling() or kwargs or len(args) != 1 or type(args[0]) is not Waiting:
+            return stock(*args, **kwargs)
+        fusion, place = self._pyembed_fusion, self._pyembed_place
+        found = fusion.projected(args[0], place) if fusion.found.linears[place] is self else None
+        return stock(*args) if found is None else found
+
+
+def site_class(module: nn.Module, site: type, fusion: Fusion, place: Any) -> type:
+    """The class of a module of a fusion."""
+    base = type(module)
+    bases: tuple[type, ...] = (site, base)
+    if site is RowsSite:
+        bases = (Site, RowsSite) if base is nn.Embedding else (Site, base, RowsSite)
+        if known.is_ours(module):
+            bases = (Site, RowsSite, base)
+    own = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+    return type(base.__name__, bases, own | {"_pyembed_fusion": fusion, "_pyembed_base": base, "_pyembed_place": place})
+
+
+def is_site(module: nn.Module) -> bool:
+    return isinstance(module, Site)
