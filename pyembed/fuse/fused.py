@@ -96,7 +96,8 @@ def _verified(model: nn.Module, fusion: Fusion, args: Any, batch: Any, gradients
     finally:
         fusion.trial, fusion.missed = False, 0
         fusion.calls.clear()
-    handle._forecast()
+    with torch.no_grad():
+        handle._forecast()
     return handle
 
 
