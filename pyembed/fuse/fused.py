@@ -85,9 +85,11 @@ def _verified(model: nn.Module, fusion: Fusion, args: Any, batch: Any, gradients
             ran = fusion.calls["fused"]
             worst = compare(observe(model, args, batch, mode), before, around)
             if fusion.calls["fused"] == ran:
-                handle.undo()
-                why = next(iter(fusion.calls.keys() - {"fused"}), "what lies between lookups and projections asks for hidden itself")
-                return Fused(model, None, f"the fused front end did not run: {why}")
+                why = next(iter(fusion.calls.keys() - {"fused"}), "what lies between lookups and projections asks for their values")
+                if not ran:
+                    handle.undo()
+                    return Fused(model, None, f"the fused front end did not run: {why}")
+                handle.not_in_training = why
             if worst[1] >= handle.error[1]:
                 handle.error = worst
     except BaseException:
@@ -106,13 +108,15 @@ class Fused:
 
     modules: {what it is: names in the model}; why_not: why nothing was fused, or None; error: the tensor that came nearest to
     its budget when the model was verified, and how far it was from the model before; forward_seconds: of the model on the
-    batch, measured; saved_seconds: of them, predicted to be saved; plan: what runs for such a batch, and why; calls: counts of
-    fused calls since, under "fused", and of each reason why one was not.
+    batch, measured; saved_seconds: of them, predicted to be saved; share: of the front end in them, predicted; plan: what runs
+    for such a batch without gradients, and why; not_in_training: why it never runs fused with gradients, or None; calls: counts
+    of fused calls since, under "fused", and of each reason why one was not.
     """
 
     def __init__(self, model: nn.Module, fusion: Fusion | None, why_not: str | None, seconds: float = 0.0) -> None:
         self.model, self.why_not, self.forward_seconds, self.saved_seconds = model, why_not, seconds, 0.0
         self.error, self.plan, self.share = ("", 0.0), "", 0.0
+        self.not_in_training: str | None = None
         self.modules: dict[str, list[str]] = {}
         self.calls: Counter[str] = Counter() if fusion is None else fusion.calls
         self._fusion, self._undone = fusion, False
@@ -196,6 +200,8 @@ class Fused:
             gain = self.saved_seconds / self.forward_seconds
             expect = f"expect {gain:.1%} less time for a forward" if gain else "no more than that can be gained"
             lines += [f"  the front end is about {self.share:.1%} of a forward of {self.forward_seconds * 1e3:.3g} ms: {expect}"]
+        if self.not_in_training:
+            lines += [f"  in training the model's own modules run: {self.not_in_training}"]
         if self.calls:
             lines += [f"  {count:6,} calls {'fused' if why == 'fused' else 'not fused: ' + why}" for why, count in self.calls.items()]
         return "\n".join(lines)

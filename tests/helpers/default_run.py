@@ -20,6 +20,7 @@ ALLOWED = {  # {function: (core-seconds, why it cannot take less)}
     "tests/kernels/test_ahead_of_time.py::test_known_faults_are_there": (30.0, "kernels are compiled, in 0.4 to 2 s"),
     "tests/kernels/test_races.py::test_launches_that_ship": (15.0, "each launch runs twice in the interpreter"),
     "tests/modules/test_known.py::test_peft": (8.0, "importing peft takes 3 s"),
+    "tests/fuse/test_families.py::test_same_results": (8.0, "importing transformers takes 3 s"),
     "tests/plans/test_sizes.py::test_tables_beyond_two_to_the_31_elements": (8.0, "its process imports torch, for 2 s"),
     "tests/tools/test_bench.py::test_a_run_saves_its_rows": (20.0, "two runs of the benchmark, whose rows take their time"),
     "tests/tools/test_readme.py::test_snippets_run": (25.0, "README's front end is GPT-2's, here in the interpreter"),
