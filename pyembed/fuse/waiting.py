@@ -165,6 +165,8 @@ class Hidden(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if Waiting in types:  # which gives its value first
+            return NotImplemented
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
             if func in METADATA:

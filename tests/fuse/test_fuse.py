@@ -1,0 +1,353 @@
+"""The handle, and the guard: what was computed before goes to the very tensor that it belongs to, or to nobody."""
+
+import copy
+import importlib
+import pickle
+import sys
+import threading
+
+import pytest
+import torch
+from families import D, HandNorm, Own, OwnNorm, Packed, Three, V, build, logits, tokens
+from torch import nn
+
+import pyembed
+from pyembed.fuse import Difference, Fused
+
+
+@pytest.fixture
+def model():
+    return build("nanoGPT")
+
+
+@pytest.fixture
+def distinct():
+    with pyembed.plan("distinct"):
+        yield
+
+
+def run(model, ids, backward=False):
+    out = logits(model, ids)
+    if not backward:
+        return out.detach()
+    model.zero_grad()
+    out.sum().backward()
+    return out.detach(), {name: p.grad for name, p in model.named_parameters()}
+
+
+def close(a, b):
+    return torch.allclose(a, b, 1e-4, 1e-5)
+
+
+def attributes(model):
+    return {name: (type(m), dict(m.__dict__), list(m._parameters.items())) for name, m in model.named_modules()}
+
+
+def test_the_name_is_the_function_and_the_package():
+    assert callable(pyembed.fuse) and pyembed.fuse.__name__ == "fuse"
+    importlib.import_module("pyembed.fuse")
+    exec("import pyembed.fuse\nimport pyembed.fuse.fused")
+    assert callable(pyembed.fuse) and sys.modules["pyembed.fuse"].Fused is Fused
+
+
+def test_handle(model, distinct):
+    before, ids = attributes(model), tokens()
+    expected = run(model, ids)
+    fused = pyembed.fuse(model, ids)
+    assert fused.modules["linear"] == ["blocks.0.attention.c_attn"] and fused.modules["position"] == ["pos"]
+    assert fused.why_not is None and fused.error[1] < 1e-3 and fused.forward_seconds > 0
+    assert close(run(model, ids), expected) and fused.calls == {"fused": 1}
+    assert "blocks.0.norm1" in str(fused) and "1 calls fused" in str(fused)
+    fused.undo()
+    assert attributes(model) == before and torch.equal(run(model, ids), expected) and fused.calls == {"fused": 1}
+    with pytest.raises(RuntimeError, match="undone before"):
+        fused.undo()
+    with pyembed.fuse(model, ids) as again:
+        again.undo()
+    with pytest.raises(ZeroDivisionError), pyembed.fuse(model, ids):
+        _ = 1 / 0
+    assert attributes(model) == before
+
+
+def test_errors(model):
+    ids = tokens()
+    with pytest.raises(TypeError, match="model: expected an nn.Module, got int"):
+        pyembed.fuse(3, ids)
+    with pytest.raises(TypeError, match="ids: expected a batch"):
+        pyembed.fuse(model)
+    before = attributes(model)
+    with pytest.raises(IndexError) as error:
+        pyembed.fuse(model, ids + V)
+    if hasattr(error.value, "add_note"):
+        assert "refused this batch" in error.value.__notes__[0]
+    linear = nn.Sequential(nn.Embedding(V, D), nn.Linear(D, D))
+    fused = pyembed.fuse(linear, ids)
+    assert "1, a Linear" in fused.why_not and "nothing is fused" in str(fused)
+    fused.undo()
+    with pytest.raises(ValueError, match="got none: none of the modules"):
+        pyembed.fuse(linear, ids, strict=True)
+    assert attributes(model) == before
+    with pyembed.fuse(model, ids, gradients=False), pytest.raises(ValueError, match="whose tok is"):
+        pyembed.fuse(model, ids)
+
+
+def test_a_wrong_result_undoes_the_fusing(model, monkeypatch):
+    """Of outputs, of gradients, and of a bias that no output shows."""
+    before, ids, fusion = attributes(model), tokens(), sys.modules["pyembed.fuse.fusion"]
+    right = fusion.Fusion._projection
+    for field, change in (("bias", lambda b: b + 1e-3), ("weight", lambda w: w.detach() + 0 * w), ("weight", lambda w: 1.001 * w)):
+
+        def wrong(self, field=field, change=change):
+            found = right(self)
+            return found._replace(**{field: change(getattr(found, field))})
+
+        monkeypatch.setattr(fusion.Fusion, "_projection", wrong)
+        with pytest.raises(Difference, match=r"blocks.0.attention.c_attn.*: expected a difference of at most .*, got"):
+            pyembed.fuse(model, ids)
+        assert attributes(model) == before
+
+
+CHANGES = {
+    "other ids": lambda model, ids: None,
+    "hook": lambda model, ids: model.blocks[0].norm1.register_forward_hook(lambda m, x, y: 2 * y),
+    "lookup hook": lambda model, ids: model.tok.register_forward_hook(lambda m, x, y: y.mul_(2)),
+    "pre-hook": lambda model, ids: model.blocks[0].register_forward_pre_hook(lambda m, x: (x[0] + 1,)),
+    "in-place pre-hook": lambda model, ids: model.blocks[0].register_forward_pre_hook(lambda m, x: (x[0].data.add_(1), None)[1]),
+    "forward": lambda model, ids: setattr(model.blocks[0].norm1, "forward", lambda x: 2 * x),
+    "eps": lambda model, ids: setattr(model.blocks[0].norm1, "eps", 3.0),
+    "weight": lambda model, ids: nn.init.normal_(model.blocks[0].attention.c_attn.weight),
+    "weight.data": lambda model, ids: model.blocks[0].attention.c_attn.weight.data.mul_(3),
+    "new weight": lambda model, ids: setattr(model.tok, "weight", nn.Parameter(torch.randn(V, D))),
+    "dropout": lambda model, ids: model.drop.train(),
+    "new module": lambda model, ids: setattr(model.blocks[0], "norm1", nn.LayerNorm(D)),
+    "new first block": lambda model, ids: model.blocks.insert(0, copy.deepcopy(model.blocks[1])),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_changes_after_fusing(name, distinct):
+    """The model gives what it would give unfused."""
+    model, twin = (Own(HandNorm, Packed, 0.1).eval() for _ in range(2))
+    twin.load_state_dict(model.state_dict())
+    fused = pyembed.fuse(model, tokens(), gradients=False)
+    for each in (model, twin):
+        torch.manual_seed(0)
+        CHANGES[name](each, tokens())
+    results = []
+    for each in (model, twin):
+        torch.manual_seed(1)
+        results.append(run(each, tokens(3, 7, seed=1)))
+    assert close(*results)
+    is_fused = {"other ids", "weight", "weight.data", "new weight"}
+    assert bool(fused.calls["fused"]) == (name in is_fused), fused.calls
+
+
+def test_a_monkeypatched_class(distinct, monkeypatch):
+    model = Own(OwnNorm, Packed).eval()
+    fused = pyembed.fuse(model, tokens())
+    monkeypatch.setattr(OwnNorm, "forward", lambda self, x: 2 * x)
+    found = run(model, tokens())
+    assert fused.calls["fused"] == 0 and "blocks.0.norm1 was changed" in str(fused)
+    fused.undo()
+    assert torch.equal(found, run(model, tokens()))
+
+
+class Odd(nn.Module):
+    """What may come between lookups and projections, by name."""
+
+    def __init__(self, between):
+        super().__init__()
+        self.inner, self.between = Own(nn.LayerNorm, Three).eval(), between
+
+    def forward(self, ids, extra=None):
+        inner = self.inner
+        tok, pos = inner.tok(ids), inner.pos(torch.arange(ids.shape[1]))
+        x = self.between(inner, tok, pos, ids) if extra is not None else tok + pos
+        for block in inner.blocks:
+            x = block(x)
+        return inner.head(x)
+
+
+def _clones(inner, tok, pos, ids):
+    return (tok + pos).clone()
+
+
+def _adds_twice(inner, tok, pos, ids):
+    return tok + pos + pos
+
+
+def _tok_in_place(inner, tok, pos, ids):
+    tok.mul_(2)
+    return tok + pos
+
+
+def _pos_data(inner, tok, pos, ids):
+    pos.data.mul_(2)
+    return tok + pos
+
+
+def _ids_in_place(inner, tok, pos, ids):
+    ids += 1
+    return tok + pos
+
+
+def _sum_in_place(inner, tok, pos, ids):
+    kept = tok
+    tok += pos
+    return kept
+
+
+def _hidden_in_place(inner, tok, pos, ids):
+    x = tok + pos
+    x.add_(1)
+    return x
+
+
+def _hidden_numpy(inner, tok, pos, ids):
+    x = tok + pos
+    x.detach().numpy()[:] += 1
+    return x
+
+
+def _other_sum(inner, tok, pos, ids):
+    return torch.add(tok, pos, alpha=2)
+
+
+def _another_lookup(inner, tok, pos, ids):
+    return tok + inner.tok(torch.zeros_like(ids))
+
+
+def _normed_in_place(inner, tok, pos, ids):
+    x = tok + pos
+    normed = inner.blocks[0].norm1(x)
+    normed.mul_(2)
+    return x + inner.blocks[0].attention(normed)
+
+
+def _normed_data(inner, tok, pos, ids):
+    x = tok + pos
+    normed = inner.blocks[0].norm1(x)
+    normed.data[0] = 0
+    return x + inner.blocks[0].attention(normed)
+
+
+def _norm_twice(inner, tok, pos, ids):
+    x = tok + pos
+    one, two = inner.blocks[0].norm1(x), inner.blocks[0].norm1(x)
+    return x + inner.blocks[0].attention(one) - inner.blocks[0].attention(two) + inner.blocks[0].attention(one)
+
+
+def _autograd_function(inner, tok, pos, ids):
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx, grad):
+            return 2 * grad
+
+    return Double.apply(tok + pos)
+
+
+def _weight_between(inner, tok, pos, ids):
+    x = tok + pos
+    with torch.no_grad():
+        inner.blocks[0].attention.W_key.weight.mul_(2)
+    return x
+
+
+def _no_grad_norm(inner, tok, pos, ids):
+    x = tok + pos
+    with torch.no_grad():
+        attended = inner.blocks[0].attention(inner.blocks[0].norm1(x))
+    return x + attended
+
+
+BETWEEN = [value for name, value in list(globals().items()) if name.startswith("_") and callable(value) and name[1] != "_"]
+
+
+@pytest.mark.parametrize("between", BETWEEN, ids=lambda f: f.__name__)
+def test_what_comes_between(between, distinct):
+    """Values and gradients are those of the unfused model."""
+    results = []
+    for fuses in (True, False):
+        torch.manual_seed(0)
+        model = Odd(between)
+        if fuses:
+            pyembed.fuse(model, tokens(), gradients=False)
+        leaves = [p for p in model.parameters()]
+        out = model(tokens(2, 7, seed=3), 1)
+        grads = torch.autograd.grad(out, leaves, torch.randn_like(out), allow_unused=True)
+        results.append((out, *grads))
+    for found, expected in zip(*results, strict=True):
+        assert (found is None) == (expected is None) and (found is None or close(found, expected))
+
+
+def test_rows_of_a_weight_that_changed_are_refused(model, distinct):
+    with pyembed.fuse(model, tokens()):
+        rows = model.tok(tokens())
+        with torch.no_grad():
+            model.tok.weight.add_(1)
+        with pytest.raises(RuntimeError, match="tok: rows were asked for after its weight was changed"):
+            rows.sum()
+
+
+def test_the_gradient_of_hidden_alone_is_refused(distinct):
+    """It does not pass through hidden in a fused model; what is asked before the norm is right."""
+    kept = []
+
+    class Keeps(Own):
+        def forward(self, ids):
+            x = self.tok(ids) + self.pos(torch.arange(ids.shape[1]))
+            if self.early:
+                x.retain_grad()
+            kept.append(x)
+            for block in self.blocks:
+                x = block(x)
+            return self.head(x)
+
+    model = Keeps(nn.LayerNorm, Packed).eval()
+    model.early = False
+    fused = pyembed.fuse(model, tokens())
+    out = model(tokens())
+    assert fused.calls["fused"] == 1
+    for ask in (lambda x: x.retain_grad(), lambda x: x.register_hook(print), lambda x: torch.autograd.grad(out.sum(), x)):
+        with pytest.raises(RuntimeError, match="gradient of the hidden state"):
+            ask(kept[-1])
+    assert type(pickle.loads(pickle.dumps(kept[-1].detach()))) is torch.Tensor and kept[-1].grad is None
+    model.early, grads = True, []
+    for _ in range(2):
+        model(tokens()).sum().backward()
+        grads.append(kept[-1].grad)
+        fused.undo() if not fused._undone else None
+    assert close(*grads)
+
+
+def test_threads(model, distinct):
+    """Calls at the same time do not mix."""
+    batches = [tokens(2, 5 + i, seed=i) for i in range(4)]
+    expected = [run(model, ids) for ids in batches]
+    fused, wrong = pyembed.fuse(model, tokens()), []
+
+    def work(i):
+        for _ in range(5):
+            if not close(run(model, batches[i]), expected[i]):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong and fused.calls["fused"] > 0
+
+
+def test_small_calls_are_the_models_own(model):
+    """Without a forced plan nothing happens at sizes that cannot gain."""
+    fused = pyembed.fuse(model, tokens())
+    with torch.no_grad():
+        rows = model.tok(tokens(1, 1))
+    assert type(rows) is torch.Tensor and type(model.pos(tokens(1, 1))) is torch.Tensor
+    model(tokens())
+    assert not fused.calls and "considered from" in fused.plan
