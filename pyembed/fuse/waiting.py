@@ -187,7 +187,7 @@ def _refuse_gradient(func: Any, args: Any, kwargs: Any) -> None:
     tensors = of[0] if of and isinstance(of[0], tuple | list) else of
     if not any(type(x) is Hidden and x.taken for x in tensors):
         return
-    if func is _get.grad.__get__ and func(args[0]) is None:
+    if func == _get.grad.__get__ and func(args[0]) is None:
         return
     raise RuntimeError(
         "pyembed.fuse: the gradient of the hidden state before the first layer does not pass through it in a fused model, whose "
