@@ -90,7 +90,11 @@ def discover(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     findings = [*(_finding(role, call, names) for role, call in lookups.items()), _prove(proofs.norm, norm.module)]
     modules: dict[str, Any] = {role: call.module for role, call in lookups.items()}
     rows: dict[str, Any] = {role: call.ids for role, call in lookups.items()}
-    return Found(modules, norm.module, [*linears], dropouts, [*findings, *linears.values()], rows, names)
+    path, parent = [], model
+    for part in names[norm.module].split("."):
+        path.append((parent, part, parent._modules[part]))
+        parent = parent._modules[part]  # type: ignore[assignment]
+    return Found(modules, norm.module, [*linears], dropouts, [*findings, *linears.values()], rows, names, path)  # type: ignore[arg-type]
 
 
 def _looks_up(call: Seen, ids: Tensor) -> bool:

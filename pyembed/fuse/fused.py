@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..modules.known import is_stock
 from ..modules.proofs import Proof
 from ..plans.choice import LEAST_FLOPS, LEAST_TOKENS, refuses, weigh
 from .discover import Nothing, discover
@@ -133,9 +134,12 @@ class Fused:
         sites += [(NormSite, "norm"), *((LinearSite, place) for place in range(len(found.linears)))]
         classes = [site_class(m, site, fusion, place) for m, (site, place) in zip(found.modules, sites, strict=True)]
         fusion.classes = classes
+        looks_up = [role != "token" or is_stock("token", module) for role, module in found.lookups.items()]
+        stock = looks_up + [False] * (1 + len(found.linears))
         for module, kind in zip(found.modules, classes, strict=True):
             module.__class__ = kind
-        fusion.proofs = [Proof(module, finding) for module, finding in zip(found.modules, found.findings, strict=True)]
+        every = zip(found.modules, found.findings, stock, strict=True)
+        fusion.proofs = [None if stock else Proof(module, finding) for module, finding, stock in every]
 
     def _restore(self) -> None:
         for module in () if self._fusion is None else self._fusion.found.modules:

@@ -39,6 +39,7 @@ class Found(NamedTuple):
     findings: list[Any]  # of the lookups, the norm and the linear maps, in this order
     rows: dict[str, Tensor]  # what the lookups were given
     names: dict[nn.Module, str]
+    path: list[tuple[nn.Module, str, nn.Module]]  # (parent, name, child) from the model to the norm
 
     @property
     def modules(self) -> list[nn.Module]:
@@ -57,7 +58,7 @@ class Fusion:
         self.found, self.calls, self.missed = found, Counter[str](), 0
         self.trial = False  # whether it is verified now, at any size
         self.hint = False  # whether the last lookup of tokens waits: then those of positions shall, too
-        self.proofs: list[Proof] = []
+        self.proofs: list[Proof | None] = []  # None: of a lookup by PyTorch's own forward
         self.classes: list[type] = []  # of found.modules
         self._scale = known.OwnScale()
         self.token = found.lookups["token"]
@@ -90,12 +91,15 @@ class Fusion:
             self.missed += 1
             if self.missed % RETRY:
                 raise Stock("projections that were computed before were not taken: what lies between asks for hidden itself")
+        for parent, name, child in self.found.path:  # a compiler that begins there takes no tensor of another class
+            if parent._modules.get(name) is not child or child._compiled_call_impl is not None:
+                raise Stock(f"{self.found.names[child]} is compiled, or was replaced")
         token = self.token._parameters["weight"]
         for module, kind, proof in zip(self.found.modules, self.classes, self.proofs, strict=True):
             name, own = self.found.names[module], module.__dict__
             if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
                 raise Stock(f"{name} has hooks")
-            if type(module) is not kind or not proof.holds(module):
+            if type(module) is not kind or not (only_looks_up(module) if proof is None else proof.holds(module)):
                 raise Stock(f"{name} was changed since it was fused")
             for p in module._parameters.values():
                 if p is not None and (type(p) is not nn.Parameter or p.is_inference() or p.is_meta):
@@ -279,6 +283,14 @@ class Fusion:
                 self.calls["fused"] += 1
             self.missed = 0
         return found
+
+
+def only_looks_up(module: Any) -> bool:
+    """Whether nn.Embedding's own forward, which the fused call replaces, is PyTorch's and looks up rows."""
+    options = module.max_norm is not None or module.scale_grad_by_freq or module.sparse
+    own = module._pyembed_base.forward
+    is_own = module._pyembed_place != "token" or own is known.FORWARDS[nn.Embedding] or known.is_ours_forward(own)
+    return is_own and nn.Embedding.forward is known.FORWARDS[nn.Embedding] and not (options or "forward" in module.__dict__)
 
 
 def why_not(call: Call) -> str | None:

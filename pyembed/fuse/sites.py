@@ -2,6 +2,7 @@
 computed. Each module has one to itself, so that neither its attributes nor its state_dict change, and a copy or a pickle of it
 is the module as it was before."""
 
+import copyreg
 from typing import Any
 
 import torch
@@ -22,8 +23,8 @@ class Site:
     _pyembed_place: Any
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        function, (_, *arguments), *rest = super().__reduce_ex__(protocol)  # type: ignore[misc]
-        return (function, (self._pyembed_base, *arguments), *rest)
+        _, _, *rest = super().__reduce_ex__(protocol)  # type: ignore[misc]
+        return (copyreg._reconstructor, (self._pyembed_base, object, None), *rest)  # type: ignore[attr-defined]
 
 
 class TokenSite(Site):

@@ -6,7 +6,7 @@ in the last place of their largest value, forward and backward, and a difference
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -67,13 +67,18 @@ def observe(model: nn.Module, args: Any, kwargs: Any, gradients: bool) -> Tensor
         if not gradients:
             return found
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        outputs = [x for x in found.values() if x.requires_grad]
-        if not outputs or not named:
-            return {name: x.detach() for name, x in found.items()}
-        incoming = [_random(x, i) for i, x in enumerate(outputs)]
-        grads = torch.autograd.grad(outputs, [*named.values()], incoming, allow_unused=True)
+        reached = [(x, _random(x, i)) for i, x in enumerate(found.values()) if x.requires_grad]
+        grads = _gradients(reached, [*named.values()])
     found = {name: x.detach() for name, x in found.items()}
     return found | {f"gradient of {name}": g.to_dense() for name, g in zip(named, grads, strict=True) if g is not None}
+
+
+def _gradients(reached: list[tuple[Tensor, Tensor]], wanted: list[Tensor]) -> Sequence[Tensor | None]:
+    """Of wanted; reached: tensors and their incoming gradients."""
+    if not reached or not wanted:
+        return [None] * len(wanted)
+    outputs, incoming = zip(*reached, strict=True)
+    return torch.autograd.grad(outputs, wanted, incoming, allow_unused=True)
 
 
 @contextlib.contextmanager
@@ -138,9 +143,8 @@ def front_end(fusion: Fusion, rows: dict[str, Tensor], gradients: bool) -> None:
         with torch.inference_mode(False), torch.set_grad_enabled(gradients):
             hidden, *outs = fusion.parts(rows) if fused else _modules(found, rows, fusion.factor())
             tensors = {"hidden": hidden} | {found.names[m]: out for m, out in zip(found.linears, outs, strict=True)}
-            reached = [x for x in tensors.values() if x.requires_grad]
-            incoming = [_random(x, i) for i, x in enumerate(reached)]
-            grads = torch.autograd.grad(reached, [*wanted.values()], incoming, allow_unused=True) if wanted else ()
+            reached = [(x, _random(x, i)) for i, x in enumerate(tensors.values()) if x.requires_grad]
+            grads = _gradients(reached, [*wanted.values()])
         results.append(
             {name: x.detach() for name, x in tensors.items()}
             | {f"gradient of {name}": g for name, g in zip(wanted, grads, strict=True) if g is not None}

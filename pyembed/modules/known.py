@@ -53,7 +53,11 @@ def _inherits(name: str, module: nn.Module) -> bool:
 
 def is_ours(module: nn.Module) -> bool:
     """Whether it is one of our modules that look up rows."""
-    own: Any = type(module).forward
+    return is_ours_forward(type(module).forward)
+
+
+def is_ours_forward(own: Any) -> bool:
+    """Whether a class's forward is that of one of them."""
     return any(own is forward for forward in STOCK_FORWARDS)  # a compiler does not find a function in a set
 
 

@@ -250,3 +250,20 @@ def test_norms_in_float32_beside_sixteen_bits(dtype, backend, plan, norm):
     with pyembed.backend(backend), pyembed.plan(plan):
         found = case.check(F.embed_qkv)
     assert found["grad of norm_weight"].dtype == torch.float32 and found["query"].dtype == dtype
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_lengths_share_a_graph(given):
+    """With position_ids (1, T), given or made within, there is one graph for the first length and one for all others."""
+    table, places, weight = torch.randn(7, 4), torch.randn(16, 4), torch.randn(12, 4)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    @functools.partial(torch.compile, fullgraph=True, backend=counter)
+    def front(ids, position_ids):
+        position_ids = position_ids if given else torch.arange(ids.shape[1])[None]
+        return F.embed_qkv(ids, table, weight, num_heads=2, position=places, position_ids=position_ids, norm="layer").query
+
+    torch._dynamo.reset()
+    for T in (5, 7, 9, 11):
+        front(torch.randint(7, (2, T)), torch.arange(T)[None])
+    assert counter.frame_count == 2
