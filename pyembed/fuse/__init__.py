@@ -6,6 +6,7 @@ fusion.py    when a fused front end runs, and what it computes
 sites.py     the classes that its modules have meanwhile
 waiting.py   the tensors that pass between them
 verify.py    whether the model still computes what it did
+load.py      a model by name, for the command line
 
 `pyembed.fuse` is the function; this package is imported as `from pyembed.fuse import …`.
 """

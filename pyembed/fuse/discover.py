@@ -132,14 +132,14 @@ def _sums(token: Seen, others: list[Seen]) -> Iterator[tuple[dict[str, Seen], Te
     """({role: lookup}, their sum) that embed_qkv can compute, rounded as it does."""
     rows = token.copy
     assert rows is not None
-    others = [c for c in others if c.copy is not None and c.copy.shape[-1] == rows.shape[-1]]
     yield {"token": token}, rows
-    for p in others:
-        yield {"token": token, "position": p}, rows + p.copy
-    for s in others:
-        for p in others:
+    tables = [(c, c.copy) for c in others if c.copy is not None and c.copy.shape[-1] == rows.shape[-1]]
+    for p, added in tables:
+        yield {"token": token, "position": p}, rows + added
+    for s, first in tables:
+        for p, second in tables:
             if s is not p:
-                yield {"token": token, "segment": s, "position": p}, rows + s.copy + p.copy
+                yield {"token": token, "segment": s, "position": p}, rows + first + second
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

@@ -6,7 +6,7 @@ from collections import Counter
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..modules.known import is_stock
 from ..modules.proofs import Proof
@@ -40,7 +40,9 @@ def fuse(model: nn.Module, *args: Any, gradients: bool = True, strict: bool = Fa
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     if not args and not batch:
-        raise TypeError("ids: expected a batch that the model takes, as fuse(model, ids) or fuse(model, input_ids=ids), got none")
+        raise TypeError(
+            "ids: expected a batch that the model takes, as fuse(model, ids) or fuse(model, input_ids=ids), got none"
+        )
     fused = next((name for name, module in model.named_modules() if is_site(module)), None)
     if fused is not None:
         raise ValueError(f"model: expected one that is not fused, got one whose {fused} is: undo that first")
@@ -86,7 +88,9 @@ def _verified(model: nn.Module, fusion: Fusion, args: Any, batch: Any, gradients
             ran = fusion.calls["fused"]
             worst = compare(observe(model, args, batch, mode), before, around)
             if fusion.calls["fused"] == ran:
-                why = next(iter(fusion.calls.keys() - {"fused"}), "what lies between lookups and projections asks for their values")
+                why = next(
+                    iter(fusion.calls.keys() - {"fused"}), "what lies between lookups and projections asks for their values"
+                )
                 if not ran:
                     handle.undo()
                     return Fused(model, None, f"the fused front end did not run: {why}")
@@ -174,13 +178,13 @@ class Fused:
         ids, D = rows["token"], fusion.token.weight.shape[1]
         call = fusion.call(rows)
         refused = refuses(call)
+        why: str | None
         if fusion.is_small(ids):
             least = LEAST_TOKENS if ids.is_cuda else math.ceil(LEAST_FLOPS / (2.0 * sum(fusion.rows) * D))
             why = refused if ids.is_cpu and refused else f"fusing is considered from {least:,} tokens on"
-            self.plan = f"the model's own modules: {why}"
         else:
             why = why_not(call)
-            self.plan = "fused" if why is None else f"the model's own modules: {why}"
+        self.plan = "fused" if why is None else f"the model's own modules: {why}"
         if refused or not ids.is_cpu:
             return
         seconds = weigh(call, ids.unique().numel()).seconds
@@ -203,11 +207,15 @@ class Fused:
         if self.share:
             gain = self.saved_seconds / self.forward_seconds
             expect = f"expect {gain:.1%} less time for a forward" if gain else "no more than that can be gained"
-            lines += [f"  the front end is about {self.share:.1%} of a forward of {self.forward_seconds * 1e3:.3g} ms: {expect}"]
+            lines += [
+                f"  the front end is about {self.share:.1%} of a forward of {self.forward_seconds * 1e3:.3g} ms: {expect}"
+            ]
         if self.not_in_training:
             lines += [f"  in training the model's own modules run: {self.not_in_training}"]
         if self.calls:
-            lines += [f"  {count:6,} calls {'fused' if why == 'fused' else 'not fused: ' + why}" for why, count in self.calls.items()]
+            lines += [
+                f"  {count:6,} calls {'fused' if why == 'fused' else 'not fused: ' + why}" for why, count in self.calls.items()
+            ]
         return "\n".join(lines)
 
     __repr__ = __str__

@@ -1,8 +1,8 @@
 """One fused front end: when it runs, and what it computes.
 
-Every module that is touched stays exact for any input by itself: what was computed before is handed out only for the very tensor
-that it belongs to, unchanged, under unchanged weights and the same modes; else the module's own forward runs. Results travel
-with tensors, never with a module, so that threads, nested calls and recomputation cannot mix.
+Every module that is touched stays exact for any input by itself: what was computed before is handed out only for the very
+tensor that it belongs to, unchanged, under unchanged weights and the same modes; else the module's own forward runs. Results
+travel with tensors, never with a module, so that threads, nested calls and recomputation cannot mix.
 """
 
 import contextlib
@@ -32,10 +32,10 @@ RETRY = 64
 class Found(NamedTuple):
     """What discovery proved. names: of modules in the model, by what they are; findings: of proofs.py."""
 
-    lookups: dict[str, nn.Embedding]  # "token", and "segment" and "position" if there are any
-    norm: nn.Module
-    linears: list[nn.Module]
-    dropouts: list[nn.Module]
+    lookups: dict[str, Any]  # nn.Embedding: "token", and "segment" and "position" if there are any
+    norm: Any
+    linears: list[Any]
+    dropouts: list[Any]
     findings: list[Any]  # of the lookups, the norm and the linear maps, in this order
     rows: dict[str, Tensor]  # what the lookups were given
     names: dict[nn.Module, str]
@@ -110,9 +110,9 @@ class Fusion:
             trains = torch.is_grad_enabled() and module.weight.requires_grad
             if role != "token" and module.padding_idx is not None and trains:
                 raise Stock(f"{self.found.names[module]} has a row without a gradient (padding_idx)")
-        if autocast_dtype(token) is not None and token.dtype.itemsize == 2:
+        if token is None or autocast_dtype(token) is not None and token.dtype.itemsize == 2:
             raise Stock("under autocast the norm of 16-bit rows has another dtype")
-        if any(m.training and m.p > 0 for m in self.found.dropouts):  # type: ignore[operator]
+        if any(m.training and m.p > 0 for m in self.found.dropouts):
             raise Stock("dropout is at work between the lookups and the projections")
 
     # What
@@ -161,9 +161,7 @@ class Fusion:
             first, second = a.compute, b.compute
             anchors = [roles[role].weight for role in rows]
             with _counted():
-                return Waiting.make(
-                    (*ids.shape, a.shape[-1]), a, a.dtype, lambda: first() + second(), Tag(self, rows), anchors
-                )
+                return Waiting.make((*ids.shape, a.shape[-1]), a, a.dtype, lambda: first() + second(), Tag(self, rows), anchors)
         if len(rows) == 3 and not (len(one) == 2 or len(other) == 2):
             return None
         try:
@@ -186,7 +184,8 @@ class Fusion:
         row = -1 if self.token.padding_idx is None else pad_row(self.token.padding_idx, token.shape[0])
         scale, position_ids = self.factor(), rows.get("position")
         terms = Terms(rows["token"], token, position, position_ids, segment, rows.get("segment"), None, scale, 0.0, row)
-        weight, bias = (None if name is None else getattr(norm, name) for name in (kind.weight, kind.bias))
+        weight: Any = None if kind.weight is None else getattr(norm, kind.weight)
+        bias: Any = None if kind.bias is None else getattr(norm, kind.bias)
         if kind.one_plus:
             weight = 1.0 + weight.to(wide_dtype(weight.dtype))
             bias = None if bias is None else bias.to(weight.dtype)

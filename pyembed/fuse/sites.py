@@ -18,13 +18,13 @@ _compiling = torch.compiler.is_compiling  # a compiler sees the model's own modu
 class Site:
     """fusion: of which this module is a part; base: its own class."""
 
-    _pyembed_fusion: Fusion
-    _pyembed_base: type[nn.Module]
+    _pyembed_fusion: Any
+    _pyembed_base: Any
     _pyembed_place: Any
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        _, _, *rest = super().__reduce_ex__(protocol)  # type: ignore[misc]
-        return (copyreg._reconstructor, (self._pyembed_base, object, None), *rest)  # type: ignore[attr-defined]
+        found: Any = super().__reduce_ex__(protocol)
+        return (copyreg._reconstructor, (self._pyembed_base, object, None), *found[2:])  # type: ignore[attr-defined]
 
 
 class TokenSite(Site):
@@ -56,7 +56,13 @@ class RowsSite(nn.Embedding):
 class NormSite(Site):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         stock: Any = super().forward  # type: ignore[misc]
-        if _compiling() or kwargs or len(args) != 1 or type(args[0]) is not Hidden or self._pyembed_fusion.found.norm is not self:
+        if (
+            _compiling()
+            or kwargs
+            or len(args) != 1
+            or type(args[0]) is not Hidden
+            or self._pyembed_fusion.found.norm is not self
+        ):
             return stock(*args, **kwargs)
         found = self._pyembed_fusion.normed(args[0], stock)
         return stock(*args) if found is None else found

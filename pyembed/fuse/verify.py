@@ -157,7 +157,9 @@ def front_end(fusion: Fusion, rows: dict[str, Tensor], gradients: bool) -> None:
 
 def _modules(found: Found, rows: dict[str, Tensor], scale: float | None) -> list[Tensor]:
     """Hidden and the projections by the modules."""
-    looked_up = {role: F.embedding(ids, found.lookups[role].weight, found.lookups[role].padding_idx) for role, ids in rows.items()}
+    looked_up = {
+        role: F.embedding(ids, found.lookups[role].weight, found.lookups[role].padding_idx) for role, ids in rows.items()
+    }
     hidden = looked_up["token"] if scale is None else looked_up["token"] * scale
     for role in ("segment", "position"):
         hidden = hidden + looked_up[role] if role in looked_up else hidden

@@ -87,7 +87,7 @@ class Waiting(Tensor):
     @staticmethod
     def make(shape: Any, like: Tensor, dtype: torch.dtype, compute: Any, tag: Tag, anchors: list[Tensor]) -> "Waiting":
         def new() -> Any:
-            return torch.Tensor._make_wrapper_subclass(Waiting, shape, dtype=dtype, device=like.device)  # type: ignore[attr-defined]
+            return torch.Tensor._make_wrapper_subclass(Waiting, shape, dtype=dtype, device=like.device)
 
         wants = [x for x in anchors if x.requires_grad] if torch.is_grad_enabled() else []
         found = _Refused.apply(new, *wants) if wants else new()
@@ -130,7 +130,7 @@ class Waiting(Tensor):
         return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         if func is torch.ops.aten.detach.default:  # by _Refused.apply
             return args[0]
         raise RuntimeError(_REFUSED)

@@ -95,7 +95,11 @@ def test_a_wrong_result_undoes_the_fusing(model, monkeypatch):
     """Of outputs, of gradients, and of a bias that no output shows."""
     before, ids, fusion = attributes(model), tokens(), sys.modules["pyembed.fuse.fusion"]
     right = fusion.Fusion._projection
-    for field, change in (("bias", lambda b: b + 1e-3), ("weight", lambda w: w.detach() + 0 * w), ("weight", lambda w: 1.001 * w)):
+    for field, change in (
+        ("bias", lambda b: b + 1e-3),
+        ("weight", lambda w: w.detach() + 0 * w),
+        ("weight", lambda w: 1.001 * w),
+    ):
 
         def wrong(self, field=field, change=change):
             found = right(self)
@@ -112,7 +116,9 @@ CHANGES = {
     "hook": lambda model, ids: model.blocks[0].norm1.register_forward_hook(lambda m, x, y: 2 * y),
     "lookup hook": lambda model, ids: model.tok.register_forward_hook(lambda m, x, y: y.mul_(2)),
     "pre-hook": lambda model, ids: model.blocks[0].register_forward_pre_hook(lambda m, x: (x[0] + 1,)),
-    "in-place pre-hook": lambda model, ids: model.blocks[0].register_forward_pre_hook(lambda m, x: (x[0].data.add_(1), None)[1]),
+    "in-place pre-hook": lambda model, ids: model.blocks[0].register_forward_pre_hook(
+        lambda m, x: (x[0].data.add_(1), None)[1]
+    ),
     "forward": lambda model, ids: setattr(model.blocks[0].norm1, "forward", lambda x: 2 * x),
     "eps": lambda model, ids: setattr(model.blocks[0].norm1, "eps", 3.0),
     "weight": lambda model, ids: nn.init.normal_(model.blocks[0].attention.c_attn.weight),

@@ -120,7 +120,11 @@ def test_checkpointing(reentrant):
             if self.whole:
                 x = checkpoint(front, ids, use_reentrant=reentrant) if self.training else front(ids)
             else:
-                x = checkpoint(self.blocks[0], front(ids), use_reentrant=reentrant) if self.training else self.blocks[0](front(ids))
+                x = (
+                    checkpoint(self.blocks[0], front(ids), use_reentrant=reentrant)
+                    if self.training
+                    else self.blocks[0](front(ids))
+                )
             return self.head(self.norm(self.blocks[1](x)))
 
     model = Model(nn.LayerNorm, Packed).train()

@@ -1,9 +1,11 @@
 """Every wrong argument is refused with its name, what was expected and what came; and the two backends agree."""
 
+import functools
 import itertools
 
 import pytest
 import torch
+import torch._dynamo.testing
 from conftest import DEVICE, DTYPES
 from numerics import Case
 
