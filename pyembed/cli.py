@@ -159,18 +159,15 @@ def demo(
 
 @app.command()
 def fuse(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="module:function that returns a model, or GPT2Config, LlamaConfig …")
-    ],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="module:function that makes one, or GPT2Config, LlamaConfig …")],
     batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 2,
     length: Annotated[int, typer.Option(min=1, help="Tokens per sequence.")] = 8,
 ) -> None:
     """Fuse a model's front end and print what was found, or why nothing was. Exit status: 0 fused, 1 not, 2 a wrong argument."""
     try:
-        built = load_model(model)
+        found = fuse_model(load_model(model), torch.arange(batch * length).view(batch, length) % 7)
     except (AttributeError, ImportError, TypeError, ValueError) as error:
         raise UsageError(f"MODEL: {error}") from error
-    found = fuse_model(built, torch.arange(batch * length).view(batch, length).remainder(7))
     Console().print(str(found), markup=False, highlight=False, soft_wrap=True)
     raise typer.Exit(0 if found.why_not is None else 1)
 
