@@ -121,8 +121,8 @@ def main():
             curves.append(losses(model, text, arguments.steps, (4, 128)))
         difference = max(abs(a - b) for a, b in zip(*curves, strict=True))
         print(
-            f"losses of {arguments.steps} steps: {curves[0][0]:.3f} to {curves[0][-1]:.3f}, largest difference {difference:.1e}, "
-            f"fused calls {fused.calls['fused']}"
+            f"losses of {arguments.steps} steps: {curves[0][0]:.3f} to {curves[0][-1]:.3f}, largest difference "
+            f"{difference:.1e}, fused calls {fused.calls['fused']}"
         )
 
 

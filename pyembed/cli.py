@@ -163,7 +163,7 @@ def fuse(
     batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 2,
     length: Annotated[int, typer.Option(min=1, help="Tokens per sequence.")] = 8,
 ) -> None:
-    """Fuse a model's front end and print what was found, or why nothing was. Exit status: 0 fused, 1 not, 2 a wrong argument."""
+    """Fuse a model's front end and print what was found, or why not. Exit status: 0 fused, 1 not, 2 a wrong argument."""
     try:
         found = fuse_model(load_model(model), torch.arange(batch * length).view(batch, length) % 7)
     except (AttributeError, ImportError, TypeError, ValueError) as error:

@@ -40,7 +40,7 @@ class TokenSite(Site):
 
 
 class RowsSite(nn.Embedding):
-    """Of positions and segments: between the module's class and nn.Embedding, where super().forward(rows) of an offset arrives."""
+    """Of positions and segments: between the module's class and nn.Embedding, so that an offset is added before."""
 
     def forward(self, input: Tensor) -> Any:
         stock: Any = super().forward

@@ -1,7 +1,7 @@
 """Tensors of a fused model between its lookups and its first projections.
 
-Waiting   stands for a tensor whose values nobody has asked for: rows of a table, sums of rows, the output of the norm. Its shape,
-          dtype and device are known; any operator but a proved one gets its value, computed then, with its own gradients.
+Waiting   stands for a tensor whose values nobody has asked for: rows of a table, sums of rows, the output of the norm. Its
+          shape, dtype and device are known; any operator but a proved one gets its value, computed then, with its gradients.
 Hidden    the sum of all rows, a plain tensor with its values, which the projections that were computed with it travel on.
 
 Both are seen by the functions of PyTorch that Python calls. C++ that reads a Waiting without them raises an error.
@@ -190,6 +190,6 @@ def _refuse_gradient(func: Any, args: Any, kwargs: Any) -> None:
     if func == _get.grad.__get__ and func(args[0]) is None:
         return
     raise RuntimeError(
-        "pyembed.fuse: the gradient of the hidden state before the first layer does not pass through it in a fused model, whose "
-        "projections are computed from the tables: undo the fusing for this"
+        "pyembed.fuse: the gradient of the hidden state before the first layer does not pass through it in a fused model, "
+        "whose projections are computed from the tables: undo the fusing for this"
     )

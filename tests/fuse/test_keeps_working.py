@@ -162,7 +162,7 @@ def test_functional_call_and_transforms(model):
     assert all(close(ours[n], theirs[n]) for n in theirs)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", full("inductor")])
+@pytest.mark.parametrize("backend", ["eager", full("aot_eager"), full("inductor")])
 def test_compile(model, backend):
     """A compiler sees the model's own modules, in one graph."""
     ids = tokens()
