@@ -72,7 +72,7 @@ def test_handle(model, distinct):
 
 def test_errors(model):
     ids = tokens()
-    with pytest.raises(TypeError, match="model: expected an nn.Module, got int"):
+    with pytest.raises(TypeError, match=r"model: expected an nn.Module, got int"):
         pyembed.fuse(3, ids)
     with pytest.raises(TypeError, match="ids: expected a batch"):
         pyembed.fuse(model)
@@ -131,7 +131,10 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("name", [full(n) if n in ("new module", "lookup hook", "weight", "forward") else n for n in CHANGES])
+@pytest.mark.parametrize(
+    "name",
+    [full(n) if n in ("new module", "lookup hook", "weight", "forward", "new weight", "pre-hook") else n for n in CHANGES],
+)
 def test_changes_after_fusing(name, distinct):
     """The model gives what it would give unfused."""
     model, twin = (Own(HandNorm, Packed, 0.1).eval() for _ in range(2))

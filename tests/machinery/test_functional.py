@@ -254,7 +254,7 @@ def test_norms_in_float32_beside_sixteen_bits(dtype, backend, plan, norm):
     assert found["grad of norm_weight"].dtype == torch.float32 and found["query"].dtype == dtype
 
 
-@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("given", [True, pytest.param(False, marks=pytest.mark.full)])
 def test_lengths_share_a_graph(given):
     """With position_ids (1, T), given or made within, there is one graph for the first length and one for all others."""
     table, places, weight = torch.randn(7, 4), torch.randn(16, 4), torch.randn(12, 4)
