@@ -118,7 +118,7 @@ CHANGES = {
     "lookup hook": lambda model, ids: model.tok.register_forward_hook(lambda m, x, y: y.mul_(2)),
     "pre-hook": lambda model, ids: model.blocks[0].register_forward_pre_hook(lambda m, x: (x[0] + 1,)),
     "in-place pre-hook": lambda model, ids: model.blocks[0].register_forward_pre_hook(
-        lambda m, x: (x[0].data.add_(1), None)[1]
+        lambda m, x: (x[0].data.mul_(torch.arange(D)), None)[1]
     ),
     "forward": lambda model, ids: setattr(model.blocks[0].norm1, "forward", lambda x: 2 * x),
     "eps": lambda model, ids: setattr(model.blocks[0].norm1, "eps", 3.0),
@@ -209,13 +209,13 @@ def _sum_in_place(inner, tok, pos, ids):
 
 def _hidden_in_place(inner, tok, pos, ids):
     x = tok + pos
-    x.add_(1)
+    x.mul_(torch.arange(D))
     return x
 
 
 def _hidden_numpy(inner, tok, pos, ids):
     x = tok + pos
-    x.detach().numpy()[:] += 1
+    x.detach().numpy()[..., 0] += 1  # a constant added to all would be lost in the norm
     return x
 
 
