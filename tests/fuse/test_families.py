@@ -3,10 +3,10 @@ it is not."""
 
 import pytest
 import torch
+from conftest import full
 from families import FAMILIES, OWN, build, logits, tokens
 
 import pyembed
-from conftest import full
 
 NOT = {  # nothing is fused, and the report says this
     "BART": "asks for their values",

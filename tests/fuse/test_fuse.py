@@ -8,11 +8,11 @@ import threading
 
 import pytest
 import torch
+from conftest import full
 from families import D, HandNorm, Own, OwnNorm, Packed, V, build, logits, tokens
 from torch import nn
 
 import pyembed
-from conftest import full
 from pyembed.fuse import Difference, Fused
 
 

@@ -6,12 +6,12 @@ import pickle
 
 import pytest
 import torch
-from families import V, Own, Packed, build, logits, tokens
+from conftest import full
+from families import Own, Packed, V, build, logits, tokens
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import pyembed
-from conftest import full
 
 MASK = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 1], [1] * 9])
 GENERATE = {
