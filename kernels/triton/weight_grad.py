@@ -22,13 +22,14 @@ def weight_grad_kernel(
     norm_bias,  # (D,) or None
     count,  # (1,) U
     grad_weight,  # (N, D) out
-    shape,  # P, N, D
+    P,
+    N,
+    D,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    P, N, D = shape
     G, rows_of_used, stride_gr, stride_ur = tails
     ACC: tl.constexpr = tl.float64 if grad_weight.dtype.element_ty == tl.float64 else tl.float32
     across = tl.cdiv(D, BLOCK_N)
@@ -62,7 +63,7 @@ def weight_grad(
     grad = weight.new_empty(N, D)
     launch(weight_grad_kernel, (tuning.cdiv(N, tiles.BLOCK_M) * tuning.cdiv(D, tiles.BLOCK_N),))(
         tuning.operand(G, (tiles.BLOCK_K, tiles.BLOCK_M), device), tuning.operand(used, (tiles.BLOCK_K, tiles.BLOCK_N), device),
-        (G, used, G.stride(0), used.stride(0)), total, norm_bias, which.in_use, grad, (which.P, N, D),
+        (G, used, G.stride(0), used.stride(0)), total, norm_bias, which.in_use, grad, which.P, N, D,
         PRECISION=tuning.precision(weight.dtype, device), **tiles._asdict(), **tuning.registers(device),
     )  # fmt: skip
     return grad

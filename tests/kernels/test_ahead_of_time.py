@@ -58,12 +58,16 @@ MANY = (False, distinct_rows, HALF, 4098, 768, 2304, "layer", True)
 MANY_TF32 = (True, distinct_rows, FLOAT, 4098, 768, 2304, "layer", True)
 CONV1D_TF32 = (*MANY_TF32, True, False, torch.int64, True)
 TURNED = "wgmma takes no transposed tf32, which goes through registers"
+FEWER = "a thread has half of the registers that it has elsewhere"
 WMMA = "Triton stores products as WMMA holds them, a column in a lane"
 KNOWN = [
     Known("weight_grad_kernel", {"nothing in flight"}, (90,), MANY_TF32, TURNED),
     Known("project_kernel", {"nothing in flight"}, (90,), CONV1D_TF32, TURNED, lambda launch: launch.constant("TRANSPOSED")),
     Known("project_kernel", {"narrow access"}, ("gfx1100",), MANY, WMMA),
     Known("embed_qkv_folded_kernel", {"narrow access"}, ("gfx1100",), EVERYWHERE[1], WMMA),
+    Known("embed_kernel", {"spills"}, ("gfx1100",), (False, terms, HALF, 4098, "layer"), FEWER),
+    Known("norm_backward_kernel", {"spills"}, ("gfx1100",), (False, backward, HALF, 4097, 771, "layer", True), FEWER),
+    Known("expand_kernel", {"spills"}, ("gfx1100",), (False, distinct_rows, HALF, 4098, 771, 2313, "layer", True), FEWER),
 ]
 
 
