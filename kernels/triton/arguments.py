@@ -49,8 +49,8 @@ def terms_arguments(terms: Terms, report: tuple | None = None) -> tuple:
 def needs(epilogue: Epilogue, head_dim: int) -> tuple[bool, int]:
     """Whether a wide tile beside it would not fit into registers, and the width of heads that a tile must hold whole (0: any
     part)."""
-    turns_part = epilogue.cos is not None and 2 * epilogue.cos.shape[-1] != head_dim
-    crowded = turns_part or epilogue.heads_first or epilogue.query_offset is not None
+    exchanges = epilogue.cos is not None and (epilogue.interleaved or 2 * epilogue.cos.shape[-1] != head_dim)
+    crowded = exchanges or epilogue.heads_first or epilogue.query_offset is not None
     return crowded, 0 if epilogue.query_norm is None else head_dim
 
 

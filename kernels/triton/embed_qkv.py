@@ -127,7 +127,7 @@ def embed_qkv(
     if M == 0 or N == 0 or D == 0:
         return outputs
     device, layer, normed = tuning.device_of(weight), norm.kind == "layer", norm.kind != "none"
-    way = way or tuning.way(tuning.INVARIANT if call.batch_invariant else M, N, hidden.dtype, device, call.kept is not None)
+    way = way or tuning.way(tuning.INVARIANT if call.batch_invariant else M, N, D, hidden.dtype, device, call.kept is not None)
     way, tiles, options, runs = configure(
         M, N, D, (heads, kv_heads, kv_heads), hidden.dtype, weight.dtype, device, normed, needs(epilogue, head_dim), way, tiles,
         call.batch_invariant, tuning.precision(weight.dtype, device),

@@ -119,7 +119,7 @@ def weight_operand(weight, tiles, device, by_pointers=False):
 INVARIANT = 64  # batch_invariant: tiles for this number of tokens serve any number, so that every sum has one order
 
 
-def way(M, N, dtype, device, kept=False):
+def way(M, N, D, dtype, device, kept=False):
     """Which kernels run for M tokens: "few", one launch; "rows", hidden and its norm, then the product; "folded", the norm
     folded into the weight, then one launch.
 
@@ -133,7 +133,7 @@ def way(M, N, dtype, device, kept=False):
     many = 1024 if kept else max(1024, 3 * N)
     if dtype == torch.bfloat16 and many < M:
         return "folded"
-    return "rows" if most < M else "few"
+    return "rows" if most < M or not aligned(dtype, D, N) else "few"
 
 
 def aligned(dtype, *sizes):
@@ -176,7 +176,7 @@ def product(M, N, D, dtype, device, crowded=False, head=0, precision="ieee"):
     """
     stages = 2 if device.shared_memory < 100_000 else 3
     if not aligned(dtype, N):
-        tiles = Tiles(64, 32, 32, 4, 2)
+        tiles = Tiles(64, 32, 64 // dtype.itemsize, 4, 2)
     elif dtype.itemsize > 2:
         tiles = Tiles(64, 64, 16, 8, stages) if precision == "ieee" else Tiles(128, 64, 32, 8, stages)
     else:

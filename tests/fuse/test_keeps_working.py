@@ -1,7 +1,6 @@
 """What a model of transformers can do, it can do with its front end fused."""
 
 import copy
-import io
 import pickle
 
 import pytest
@@ -73,10 +72,7 @@ def test_saved_and_copied(model, tmp_path):
     ids, kinds = tokens(), [type(m) for m in model.modules()]
     want = logits(model, ids).detach()
     fused = pyembed.fuse(model, ids, gradients=False)
-    buffer = io.BytesIO()
-    torch.save(model, buffer)
-    buffer.seek(0)
-    copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(buffer, weights_only=False)]
+    copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
     model.save_pretrained(tmp_path)
     copies.append(type(model).from_pretrained(tmp_path))
     for twin in copies:

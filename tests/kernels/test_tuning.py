@@ -75,13 +75,14 @@ def test_every_configuration_is_valid(dtype, table):
 def test_ways():
     """Few tokens by one launch; a weight is folded where that costs less than writing normed rows, and in bf16 alone."""
     half, h100 = torch.bfloat16, tuning.H100
-    found = [tuning.way(M, 2304, half, h100) for M in (1, 32, 33, 1024, 6912, 6913)]
+    found = [tuning.way(M, 2304, 768, half, h100) for M in (1, 32, 33, 1024, 6912, 6913)]
     assert found == ["few", "few", "rows", "rows", "rows", "folded"]
-    assert tuning.way(1024, 64, half, h100) == "rows" and tuning.way(1025, 64, half, h100) == "folded"
-    assert [tuning.way(M, 2304, half, h100, kept=True) for M in (32, 1024, 1025)] == ["few", "rows", "folded"]
+    assert tuning.way(1024, 64, 768, half, h100) == "rows" and tuning.way(1025, 64, 768, half, h100) == "folded"
+    assert [tuning.way(M, 2304, 768, half, h100, kept=True) for M in (32, 1024, 1025)] == ["few", "rows", "folded"]
     for dtype in (torch.float32, torch.float16):
-        assert [tuning.way(M, 2304, dtype, h100) for M in (32, 50_000)] == ["few", "rows"]
-    assert [tuning.way(16, 2304, half, tuning.DEVICES[arch]) for arch in ("gfx942", "gfx1100")] == ["few", "rows"]
+        assert [tuning.way(M, 2304, 768, dtype, h100) for M in (32, 50_000)] == ["few", "rows"]
+    assert tuning.way(1, 2304, 771, half, h100) == tuning.way(1, 2313, 768, half, h100) == "rows"  # rows of no whole 16 bytes
+    assert [tuning.way(16, 2304, 768, half, tuning.DEVICES[arch]) for arch in ("gfx942", "gfx1100")] == ["few", "rows"]
 
 
 def test_products_fill_the_device():
