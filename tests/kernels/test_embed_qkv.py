@@ -38,7 +38,7 @@ def test_ragged_shapes(B, T, D, head_dim):
     Case(torch.float32, DEVICE, B=B, T=T, D=D, head_dim=head_dim, heads=1).check(F.embed_qkv)
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("D", [64, 72, 70])
 @pytest.mark.parametrize("way", ["few", "rows"])
@@ -169,6 +169,7 @@ def test_folded(D, bias, affine, dtype, norm, position, centre, monkeypatch):
     assert len(called) == 1
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("D, position, centre", [(48, "learned", 0.0), (70, None, 5.0)])
 @pytest.mark.parametrize("way", ["rows", "folded"])
 def test_without_tma(way, D, position, centre, monkeypatch):
