@@ -58,13 +58,34 @@ MANY = (False, distinct_rows, HALF, 4098, 768, 2304, "layer", True)
 MANY_TF32 = (True, distinct_rows, FLOAT, 4098, 768, 2304, "layer", True)
 CONV1D_TF32 = (*MANY_TF32, True, False, torch.int64, True)
 TURNED = "wgmma takes no transposed tf32, which goes through registers"
+ODD = (False, front_end, HALF, 17, 771, 2313, "layer", True)
+CONV1D = (False, front_end, HALF, 17, 768, 2304, "layer", True, True, True, torch.int64, True)
+MANY_HEADS = (False, ends, HALF, FOLDED, 128, True, False, None, False)
+WIDE_HEADS = (False, ends, HALF, 2, 256, True, False, None, False)
+FEW_HEADS = (False, ends, FLOAT, 20, 256, True, False, False, True)
+NARROW = "few rows, so that its products wait for the next operands"
 FEWER = "a thread has half of the registers that it has elsewhere"
 WMMA = "Triton stores products as WMMA holds them, a column in a lane"
+
+
+def heads(launch):
+    return launch.constant("HEAD_DIM") or 0
+
+
 KNOWN = [
     Known("weight_grad_kernel", {"nothing in flight"}, (90,), MANY_TF32, TURNED),
     Known("project_kernel", {"nothing in flight"}, (90,), CONV1D_TF32, TURNED, lambda launch: launch.constant("TRANSPOSED")),
     Known("project_kernel", {"narrow access"}, ("gfx1100",), MANY, WMMA),
     Known("embed_qkv_folded_kernel", {"narrow access"}, ("gfx1100",), EVERYWHERE[1], WMMA),
+    Known("embed_norm_kernel", {"spills"}, ("gfx1100",), ODD, FEWER, lambda launch: not aligned(launch)),
+    Known(
+        "embed_qkv_folded_kernel", {"nothing in flight"}, ("gfx1100",), MANY_HEADS, NARROW, lambda launch: heads(launch) >= 128
+    ),
+    Known("project_norm_kernel", {"nothing in flight"}, ("gfx1100",), WIDE_HEADS, NARROW, lambda launch: heads(launch) == 256),
+    Known(
+        "project_norm_kernel", {"nothing in flight"}, ("gfx1100",), CONV1D, NARROW, lambda launch: launch.constant("TRANSPOSED")
+    ),
+    Known("embed_qkv_kernel", {"spills"}, (100,), FEW_HEADS, "a head of 256 in fp32", lambda launch: heads(launch) == 256),
     Known("embed_kernel", {"spills"}, ("gfx1100",), (False, terms, HALF, 4098, "layer"), FEWER),
     Known("norm_backward_kernel", {"spills"}, ("gfx1100",), (False, backward, HALF, 4097, 771, "layer", True), FEWER),
     Known("expand_kernel", {"spills"}, ("gfx1100",), (False, distinct_rows, HALF, 4098, 771, 2313, "layer", True), FEWER),
