@@ -97,16 +97,20 @@ def embed_qkv_kernel(
 
 
 @functools.lru_cache(1024)
-def configure(M, N, D, groups, dtype, weight_dtype, device, normed, needs, way, tiles, batch_invariant, precision):
+def configure(M, N, D, groups, dtype, weight_dtype, device, normed, needs, way, tiles, batch_invariant, precision, kept):
     """Which kernels run, as tuning.way, tiles, options of the launch, and how many programs share a row's tiles."""
     size = tuning.INVARIANT if batch_invariant else M
+    way = way or tuning.way(size, N, D, dtype, device, kept)
     if way == "folded" and not (normed and weight_dtype == dtype):
         way = "rows"
     if tiles is None:
         shape = size, N, D, weight_dtype, device, *needs
-        tiles = {"few": tuning.few, "rows": tuning.product, "folded": tuning.embed_qkv_folded}[way](
-            *shape, **{"few": {"table": dtype}, "rows": {"precision": precision}, "folded": {}}[way]
-        )
+        if way == "few":
+            tiles = tuning.few(*shape, table=dtype)
+        elif way == "rows":
+            tiles = tuning.product(*shape, precision=precision)
+        else:
+            tiles = tuning.embed_qkv_folded(*shape)
     query, key = (tuning.cdiv(N // sum(groups) * heads, tiles.BLOCK_N) for heads in groups[:2])
     options = {"PRECISION": precision, **tiles._asdict(), **tuning.registers(device)}
     return way, tiles, options, tuning.runs(M, query + 2 * key, tiles, device, resident=2 if way == "few" else 1)
@@ -127,10 +131,9 @@ def embed_qkv(
     if M == 0 or N == 0 or D == 0:
         return outputs
     device, layer, normed = tuning.device_of(weight), norm.kind == "layer", norm.kind != "none"
-    way = way or tuning.way(tuning.INVARIANT if call.batch_invariant else M, N, D, hidden.dtype, device, call.kept is not None)
     way, tiles, options, runs = configure(
         M, N, D, (heads, kv_heads, kv_heads), hidden.dtype, weight.dtype, device, normed, needs(epilogue, head_dim), way, tiles,
-        call.batch_invariant, tuning.precision(weight.dtype, device),
+        call.batch_invariant, tuning.precision(weight.dtype, device), call.kept is not None,
     )  # fmt: skip
     T = terms.ids.shape[-1] if terms.ids.dim() else 1
     ends, pairs = epilogue_arguments(epilogue, T, head_dim)

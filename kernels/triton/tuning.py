@@ -181,7 +181,7 @@ def product(M, N, D, dtype, device, crowded=False, head=0, precision="ieee"):
         tiles = Tiles(64, 64, 16, 8, stages) if precision == "ieee" else Tiles(128, 64, 32, 8, stages)
     else:
         crowded |= device.arch == 100  # 256 columns of turned heads spill there
-        choices = [Tiles(64, 64, 64, 4, stages), Tiles(64, 128, 64, 8, stages), _embed_qkv_folded(N, D, dtype, device, crowded)]
+        choices = [Tiles(64, 64, 64, 4, stages), Tiles(64, 128, 64, 8, stages), _many(N, D, dtype, device, crowded)]
         if choices[-1].BLOCK_N > 128:
             choices.append(choices[-1]._replace(BLOCK_N=128))
 
@@ -206,13 +206,14 @@ def embed_qkv_folded(M, N, D, dtype, device, crowded=False, head=0):
     crowded: the epilogue needs more registers than a bias does. head: width of heads that are normalised, which a tile must
     hold whole; 0: none are.
     """
-    tiles = _embed_qkv_folded(N, D, dtype, device, crowded)
+    tiles = _many(N, D, dtype, device, crowded)
     if head == 128 and isinstance(device.arch, int) and 100 <= device.arch < 120:
         tiles = tiles._replace(BLOCK_K=32)  # 64 spill
     return fitted(_with_heads(tiles, head, dtype, device), dtype, device)
 
 
-def _embed_qkv_folded(N, D, dtype, device, crowded):
+def _many(N, D, dtype, device, crowded):
+    """The largest tiles of a product that ship."""
     if not aligned(dtype, D, N):
         return Tiles(64, 32, 32, 4, 2)
     if device.arch in (90, 100):
@@ -293,14 +294,14 @@ def shared_memory(tiles, dtype, device, table=None, spare=0):
     # Hopper's and Blackwell's matrix units read shared memory while they multiply, and so hold the tiles of one more step; fp32
     # may be rearranged, which takes those of another.
     reads_shared = isinstance(device.arch, int) and 90 <= device.arch < 120
-    copies = device.arch == "gfx950"  # into shared memory, padded, by Triton 3.8: a step more is there
+    copies = device.arch == "gfx950"  # into shared memory, padded by up to 4 %, by Triton 3.8: a step more is there
     held = max(stages - 1, 1) + (reads_shared or copies) + (dtype.itemsize > 2)
     if table is None:
         loop = (held + spare) * (rows + columns)
     else:  # the weight's columns; token rows, position rows and the norm's weight and bias; then the normalised rows
         loop = held * columns + (stages - 1) * 2 * (M + 1) * K * table.itemsize + rows
         loop = max(loop, 4 * max(8192, M * K * table.itemsize))  # two steps of token and position rows for their statistics
-    loop += loop // 64 * copies
+    loop += loop // 24 * copies
     epilogue = M * N * 4  # the products in fp32, on their way from the matrix units' layout to that of the stores
     return max(loop, epilogue) + 128 * device.tma  # barriers that count what TMA has copied
 

@@ -187,7 +187,7 @@ MUTATIONS = [
     Mutation(KERNELS + "embed_grad.py", "embed(terms, absent=0.0)", "embed(terms)", IDS + " -k loss"),
     Mutation(KERNELS + "epilogue.py", "period, rows, report, 3)", "period, rows, report, 1)", IDS + " -k report"),
     Mutation(KERNELS + "embed_qkv.py", "tuning.INVARIANT if batch_invariant else M", "M", SAME + " -k tiles"),
-    Mutation(KERNELS + "embed_qkv.py", '{"table": dtype}', '{"table": weight_dtype}', AHEAD + " -k 86-mixed"),
+    Mutation(KERNELS + "embed_qkv.py", "table=dtype", "table=weight_dtype", AHEAD + " -k 86-mixed"),
     Mutation(
         KERNELS + "embed_qkv_rows.py", "tl.where(turned[:, None], x", "tl.where(known[:, None], x", ROTARY + " -k place_without"
     ),

@@ -41,9 +41,12 @@ def tf32(allowed):
 
 
 def take(way, monkeypatch):
-    """Makes embed_qkv run these kernels, whatever the number of tokens."""
-    kernels, _ = operators.launcher("tuning", torch.empty(0, device="cuda" if torch.cuda.is_available() else "cpu"))
+    """Makes embed_qkv run these kernels, whatever the number of tokens, and choose anew at each call."""
+    of = torch.empty(0, device="cuda" if torch.cuda.is_available() else "cpu")
+    (kernels, _), (launcher, _) = operators.launcher("tuning", of), operators.launcher("embed_qkv", of)
     monkeypatch.setattr(kernels, "way", lambda *_: way)
+    # Its memory knows nothing of what a test puts in the place of tuning's functions.
+    monkeypatch.setattr(launcher, "configure", getattr(launcher.configure, "__wrapped__", launcher.configure))
 
 
 def guarded(tensor):

@@ -175,7 +175,6 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(kernels_of("table_grad"), "CHUNK", 2)
 
     def of(arch, way):
-        kernels_of("embed_qkv").configure.cache_clear()
         device = tuning.DEVICES[arch]._replace(multiprocessors=3)
         monkeypatch.setattr(tuning, "device_of", lambda tensor: device)
         take(way, monkeypatch)
