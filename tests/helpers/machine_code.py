@@ -55,6 +55,9 @@ LINES = {  # a label, or an instruction with what guards it
 }
 
 
+SCHEDULE = re.compile(r"\s(?:&\w+=|\?\w).*")  # which some versions of nvdisasm print behind the operands
+
+
 def _blocks(language, text, jumps):
     """jumps(instruction, guard): None where it goes on with the next, else the label that it may jump to ("": it ends), and
     whether it may go on with the next too."""
@@ -70,7 +73,7 @@ def _blocks(language, text, jumps):
                 blocks.append(Block())
             labels[found["label"]] = len(blocks) - 1
             continue
-        instruction = Instruction(found["name"], found["operands"].strip())
+        instruction = Instruction(found["name"], SCHEDULE.sub("", found["operands"]).strip())
         blocks[-1].instructions.append(instruction)
         last = blocks[-1].instructions
         jump = jumps(instruction, found["guard"])

@@ -59,6 +59,12 @@ def test_calls():
     assert names(inner) == ["HMMA.16816.F32", "CALL.REL.NOINC", "BRA"] and "STG.E.128" in names(outer)
 
 
+def test_schedules():
+    """What some versions of nvdisasm print behind the operands is none of them."""
+    (loop,) = loops(sass(sass_of(".L_x_0:", HMMA + "  &req={1}  ?trans11", "@P0 BRA `(.L_x_0)   &req={0}   ?trans5", "EXIT")))
+    assert [" ".join(each[:2]) for each in loop.body] == [HMMA, "BRA `(.L_x_0)"]
+
+
 def test_no_loop():
     assert loops(sass(sass_of("HMMA.16816.F32 R4, R8, R12, R4", "BRA `(.L_x_0)", "NOP", ".L_x_0:", "EXIT"))) == []
     assert loops(sass(sass_of(".L_x_0:", "FFMA R1, R2, R3, R1", "@P0 BRA `(.L_x_0)", "EXIT"))) == []
