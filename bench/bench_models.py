@@ -1,4 +1,4 @@
-"""Whole models, stock against fused, in one run and interleaved: `python bench/bench_models.py [--models GPT2,Llama]`.
+"""Whole models, stock against fused, in one run and interleaved: `python bench/bench_models.py [--models "GPT2;Llama"]`.
 
 Of each model a stock and a fused one with the same weights take turns over a text in GPT-2's tokens: training step (forward,
 backward), prefill and decode without gradients. A ratio above 1 means that the fused one is faster; it is the median over
@@ -95,6 +95,10 @@ def main():
     parser.add_argument("--steps", type=int, default=200, help="of the training runs whose losses are compared")
     parser.add_argument("--what", default=",".join(SHAPES))
     arguments = parser.parse_args()
+    for option, allowed, separator in (("models", MODELS, ";"), ("what", SHAPES, ",")):
+        for name in getattr(arguments, option).split(separator):
+            if name not in allowed:
+                parser.error(f"--{option}: expected of {separator.join(allowed)}, got {name!r}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     encoded = pyembed.data.get_encoding("gpt2").encode("\n".join(pydoc_data.topics.topics.values()), allowed_special="all")
     text = torch.tensor(encoded, device=device)

@@ -79,7 +79,7 @@ def _print_version(wanted: bool) -> None:
 def _pyembed(
     version: Annotated[bool, typer.Option("--version", callback=_print_version, help="Print the version and exit.")] = False,
 ) -> None:
-    """The front end of a transformer (embedding, position, norm, QKV projection) in one Triton kernel."""
+    """The front end of a transformer (embedding, position, norm, QKV projection) by fused Triton kernels."""
 
 
 @app.command()
