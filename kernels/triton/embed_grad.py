@@ -18,7 +18,7 @@ from .embed import drop_again, embed
 from .launch import launch, on_device
 from .rotary import turn_back
 from .table_grad import position_grad, segment_grad, table_grad
-from .tiles import computes, drop, find_rows, lanes, load_hidden, load_vector
+from .tiles import computes, drop, find_rows, lane, lanes, load_hidden, load_vector
 
 
 @triton.jit
@@ -51,7 +51,7 @@ def store_pulls(
     """For tokens first … last: means over the columns of γ·grad_normed times the normed row, and of γ·grad_normed."""
     M, T, V, L = shape
     ACC: tl.constexpr = rstd.dtype.element_ty
-    LANE: tl.constexpr = 128 // token.dtype.element_ty.primitive_bitwidth
+    LANE: tl.constexpr = lane(token)
     for m0 in range(first, last, BLOCK_M):
         m = m0 + tl.arange(0, BLOCK_M)
         rows, known = find_rows(ids, terms, m, M, T, V, L)

@@ -9,6 +9,7 @@ than the product, so embed_qkv_rows.py does it before, or embed_qkv_folded.py af
 
 A program owns BLOCK_M tokens and a range ("run") of column tiles. It reads its rows once for their statistics (run 0 also
 writes hidden), then once per column tile to project them; meanwhile they stay in L2, so the table is read from memory once.
+RMSNorm takes one reading: its factor of a row, rstd, is multiplied into the row's products, whose loop sums the squares too.
 """
 
 import functools
@@ -25,13 +26,20 @@ from .embed_qkv_folded import embed_qkv_folded_kernel, fold
 from .embed_qkv_rows import embed_norm, project_norm
 from .epilogue import count_tiles, find_tile, find_turns, paired_source, store_projected
 from .launch import launch, on_device
-from .tiles import dot, find_rows, gather_statistics, load_hidden, normalise
+from .tiles import dot, find_rows, gather_statistics, lane, load_hidden, normalise, store_hidden, sum_squares
 
 
 @triton.constexpr_function
 def step(rows, columns, token):
     """Columns that are read at a time for statistics: 8 KB, so that few reads follow each other."""
     return max(columns, 2**16 // (rows * token.dtype.element_ty.primitive_bitwidth))
+
+
+@triton.constexpr_function
+def scales_late(mean, rstd, norm_bias, weight, read_back):
+    """Whether products are multiplied by rstd, not rows: without a mean or bias, which are added, and where products of rows
+    that are not normalised cannot overflow (fp16)."""
+    return mean is None and rstd is not None and norm_bias is None and weight.dtype.element_ty != tl.float16 and not read_back
 
 
 @triton.jit
@@ -68,8 +76,11 @@ def embed_qkv_kernel(
     rows, known = find_rows(ids, terms, m, M, T, V, L)
     turned = find_turns(epilogue, terms, m, M, known)
     writes = (run == 0) | READ_BACK
-    COLUMNS: tl.constexpr = step(BLOCK_M, BLOCK_K, token)
-    mu, scale = gather_statistics(token, terms, rows, known, hidden, mean, rstd, M, writes, eps, D, BLOCK_M, COLUMNS)
+    LATE: tl.constexpr = scales_late(mean, rstd, norm_bias, weight, READ_BACK)
+    mu, scale = None, None
+    if not LATE:
+        COLUMNS: tl.constexpr = step(BLOCK_M, BLOCK_K, token)
+        mu, scale = gather_statistics(token, terms, rows, known, hidden, mean, rstd, M, writes, eps, D, BLOCK_M, COLUMNS)
     if READ_BACK:  # this program's own writes: a barrier suffices, as programs that share rows write the same bits
         tl.debug_barrier()
         token, terms, rows = hidden, (None, None, (None, None, None, None), None, None, None), (m, tl.minimum(m, M - 1), m, m)
@@ -80,9 +91,13 @@ def embed_qkv_kernel(
         n = n0 + tl.arange(0, BLOCK_N)
         column = first.to(tl.int64) + paired_source(n, HEAD_DIM, HALF)
         acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+        squares = tl.zeros((BLOCK_M, BLOCK_K // lane(token)), ACC)
         for d0 in range(0, D, BLOCK_K):
             d = d0 + tl.arange(0, BLOCK_K)
             a = load_hidden(token, terms, rows, d, D)
+            if LATE:
+                store_hidden(hidden, a, m, known, M, d, D, tile == 0)
+                squares += sum_squares(a, token)
             if rstd is not None:
                 centre = mu if mean is not None else None
                 a = normalise(a.to(ACC), centre, scale, norm_weight, norm_bias, d, D)
@@ -90,6 +105,10 @@ def embed_qkv_kernel(
             inside = (d < D)[:, None] & (n < width)[None, :]
             w = tl.load(weight + column[None, :] * stride_wn + d[:, None] * stride_wd, mask=inside, other=0.0)
             acc = dot(a, w, acc, PRECISION)
+        if LATE:
+            late = 1.0 / tl.sqrt(tl.sum(squares, 1) / D + eps)
+            tl.store(rstd + m, late, mask=(m < M) & (tile == 0))
+            acc *= late[:, None]
         if bias is not None:
             acc += tl.load(bias + column, mask=n < width, other=0.0).to(ACC)[None, :]
         acc = tl.where(turned[:, None], acc, float("nan"))
@@ -100,7 +119,7 @@ def embed_qkv_kernel(
 def configure(M, N, D, groups, dtype, weight_dtype, device, normed, needs, way, tiles, batch_invariant, precision, kept):
     """Which kernels run, as tuning.way, tiles, options of the launch, and how many programs share a row's tiles."""
     size = tuning.INVARIANT if batch_invariant else M
-    way = way or tuning.way(size, N, D, dtype, device, kept)
+    way = way or tuning.way(size, N, D, dtype, device, kept, needs[1])
     if way == "folded" and not (normed and weight_dtype == dtype):
         way = "rows"
     if tiles is None:

@@ -29,9 +29,17 @@ def find_tile(qkv, tile, query, key, BLOCK_N: tl.constexpr):
 
 
 @triton.constexpr_function
+def head_group(HEAD_DIM, HALF):
+    """How many columns of a head are neighbours in its tile and its output alike: 8, which are 16 bytes, or as many as divide a
+    head, or if HALF > 0 both halves."""
+    sizes = HALF | HEAD_DIM // 2 | 8 if HALF > 0 else HEAD_DIM | 8
+    return sizes & -sizes
+
+
+@triton.constexpr_function
 def pair_group(HEAD_DIM, HALF):
-    """How many neighbouring columns of a half stay together in a tile: 8, which are 16 bytes, or as many as divide the half."""
-    return (HALF | HEAD_DIM // 2 | 8) & -(HALF | HEAD_DIM // 2 | 8) if HALF > 0 else 1
+    """How many neighbours of a half stay together in a tile, before those of the other half; 1: pairs are neighbours."""
+    return head_group(HEAD_DIM, HALF) if HALF > 0 else 1
 
 
 @triton.jit
@@ -240,8 +248,8 @@ def store_turned(
     else:
         t = (m0 % length).to(tl.int32) + row
         rows = (t // length).to(tl.int64) * length * width + t % length * HEAD_DIM
-        columns = (n // HEAD_DIM).to(tl.int64) * length * HEAD_DIM + n % HEAD_DIM
-        if HALF > 0:
-            GROUP: tl.constexpr = pair_group(HEAD_DIM, HALF)
-            columns = tl.max_contiguous(tl.multiple_of(columns, GROUP), GROUP)
+        GROUP: tl.constexpr = head_group(HEAD_DIM, HALF)  # said of each factor, since Triton loses what is said of their sum
+        head = tl.max_constancy(n // HEAD_DIM, GROUP)
+        within = tl.max_contiguous(tl.multiple_of(n % HEAD_DIM, GROUP), GROUP)
+        columns = head.to(tl.int64) * length * HEAD_DIM + within
         tl.store(out + m0 // length * length * width + (rows[:, None] + columns[None, :]), z, mask=inside)

@@ -131,12 +131,31 @@ def computes(position, dropout):
     return dropout is not None or position is not None and position.dtype.element_ty == tl.int64
 
 
+@triton.constexpr_function
+def lane(token):
+    """Columns that a thread loads of `token` at a time, 16 bytes: sums over them take no exchange among threads."""
+    return 128 // token.dtype.element_ty.primitive_bitwidth
+
+
 @triton.jit
 def lanes(x, token):
-    """A tile (rows, columns) as (rows, lanes, columns of a lane). A lane is what a thread loads of `token` at a time, 16 bytes:
-    sums over lanes take no exchange among threads."""
-    LANE: tl.constexpr = 128 // token.dtype.element_ty.primitive_bitwidth
+    """A tile (rows, columns) as (rows, lanes, columns of a lane)."""
+    LANE: tl.constexpr = lane(token)
     return tl.reshape(x, (x.shape[0], x.shape[1] // LANE, LANE))
+
+
+@triton.jit
+def sum_squares(x, token):
+    """Sums of the squares of a tile (rows, columns), in fp32 or fp64: (rows, lanes)."""
+    x = lanes(x.to(tl.float64 if token.dtype.element_ty == tl.float64 else tl.float32), token)
+    return tl.sum(x * x, 2)
+
+
+@triton.jit
+def store_hidden(hidden, h, m, known, M, d, D, writes):
+    """Stores columns d of hidden if `writes`: NaN for tokens that are not `known`."""
+    shown = tl.where(known[:, None], h, float("nan"))
+    tl.store(hidden + m[:, None] * D + d[None, :], shown, mask=(m < M)[:, None] & (d < D)[None, :] & writes)
 
 
 @triton.jit
@@ -172,7 +191,7 @@ def gather_statistics(
     mean None: RMSNorm, rstd of the uncentred squares. rstd None: no norm. `known` false: hidden is NaN."""
     m = rows[0]
     ACC: tl.constexpr = tl.float64 if token.dtype.element_ty == tl.float64 else tl.float32
-    LANE: tl.constexpr = 128 // token.dtype.element_ty.primitive_bitwidth
+    LANE: tl.constexpr = lane(token)
     LANES: tl.constexpr = BLOCK_K // LANE
     mu = tl.zeros((ROWS, LANES), ACC)
     squares = tl.zeros((ROWS, LANES), ACC)
@@ -183,15 +202,13 @@ def gather_statistics(
     for d0 in tl.range(0, stop, BLOCK_K, num_stages=AHEAD):
         d = d0 + tl.arange(0, BLOCK_K)
         h = load_hidden(token, terms, rows, d, D)
-        shown = tl.where(known[:, None], h, float("nan"))
-        tl.store(hidden + m[:, None] * D + d[None, :], shown, mask=(m < M)[:, None] & (d < D)[None, :] & writes)
-        h = lanes(h.to(ACC), token)
+        store_hidden(hidden, h, m, known, M, d, D, writes)
         if mean is not None:
             columns = lanes(d[None, :], token)
             count = tl.minimum(tl.maximum(D - d0 - tl.arange(0, LANES) * LANE, 0), LANE).to(ACC)[None, :]
-            mu, squares = welford(h, mu, squares, d0 // LANES, count, columns < D)
+            mu, squares = welford(lanes(h.to(ACC), token), mu, squares, d0 // LANES, count, columns < D)
         elif rstd is not None:
-            squares += tl.sum(h * h, 2)
+            squares += sum_squares(h, token)
     centre = tl.sum(squares, 1)
     scale = centre
     if mean is not None:
@@ -209,10 +226,12 @@ def gather_statistics(
 
 @triton.jit
 def normalise(x, mean, rstd, norm_weight, norm_bias, d, D):
-    """(x − mean)·rstd·weight + bias; mean None: RMSNorm. Columns past D are finite, and 0 if there is a weight."""
+    """(x − mean)·rstd·weight + bias; mean None: RMSNorm; rstd None: without it. Columns past D are finite, and 0 if there is a
+    weight."""
     if mean is not None:
         x -= mean[:, None]
-    x *= rstd[:, None]
+    if rstd is not None:
+        x *= rstd[:, None]
     if norm_weight is not None:
         x *= tl.load(norm_weight + d, mask=d < D, other=0.0).to(x.dtype)[None, :]
     if norm_bias is not None:

@@ -119,9 +119,9 @@ def weight_operand(weight, tiles, device, by_pointers=False):
 INVARIANT = 64  # batch_invariant: tiles for this number of tokens serve any number, so that every sum has one order
 
 
-def way(M, N, D, dtype, device, kept=False):
+def way(M, N, D, dtype, device, kept=False, head=0):
     """Which kernels run for M tokens: "few", one launch; "rows", hidden and its norm, then the product; "folded", the norm
-    folded into the weight, then one launch.
+    folded into the weight, then one launch. kept: it was folded before. head: as of embed_qkv_folded.
 
     "rows" writes M·D elements more, "folded" reads the weight twice and writes it once, 3·N·D, or nothing where it was kept. It
     is for bf16 only: in fp32, rows with a mean far larger than their deviation would lose digits that eager keeps; in fp16,
@@ -129,7 +129,7 @@ def way(M, N, D, dtype, device, kept=False):
     """
     most = 32  # AMD would load the norm's weight in pieces of 2 bytes, or spill
     if not isinstance(device.arch, int):
-        most = 16 if device.lanes == 64 and dtype.itemsize == 2 else 0
+        most = 16 if device.lanes == 64 and dtype.itemsize == 2 and head <= 32 else 0
     many = 1024 if kept else max(1024, 3 * N)
     if dtype == torch.bfloat16 and many < M:
         return "folded"
