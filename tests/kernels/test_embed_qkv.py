@@ -121,8 +121,17 @@ def test_rows_without_variance():
     case.check(F.embed_qkv)
 
 
+def test_rows_are_normalised_before_their_fp16_products(monkeypatch):
+    """Rows times the norm's weight are beyond fp16 here, and normalised rows are not."""
+    take("few", monkeypatch)
+    case = Case(torch.float16, DEVICE, norm="rms", position=None)
+    case.parameters["token"] *= 500
+    case.parameters["norm_weight"] *= 500
+    case.check(F.embed_qkv)
+
+
 @pytest.mark.sample
-@pytest.mark.parametrize("norm", ["layer", None])
+@pytest.mark.parametrize("norm", ["layer", "rms", None])
 @pytest.mark.parametrize("programs", [2, 3, 5])
 def test_programs_that_share_rows(programs, norm, monkeypatch):
     """The N tiles of a block of rows split among programs, evenly and not."""
