@@ -35,6 +35,7 @@ from rich.table import Table
 
 import pyembed
 from pyembed.call import Call, Epilogue, Projection, Terms
+from pyembed.kept import Kept, Sources
 
 TILES = ((256, 128), (128, 256), (128, 128), (256, 64), (64, 256), (128, 64), (64, 128), (64, 64))  # of cuBLAS: assumed
 
@@ -45,10 +46,12 @@ class Case(NamedTuple):
     model: cases.Model
     M: int
     dtype: torch.dtype = torch.bfloat16
+    keeps: bool = False  # the folded weight between calls, as front.keep_folded() asks for
 
     @property
     def name(self):
-        return f"{self.model.name}, M {self.M}{', fp32 with tf32' if self.tf32 else ''}"
+        how = ", fp32 with tf32" if self.tf32 else ", folded weight kept" if self.keeps else ""
+        return f"{self.model.name}, M {self.M}{how}"
 
     @property
     def T(self):
@@ -71,7 +74,8 @@ class Case(NamedTuple):
         )
         cos = None if each.L else meta(8192, each.head_dim // 2, dtype=torch.float32)
         projection = Projection(meta(N, D, dtype=dtype), meta(N, dtype=dtype) if each.bias else None, *each.groups[:2])
-        return Call(terms, norm_of(each.norm, D, dtype), projection, Epilogue(cos=cos, sin=cos))
+        kept = Kept(Sources("", [])) if self.keeps else None
+        return Call(terms, norm_of(each.norm, D, dtype), projection, Epilogue(cos=cos, sin=cos), kept=kept)
 
 
 SMALL, LARGE = cases.MODELS["GPT-2 small"], cases.MODELS["Llama-3-8B"]
@@ -81,6 +85,7 @@ CASES = [
     *(Case(LARGE, M) for M in (1, 2, 4, 8, 16)),
     *(Case(each, M) for each in (SMALL, LARGE) for M in (64, 256, 512)),
     *(Case(each, 4096, torch.float32) for each in (SMALL, LARGE)),
+    *(Case(each, M, keeps=True) for each in (SMALL, LARGE) for M in (4096, 8192)),
 ]
 
 
@@ -249,6 +254,8 @@ def at_hand():
 def variants(case, device):
     """{name: timing.Variant} of the case, and of cuBLAS' product alone."""
     front = cases.Stock(case.model, case.T, device, case.dtype).fused()
+    if case.keeps:
+        front.keep_folded()
     ids = torch.randint(case.model.V, (case.M // case.T, case.T), device=device)
     x, weight = (torch.randn(rows, case.D, device=device, dtype=case.dtype) for rows in (case.M, case.N))
     return {

@@ -16,6 +16,7 @@ class Device(NamedTuple):
     arch: int | str
     multiprocessors: int
     shared_memory: int  # bytes a program may use
+    products: int = 1024  # of 16 bits, summed in fp32, that a multiprocessor multiplies and adds a cycle
     lanes: int = 32  # threads of a warp
     registers: int = 65_536  # of 32 bits, that the threads of a program share
 
@@ -33,17 +34,18 @@ class Device(NamedTuple):
 # NVIDIA: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability" (maximum shared memory per thread block,
 # 32-bit registers per thread block), multiprocessors of the data sheets. AMD: ROCm, "GPU specifications" (LDS, compute units,
 # vector register file); of gfx1100 HIP counts pairs of compute units, which share them (github.com/ROCm/hip/issues/3198).
-H100 = Device(90, 132, 232_448)
+# products: FLOPs of the data sheets (dense, of 16 bits, summed in fp32) over twice their clocks and multiprocessors.
+H100 = Device(90, 132, 232_448, 2048)
 DEVICES = {
-    80: Device(80, 108, 166_912),  # A100
-    86: Device(86, 82, 101_376),  # RTX 3090
-    89: Device(89, 128, 101_376),  # RTX 4090
+    80: Device(80, 108, 166_912, 1024),  # A100
+    86: Device(86, 82, 101_376, 256),  # RTX 3090
+    89: Device(89, 128, 101_376, 256),  # RTX 4090
     90: H100,
-    100: Device(100, 148, 232_448),  # B200
-    120: Device(120, 170, 101_376),  # RTX 5090
-    "gfx942": Device("gfx942", 304, 65_536, 64, 131_072),  # MI300X
-    "gfx950": Device("gfx950", 256, 163_840, 64, 131_072),  # MI355X
-    "gfx1100": Device("gfx1100", 48, 65_536, 32, 196_608),  # RX 7900 XTX
+    100: Device(100, 148, 232_448, 4096),  # B200
+    120: Device(120, 170, 101_376, 256),  # RTX 5090
+    "gfx942": Device("gfx942", 304, 65_536, 1024, 64, 131_072),  # MI300X
+    "gfx950": Device("gfx950", 256, 163_840, 2048, 64, 131_072),  # MI355X
+    "gfx1100": Device("gfx1100", 48, 65_536, 512, 32, 196_608),  # RX 7900 XTX
 }
 
 
@@ -68,7 +70,8 @@ def described(properties):
     # "optin" is what a program may ask for beyond CUDA's 48 KB; HIP has no such thing.
     shared = max(getattr(properties, f"shared_memory_per_block{name}", 0) for name in ("", "_optin")) or 65_536
     lanes, registers = (getattr(properties, name, 0) for name in ("warp_size", "regs_per_multiprocessor"))
-    return Device(arch, properties.multi_processor_count, shared, lanes or 32, registers or 65_536)
+    products = DEVICES[arch].products if arch in DEVICES else 1024
+    return Device(arch, properties.multi_processor_count, shared, products, lanes or 32, registers or 65_536)
 
 
 def cdiv(a, b):
@@ -171,24 +174,28 @@ def _with_heads(tiles, head, dtype, device):
 def product(M, N, D, dtype, device, crowded=False, head=0, precision="ieee"):
     """Tiles of a plain product (M, D)·(D, N). crowded, head: as of embed_qkv_folded. precision: of tl.dot.
 
-    Of those that ship, the ones that end first by a model: each wave of programs takes the time of a tile's products, 2,048 a
-    cycle, or of reading its operands from L2, 32 bytes a cycle, and that of its stores. (Of an H100: 989 TFLOP/s, 5.5 TB/s.)
+    Of those that ship, the ones that end first by a model: each wave of programs takes the time of a tile's products (half as
+    many a cycle in tf32), or of reading its operands from L2, 32 bytes a cycle, and that of its stores.
     """
     stages = 2 if device.shared_memory < 100_000 else 3
     if not aligned(dtype, N):
         tiles = Tiles(64, 32, 64 // dtype.itemsize, 4, 2)
-    elif dtype.itemsize > 2:
-        tiles = Tiles(64, 64, 16, 8, stages) if precision == "ieee" else Tiles(128, 64, 32, 8, stages)
+    elif dtype.itemsize > 2 and precision == "ieee":
+        tiles = Tiles(64, 64, 16, 8, stages)
     else:
-        crowded |= device.arch == 100  # 256 columns of turned heads spill there
-        choices = [Tiles(64, 64, 64, 4, stages), Tiles(64, 128, 64, 8, stages), _many(N, D, dtype, device, crowded)]
-        if choices[-1].BLOCK_N > 128:
-            choices.append(choices[-1]._replace(BLOCK_N=128))
+        if dtype.itemsize > 2:
+            choices = [Tiles(128, columns, 32, 8, stages) for columns in (64, 128)[: 1 if crowded else 2]]
+        else:
+            crowded |= device.arch == 100  # 256 columns of turned heads spill there
+            choices = [Tiles(64, 64, 64, 4, stages), Tiles(64, 128, 64, 8, stages), _many(N, D, dtype, device, crowded)]
+            if choices[-1].BLOCK_N > 128:
+                choices.append(choices[-1]._replace(BLOCK_N=128))
 
         def time(tiles):
             rows, columns = tiles[:2]
             waves = cdiv(cdiv(M, rows) * cdiv(N, columns), device.multiprocessors)
-            return waves * (max(rows * columns / 2048, (rows + columns) / 16) * D + rows * columns / 32)
+            step = max(rows * columns / device.products / 2, (rows + columns) / 32) * dtype.itemsize
+            return waves * (step * D + rows * columns / 32)
 
         tiles = min(reversed(choices), key=time)
     return fitted(_with_heads(tiles, head, dtype, device), dtype, device)

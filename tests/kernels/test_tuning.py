@@ -83,6 +83,8 @@ def test_ways():
         assert [tuning.way(M, 2304, 768, dtype, h100) for M in (32, 50_000)] == ["few", "rows"]
     assert tuning.way(1, 2304, 771, half, h100) == tuning.way(1, 2313, 768, half, h100) == "rows"  # rows of no whole 16 bytes
     assert [tuning.way(16, 2304, 768, half, tuning.DEVICES[arch]) for arch in ("gfx942", "gfx1100")] == ["few", "rows"]
+    heads = [tuning.way(1, 2304, 768, half, tuning.DEVICES["gfx942"], head=head) for head in (32, 64)]
+    assert heads == ["few", "rows"]  # wide heads leave the norm's weight 2 bytes a thread
 
 
 def test_products_fill_the_device():
@@ -90,7 +92,11 @@ def test_products_fill_the_device():
     for M, N, D, size in ((33, 6144, 4096, (64, 64)), (512, 2304, 768, (128, 128)), (50_000, 6144, 4096, (128, 256))):
         assert tuning.product(M, N, D, torch.bfloat16, tuning.H100)[:2] == size
     wide = [tuning.product(512, 2304, 768, torch.float32, tuning.H100, precision=p) for p in ("ieee", "tf32")]
-    assert wide[0][:3] == (64, 64, 16) and wide[1][:3] == (128, 64, 32)
+    assert wide[0][:3] == (64, 64, 16) and wide[1][:3] == (128, 128, 32)
+    crowded = tuning.product(512, 2304, 768, torch.float32, tuning.H100, True, precision="tf32")
+    assert crowded[:3] == (128, 64, 32)  # a turn and 128 columns would spill
+    # An RTX 4090 multiplies an eighth as much a cycle: its small tiles wait for memory no more than large ones, and fill it.
+    assert tuning.product(512, 6144, 4096, torch.bfloat16, tuning.DEVICES[89])[:2] == (64, 128)
 
 
 def test_is_valid():
