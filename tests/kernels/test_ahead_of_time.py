@@ -62,7 +62,6 @@ ODD = (False, front_end, HALF, 17, 771, 2313, "layer", True)
 CONV1D = (False, front_end, HALF, 17, 768, 2304, "layer", True, True, True, torch.int64, True)
 MANY_HEADS = (False, ends, HALF, FOLDED, 128, True, False, None, False)
 WIDE_HEADS = (False, ends, HALF, 2, 256, True, False, None, False)
-FEW_HEADS = (False, ends, FLOAT, 20, 256, True, False, False, True)
 NARROW = "few rows, so that its products wait for the next operands"
 FEWER = "a thread has half of the registers that it has elsewhere"
 WMMA = "Triton stores products as WMMA holds them, a column in a lane"
@@ -85,7 +84,6 @@ KNOWN = [
     Known(
         "project_norm_kernel", {"nothing in flight"}, ("gfx1100",), CONV1D, NARROW, lambda launch: launch.constant("TRANSPOSED")
     ),
-    Known("embed_qkv_kernel", {"spills"}, (100,), FEW_HEADS, "a head of 256 in fp32", lambda launch: heads(launch) == 256),
     Known("embed_kernel", {"spills"}, ("gfx1100",), (False, terms, HALF, 4098, "layer"), FEWER),
     Known("norm_backward_kernel", {"spills"}, ("gfx1100",), (False, backward, HALF, 4097, 771, "layer", True), FEWER),
     Known("expand_kernel", {"spills"}, ("gfx1100",), (False, distinct_rows, HALF, 4098, 771, 2313, "layer", True), FEWER),

@@ -27,13 +27,16 @@ def test_variants(dtype, norm, position, bias, way, monkeypatch):
     Case(dtype, DEVICE, norm=norm, position=position, bias=bias).check(F.embed_qkv)
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("heads, kv_heads", [(4, 4), (4, 2), (6, 1)])
 def test_grouped_query_heads(dtype, heads, kv_heads):
     Case(dtype, DEVICE, heads=heads, kv_heads=kv_heads, head_dim=8).check(F.embed_qkv)
 
 
-@pytest.mark.parametrize("B, T, D, head_dim", [(1, 1, 1, 1), (1, 1, 64, 16), (3, 1, 33, 5), (1, 67, 130, 11), (5, 13, 17, 1)])
+@pytest.mark.parametrize(
+    "B, T, D, head_dim", [(1, 1, 1, 1), full(1, 1, 64, 16), (3, 1, 33, 5), (1, 67, 130, 11), full(5, 13, 17, 1)]
+)
 def test_ragged_shapes(B, T, D, head_dim):
     Case(torch.float32, DEVICE, B=B, T=T, D=D, head_dim=head_dim, heads=1).check(F.embed_qkv)
 

@@ -60,6 +60,7 @@ def test_every_plan(norms, second, first, backend, plan, rotary):
         assert_right(case)
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("first", [False, True])
 @pytest.mark.parametrize("backend, plan", PLANS)
 def test_second_query(first, backend, plan):

@@ -273,6 +273,7 @@ SHIPPED = [
     (90, "few", one_pass, {}, "embed_qkv norm_backward segment join turn_back"),
     (80, "folded", one_pass, {"position": None}, "fold embed_qkv_folded norm_backward turn_back"),
     (90, "rows", one_pass, {"norm": "rms"}, "embed_norm project_norm norm_backward segment join turn_back"),
+    full(90, "few", one_pass, {"norm": "rms"}, "embed_qkv norm_backward segment join turn_back"),
     full(90, "folded", one_pass, {"norm": "rms"}, "fold embed_qkv_folded norm_backward segment join turn_back"),
     (90, "few", many_terms, {}, "embed_qkv norm_backward segment"),
     full(90, "rows", many_terms, {}, "embed_norm project_norm norm_backward segment"),

@@ -231,6 +231,7 @@ def in_inference_mode(front, ids):
     return front
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("plan", ["one_pass", "distinct"])
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_training_after_inference_mode(backend, plan):

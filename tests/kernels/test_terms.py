@@ -63,7 +63,7 @@ def test_segment_ids_without_segments_are_refused():
 
 
 @pytest.mark.usefixtures("triton")
-@pytest.mark.parametrize("norm", ["layer", "rms", None])
+@pytest.mark.parametrize("norm", ["layer", full("rms"), None])
 def test_many_terms_of_many_programs(norm, monkeypatch):
     """Programs that share rows read back what each of them wrote."""
     module, _ = operators.launcher("embed_qkv", torch.empty(0, device=DEVICE))
@@ -82,7 +82,7 @@ def test_many_terms_of_rows_too_wide_to_be_held(monkeypatch):
 
 
 @pytest.mark.usefixtures("triton")
-@pytest.mark.parametrize("norm", ["layer", "rms"])
+@pytest.mark.parametrize("norm", [full("layer"), "rms"])
 def test_many_terms_of_many_tokens(norm, monkeypatch):
     """The kernel for many tokens, here with few."""
     take("folded", monkeypatch)
@@ -186,7 +186,7 @@ def test_dropout_forward_and_backward(dtype, norm, way, monkeypatch):
 
 
 @pytest.mark.usefixtures("triton")
-@pytest.mark.parametrize("rows, probability", [(100, 0.1), (100, 0.5), full(1000, 0.1), full(1000, 0.5)])
+@pytest.mark.parametrize("rows, probability", [(100, 0.1), full(100, 0.5), full(1000, 0.1), full(1000, 0.5)])
 def test_dropout_is_nn_dropouts(rows, probability):
     """Keep rate, mean and variance over many elements, and no row, column or call that follows another."""
     ids, token = torch.zeros(1, rows, dtype=torch.long, device=DEVICE), torch.ones(1, 1024, device=DEVICE)
@@ -210,6 +210,7 @@ def test_dropout_is_nn_dropouts(rows, probability):
     assert abs(((first != 0) & (second != 0)).double().mean() - keep**2) < 6 * sigma
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_dropout_by_seed_and_checkpoint(backend):
     front = pyembed.EmbeddingQKV(11, 64, 4, dropout=0.5).to(DEVICE)

@@ -66,6 +66,7 @@ def test_functional(backend, variant, inside):
         assert_no_worse(f"grad of {name}", ours, theirs[name], oracle[f"grad of {name}"])
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("plan", ["one_pass", "distinct"])
 def test_a_backward_within_it_of_a_forward_outside(plan):
     """Loses no digit: an operator's products have the dtypes of what it was given."""

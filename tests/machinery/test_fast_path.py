@@ -176,6 +176,7 @@ REFUSED = {
 }  # fmt: skip
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_is_wrong_is_refused_in_every_call(case, backend):
@@ -693,6 +694,7 @@ def test_what_was_asked_for_is_done(first, second, remembered, monkeypatch):
         assert remembered()
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize(
     "backend, plan", [("auto", "auto"), ("auto", "distinct"), ("triton", "one_pass"), ("triton", "distinct")]
 )

@@ -237,6 +237,7 @@ def test_debug_looks_at_values(monkeypatch):
     assert not modes.can_read(on_gpu)
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("plan", ["one_pass", "distinct"])

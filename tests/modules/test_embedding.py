@@ -539,6 +539,7 @@ TRANSFORMS = {
 }
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("padding_idx", [None, 5])
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_transforms(name, padding_idx, backend):

@@ -377,6 +377,7 @@ def test_a_fixed_table_keeps_its_values():
     assert torch.equal(positions.Sinusoidal(9, 6, "marian").half().float().weight, table)
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("plan, max_length", [("one_pass", 9), ("one_pass", None), ("distinct", 9)])
 def test_training_with_a_table_made_or_moved_in_inference_mode(plan, max_length):
     with torch.inference_mode():

@@ -61,6 +61,7 @@ def hold(front, expected, backend, **call):
     return found
 
 
+@pytest.mark.sample
 @BACKENDS
 @pytest.mark.parametrize("kind", ["Qwen3Config", "Gemma3TextConfig", "LlamaConfig", "Qwen2Config", "GemmaConfig"])
 def test_rotary_models(backend, kind):
@@ -83,6 +84,7 @@ def test_rotary_models(backend, kind):
     hold(front, expected, backend, rotary=rotary)
 
 
+@pytest.mark.sample
 @BACKENDS
 @pytest.mark.parametrize("kind", ["CohereConfig", "GlmConfig", "Ernie4_5Config", "HeliumConfig"])
 def test_models_that_turn_neighbours(backend, kind):
@@ -428,6 +430,7 @@ def test_roberta(backend):
     hold(front, seen_by_attention(model, attention), backend)
 
 
+@pytest.mark.sample
 @pytest.mark.parametrize("family", ["marian", "whisper", "pegasus", "informer", "bart", "biogpt", "roformer"])
 @BACKENDS
 def test_tables_of_positions(family, backend):
