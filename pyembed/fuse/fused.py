@@ -12,8 +12,9 @@ from ..modules.known import is_stock
 from ..modules.proofs import Proof
 from ..plans.choice import LEAST_FLOPS, LEAST_TOKENS, refuses, weigh
 from .discover import Nothing, discover
-from .fusion import Found, Fusion, why_not
+from .fusion import BY_TABLE, COMPILED, Found, Fusion, why_not
 from .sites import LinearSite, NormSite, RowsSite, TokenSite, is_site, site_class
+from .table import KeptTable
 from .verify import at_rest, compare, front_end, noisy, observe
 
 ROLES = ("token", "segment", "position", "norm", "linear")
@@ -115,7 +116,7 @@ class Fused:
     its budget when the model was verified, and how far it was from the model before; forward_seconds: of the model on the
     batch, measured; saved_seconds: of them, predicted to be saved; share: of the front end in them, predicted; plan: what runs
     for such a batch without gradients, and why; not_in_training: why it never runs fused with gradients, or None; calls: counts
-    of fused calls since, under "fused", and of each reason why one was not.
+    of fused calls since, under "fused", and of each reason why one was not; where that is a compiler, of its graphs.
     """
 
     def __init__(self, model: nn.Module, fusion: Fusion | None, why_not: str | None, seconds: float = 0.0) -> None:
@@ -149,7 +150,34 @@ class Fused:
         for module in () if self._fusion is None else self._fusion.found.modules:
             if is_site(module):
                 module.__class__ = type(module)._pyembed_base  # type: ignore[attr-defined]
+        if self._fusion is not None:
+            self._fusion.table = None
         self._undone = True
+
+    def build_table(self) -> int:
+        """Projects every row of the vocabulary and of the positions now, so that calls without gradients only gather.
+
+        Returns the bytes that this takes, (V + L)·N elements. undo() and drop_table() give them back. The first call after a
+        weight has changed makes it anew; which changes are not seen says EmbeddingQKV.build_table. The table is held against
+        the modules before it serves. fused.calls counts its calls under "fused", and under "fused by the table".
+
+        RuntimeError: nothing is fused; rows that are multiplied by a number, or segments (Gemma, BERT); weights that are spread
+        over devices. torch.OutOfMemoryError: it would not fit. Difference: it would give other results.
+        """
+        fusion = self._fusion
+        if fusion is None or self._undone:
+            raise RuntimeError(f"build_table: expected a model whose front end is fused, got one where it is not: {self}")
+        kept = KeptTable(fusion)
+        with torch.no_grad():
+            table = kept.current(fusion.call(fusion.found.rows))
+            front_end(fusion, fusion.found.rows, False, table)
+        fusion.table = kept
+        return kept.nbytes
+
+    def drop_table(self) -> None:
+        """Gives the table's memory back, and makes it no more."""
+        if self._fusion is not None:
+            self._fusion.table = None
 
     def undo(self) -> None:
         """The model as it was before, to the last attribute. RuntimeError: it was undone before, or a module has changed its
@@ -212,10 +240,12 @@ class Fused:
             ]
         if self.not_in_training:
             lines += [f"  in training the model's own modules run: {self.not_in_training}"]
-        if self.calls:
-            lines += [
-                f"  {count:6,} calls {'fused' if why == 'fused' else 'not fused: ' + why}" for why, count in self.calls.items()
-            ]
+        lines += ["  under a compiler (torch.compile, torch.export) the model's own modules run"]
+        if fusion.table is not None:
+            lines += [f"  a table of {fusion.table.nbytes:,} bytes serves calls without gradients"]
+        for why, count in self.calls.items():
+            what = why if why in ("fused", BY_TABLE) else f"not fused: {why}"
+            lines += [f"  {count:6,} {'graphs' if why == COMPILED else 'calls'} {what}"]
         return "\n".join(lines)
 
     __repr__ = __str__

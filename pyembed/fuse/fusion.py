@@ -6,6 +6,7 @@ travel with tensors, never with a module, so that threads, nested calls and reco
 """
 
 import contextlib
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -17,16 +18,23 @@ from torch import Tensor, nn
 import pyembed.settings as settings
 
 from ..call import NO_EPILOGUE, Call, Norm, Projection, Terms, pad_row, wide_dtype
+from ..checks import check_ranges
 from ..memory import SMALL_BYTES
-from ..modes import autocast_dtype, is_plain_eager, is_recorded
+from ..modes import autocast_dtype, is_captured, is_plain_eager, is_recorded
 from ..modules import known
 from ..modules.proofs import Proof
-from ..plans.choice import LEAST_FLOPS, LEAST_TOKENS, choose, refuses, why_composed
+from ..plans.choice import LEAST_FLOPS, LEAST_TOKENS, choose, refuses, why_composed, why_torch
+from ..plans.table import Table
 from ..run import run
+from .table import KeptTable
 from .waiting import Hidden, Tag, Waiting, state_of
 
+BY_TABLE = "fused by the table"  # of calls
+COMPILED = "a compiler (torch.compile, torch.export) takes the model's own modules into its graphs"
 MISSES = 3  # results in a row that nobody took, after which fusing is tried at every RETRY-th call
 RETRY = 64
+TABLE_GAINS = 8  # so many times fewer tokens gain by a table
+_keys = itertools.count()
 
 
 class Found(NamedTuple):
@@ -60,6 +68,8 @@ class Fusion:
         self.hint = False  # whether the last lookup of tokens waits: then those of positions shall, too
         self.proofs: list[Proof | None] = []  # None: of a lookup by PyTorch's own forward
         self.classes: list[type] = []  # of found.modules
+        self.table: KeptTable | None = None
+        self.key = next(_keys)  # among all fusions
         self._scale = known.OwnScale()
         self.token = found.lookups["token"]
         count = len(found.lookups)
@@ -79,7 +89,8 @@ class Fusion:
         table, count = self.token._parameters["weight"], ids.numel()
         if table is None or not ids.is_cpu:
             return count < LEAST_TOKENS
-        if count < 2 or 2.0 * count * sum(self.rows) * table.shape[1] >= LEAST_FLOPS:
+        least = LEAST_FLOPS if self.table is None or torch.is_grad_enabled() else LEAST_FLOPS / TABLE_GAINS
+        if count < 2 or 2.0 * count * sum(self.rows) * table.shape[1] >= least:
             return count < 2
         return not (torch.is_grad_enabled() and table.requires_grad and table.numel() * table.element_size() >= SMALL_BYTES)
 
@@ -173,8 +184,9 @@ class Fusion:
             return None
 
     def factor(self) -> float | None:
-        """By which rows of tokens are multiplied."""
-        return self._scale.of(self.token, self.found.findings[0])
+        """By which rows of tokens are multiplied; None: by 1, as BART's are."""
+        found = self._scale.of(self.token, self.found.findings[0])
+        return None if found == 1.0 else found
 
     def call(self, rows: dict[str, Tensor]) -> Call:
         """rows: {role: ids}."""
@@ -211,25 +223,36 @@ class Fusion:
 
     def _run(self, rows: dict[str, Tensor]) -> Tensor:
         call = self.call(rows)
-        if not self.trial:
-            why = why_not(call)
-            if why is not None:
-                raise Stock(why)
-        hidden, *outs = self._computed(call)
+        table = None if self.trial else self._current_table(call)
+        why = None if self.trial or table is not None else why_not(call)
+        if why is not None:
+            raise Stock(why)
+        hidden, *outs = self._computed(call, table)
         parameters = self._parameters()
-        hidden.tag = Tag(self, None, outs, (parameters, [p._version for p in parameters]), state_of(hidden.device.type))
+        versions = [p._version for p in parameters]
+        hidden.tag = Tag(self, None, outs, (parameters, versions), state_of(hidden.device.type), table is not None)
         hidden.version, hidden.taken = hidden._version, False
         hidden.__class__ = Hidden
         self.missed += 1
         return hidden
 
-    def parts(self, rows: dict[str, Tensor]) -> list[Any]:
-        """Hidden and the projections, plain tensors."""
-        return self._computed(self.call(rows))
+    def _current_table(self, call: Call) -> Table | None:
+        """That shall serve a call; None: another plan, or the model's own modules."""
+        if self.table is None or settings.current.plan in ("one_pass", "distinct") or refuses(call):
+            return None
+        if torch.is_grad_enabled() and any(p.requires_grad for p in self._parameters()) or is_captured(call.terms.token):
+            return None
+        check_ranges(call)
+        return self.table.current(call)
 
-    def _computed(self, call: Call) -> list[Any]:
+    def parts(self, rows: dict[str, Tensor], table: Table | None = None) -> list[Any]:
+        """Hidden and the projections, plain tensors."""
+        return self._computed(self.call(rows), table)
+
+    def _computed(self, call: Call, table: Table | None) -> list[Any]:
         with self._forced(call):
-            hidden, query, key, value = run(call)
+            kernels = table is not None and why_torch(call.terms.token) is None
+            hidden, query, key, value = run(call) if table is None else table.look_up(call, kernels)
         if self.is_qkv:
             outs = dict(zip(self.order, (query, key, value), strict=True))
             return [hidden, *(outs[i].flatten(-2) for i in range(3))]
@@ -240,8 +263,10 @@ class Fusion:
 
     def _forced(self, call: Call) -> contextlib.AbstractContextManager[None]:
         """In a trial the plan that fusing is for, even if it does not pay at this size."""
-        if not self.trial or settings.current.plan != "auto" or not call.terms.token.is_cpu:
+        if not self.trial:
             return contextlib.nullcontext()
+        if not call.terms.token.is_cpu:
+            return settings.plan("auto")
         return settings.plan("one_pass" if refuses(call) or why_composed(call) is None else "distinct")
 
     def _parameters(self) -> list[Any]:
@@ -280,6 +305,8 @@ class Fusion:
         if found is not None:
             if not any(out is not None for out in tag.outs):
                 self.calls["fused"] += 1
+                if tag.by_table:
+                    self.calls[BY_TABLE] += 1
             self.missed = 0
         return found
 
@@ -295,8 +322,11 @@ def only_looks_up(module: Any) -> bool:
 def why_not(call: Call) -> str | None:
     """Why the model's own modules are as fast; None: they are not."""
     if settings.current.plan == "table":
-        return "pyembed.plan('table') is set, which is for an EmbeddingQKV"
-    plan, composed = choose(call), why_composed(call)
+        return "pyembed.plan('table') is set, and there is no table that can serve: see build_table"
+    try:
+        plan, composed = choose(call), why_composed(call)
+    except (RuntimeError, TypeError) as error:  # a plan or backend that was asked for cannot run
+        return str(error)
     if plan.name == "one_pass" and composed is not None:
         return f"nothing to gain here: {plan.reason}"
     return None

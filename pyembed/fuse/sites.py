@@ -3,16 +3,25 @@ computed. Each module has one to itself, so that neither its attributes nor its 
 is the module as it was before."""
 
 import copyreg
+import weakref
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..modules import known
-from .fusion import Fusion
+from .fusion import COMPILED, Fusion
 from .waiting import Hidden, Waiting
 
 _compiling = torch.compiler.is_compiling  # a compiler sees the model's own modules
+_fusions = weakref.WeakValueDictionary[int, Fusion]()
+
+
+@torch.compiler.assume_constant_result
+def _count_graph(key: int) -> None:
+    """Once for each graph, when it is traced."""
+    if key in _fusions:
+        _fusions[key].calls[COMPILED] += 1
 
 
 class Site:
@@ -21,6 +30,7 @@ class Site:
     _pyembed_fusion: Any
     _pyembed_base: Any
     _pyembed_place: Any
+    _pyembed_key: int
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         found: Any = super().__reduce_ex__(protocol)
@@ -30,7 +40,10 @@ class Site:
 class TokenSite(Site):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         stock: Any = super().forward  # type: ignore[misc]
-        if _compiling() or kwargs or len(args) != 1 or type(args[0]) is not Tensor:
+        if _compiling():
+            _count_graph(self._pyembed_key)
+            return stock(*args, **kwargs)
+        if kwargs or len(args) != 1 or type(args[0]) is not Tensor:
             return stock(*args, **kwargs)
         fusion = self._pyembed_fusion
         fusion.hint = False
@@ -87,7 +100,9 @@ def site_class(module: nn.Module, site: type, fusion: Fusion, place: Any) -> typ
         if known.is_ours(module):
             bases = (Site, RowsSite, base)
     own = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-    return type(base.__name__, bases, own | {"_pyembed_fusion": fusion, "_pyembed_base": base, "_pyembed_place": place})
+    _fusions[fusion.key] = fusion
+    more = {"_pyembed_fusion": fusion, "_pyembed_base": base, "_pyembed_place": place, "_pyembed_key": fusion.key}
+    return type(base.__name__, bases, own | more)
 
 
 def is_site(module: nn.Module) -> bool:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..plans.table import Table
 from .fusion import Found, Fusion
 
 MARGIN = 16.0
@@ -132,7 +133,7 @@ def _largest(x: Tensor) -> float:
     return float(x.nan_to_num(0.0, 0.0, 0.0).abs().amax()) if x.numel() else 0.0
 
 
-def front_end(fusion: Fusion, rows: dict[str, Tensor], gradients: bool) -> None:
+def front_end(fusion: Fusion, rows: dict[str, Tensor], gradients: bool, table: Table | None = None) -> None:
     """Hidden, the projections and their gradients by the fused call against the modules themselves: a bias of keys has no
     gradient in a whole model, and a constant added to hidden is lost in a LayerNorm. Difference: bits of hidden, or others."""
     found = fusion.found
@@ -141,7 +142,7 @@ def front_end(fusion: Fusion, rows: dict[str, Tensor], gradients: bool) -> None:
     results = []
     for fused in (False, True):
         with torch.inference_mode(False), torch.set_grad_enabled(gradients):
-            hidden, *outs = fusion.parts(rows) if fused else _modules(found, rows, fusion.factor())
+            hidden, *outs = fusion.parts(rows, table) if fused else _modules(found, rows, fusion.factor())
             tensors = {"hidden": hidden} | {found.names[m]: out for m, out in zip(found.linears, outs, strict=True)}
             reached = [(x, _random(x, i)) for i, x in enumerate(tensors.values()) if x.requires_grad]
             grads = _gradients(reached, [*wanted.values()])

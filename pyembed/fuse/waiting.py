@@ -23,21 +23,27 @@ METADATA |= {_get.is_sparse.__get__, _get.is_quantized.__get__, _get.is_nested._
 ADDS = {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__}
 ADDS_IN_PLACE = {Tensor.add_, Tensor.__iadd__}
 READERS = {F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm, torch.addmm}  # results alias nothing
-SETS_GRADIENT = {Tensor.retain_grad, Tensor.register_hook, torch.autograd.grad, _get.grad.__get__}
+ASKS_GRADIENT = {Tensor.retain_grad, Tensor.register_hook, torch.autograd.grad}
+INDICES = (int, slice, type(None), type(...))  # of a view
 
 
 class Tag:
-    """What was computed before, for one tensor. fusion: whose; rows: {role: ids} of a sum; outs: projections by place."""
+    """What was computed before, for one tensor. fusion: whose; rows: {role: ids} of a sum; outs: projections by place, computed
+    under these weights and this state, by a table or not."""
 
-    def __init__(self, fusion: Any, rows: Any = None, outs: Any = None, weights: Any = None, state: Any = None) -> None:
+    def __init__(
+        self, fusion: Any, rows: Any = None, outs: Any = None, weights: Any = None, state: Any = None, by_table: bool = False
+    ) -> None:
         self.fusion, self.rows, self.outs, self.weights, self.state = fusion, rows, outs, weights, state
+        self.by_table = by_table
 
 
 def state_of(device: str) -> tuple[Any, ...]:
-    """What decides how operators run and what autograd keeps: within a checkpoint it is another than outside."""
+    """What decides how operators run and what autograd keeps: within a checkpoint it is another than outside. Inference mode is
+    not in it: what waits is made outside of it, so that its changes are counted, and it records no gradients either way."""
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return torch.is_grad_enabled(), autocast, hooks, torch.is_inference_mode_enabled(), torch._C._len_torch_dispatch_stack()
+    return torch.is_grad_enabled(), autocast, hooks, torch._C._len_torch_dispatch_stack()
 
 
 def _same(x: Any) -> Any:
@@ -122,6 +128,10 @@ class Waiting(Tensor):
                 return found
         if args and type(args[0]) is Waiting and _is_identity(func, args, kwargs or {}):
             return args[0]
+        if func is Tensor.__getitem__ and type(args[0]) is Waiting:
+            found = _view(*args)
+            if found is not None:
+                return found
         if func not in READERS:
             for x in args:
                 if type(x) is Waiting and x.tag is not None and x.tag.rows is None:
@@ -134,6 +144,18 @@ class Waiting(Tensor):
         if func is torch.ops.aten.detach.default:  # by _Refused.apply
             return args[0]
         raise RuntimeError(_REFUSED)
+
+
+def _view(x: Waiting, index: Any) -> Waiting | None:
+    """A part of rows that wait, which waits too: BART looks at the shape of one. None: it is no view, or has values."""
+    if x.settled is not None or x.tag is None or x.tag.rows is None:
+        return None
+    if not all(type(i) in INDICES for i in (index if type(index) is tuple else (index,))):
+        return None
+    with torch._C.DisableTorchFunctionSubclass():
+        shape, dtype = x.shape, x.dtype
+    part = torch.empty(shape, device="meta")[index]
+    return Waiting.make(part.shape, x, dtype, lambda: x.value()[index], Tag(x.tag.fusion), [x])
 
 
 def _is_identity(func: Any, args: Any, kwargs: Any) -> bool:
@@ -171,25 +193,28 @@ class Hidden(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             if func in METADATA:
                 return func(*args, **kwargs)
-            if func in SETS_GRADIENT:
-                _refuse_gradient(func, args, kwargs)
+            if func in ASKS_GRADIENT and _asks_gradient(func, args, kwargs):
+                raise RuntimeError(_NO_GRADIENT)
             hidden = [x for x in (*args, *kwargs.values()) if type(x) is Hidden]
             if func in (Tensor.__reduce_ex__, Tensor.__deepcopy__, Tensor.__repr__):
                 args = (args[0].as_subclass(Tensor), *args[1:])
             if not (hidden and _is_identity(func, args, kwargs)):
                 for x in hidden:
                     x.tag = None
-            return func(*args, **kwargs)
+            found = func(*args, **kwargs)
+            if func == _get.grad.__get__ and found is not None and args[0].taken:  # of backward(inputs=...)
+                raise RuntimeError(_NO_GRADIENT)
+            return found
 
 
-def _refuse_gradient(func: Any, args: Any, kwargs: Any) -> None:
+def _asks_gradient(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether it is the gradient of a hidden whose projections were handed out."""
     of = args[1:2] or (kwargs.get("inputs"),) if func is torch.autograd.grad else args[:1]
     tensors = of[0] if of and isinstance(of[0], tuple | list) else of
-    if not any(type(x) is Hidden and x.taken for x in tensors):
-        return
-    if func == _get.grad.__get__ and func(args[0]) is None:
-        return
-    raise RuntimeError(
-        "pyembed.fuse: the gradient of the hidden state before the first layer does not pass through it in a fused model, "
-        "whose projections are computed from the tables: undo the fusing for this"
-    )
+    return any(type(x) is Hidden and x.taken for x in tensors)
+
+
+_NO_GRADIENT = (
+    "pyembed.fuse: the gradient of the hidden state before the first layer does not pass through it in a fused model, "
+    "whose projections are computed from the tables: undo the fusing for this"
+)

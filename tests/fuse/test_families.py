@@ -9,7 +9,6 @@ from families import FAMILIES, OWN, build, logits, tokens
 import pyembed
 
 NOT = {  # nothing is fused, and the report says this
-    "BART": "asks for their values",
     "Olmo2": "self_attn.q_proj, a Linear",
     "Bloom": "but by transformer.h.0.input_layernorm, a LayerNorm",
 }

@@ -178,6 +178,22 @@ class Odd(nn.Module):
         return inner.head(x)
 
 
+def _shape_of_a_part(inner, tok, pos, ids):
+    part = tok[:, :, -1]
+    assert part.shape == ids.shape and part.requires_grad == tok.requires_grad
+    return tok + pos
+
+
+def _part_in_place(inner, tok, pos, ids):
+    part = tok[:, 1:]
+    part.mul_(2)
+    return tok + pos
+
+
+def _part_read(inner, tok, pos, ids):
+    return tok + pos + tok[..., None, 0] + tok[:, -1:].detach()
+
+
 def _clones(inner, tok, pos, ids):
     return (tok + pos).clone()
 
@@ -332,7 +348,12 @@ def test_the_gradient_of_hidden_alone_is_refused(distinct):
     for ask in (lambda x: x.retain_grad(), lambda x: x.register_hook(print), lambda x: torch.autograd.grad(out.sum(), x)):
         with pytest.raises(RuntimeError, match="gradient of the hidden state"):
             ask(kept[-1])
-    assert type(pickle.loads(pickle.dumps(kept[-1].detach()))) is torch.Tensor and kept[-1].grad is None
+    assert type(pickle.loads(pickle.dumps(kept[-1].detach()))) is torch.Tensor
+    with pytest.warns(UserWarning, match="not a leaf"):  # once, PyTorch's own
+        assert kept[-1].grad is None
+    out.sum().backward(inputs=[kept[-1]])
+    with pytest.raises(RuntimeError, match="gradient of the hidden state"):
+        _ = kept[-1].grad
     model.early, grads = True, []
     for _ in range(2):
         model(tokens()).sum().backward()

@@ -59,12 +59,13 @@ def test_generate(model, way):
 def test_hidden_states_and_labels(model):
     ids = tokens()
     want = model(ids, labels=ids, output_hidden_states=True)
-    pyembed.fuse(model, ids, gradients=False)
+    fused = pyembed.fuse(model, ids, gradients=False)
     found = model(ids, labels=ids, output_hidden_states=True)
     assert torch.equal(found.hidden_states[0], want.hidden_states[0]) and len(found.hidden_states) == len(want.hidden_states)
     assert all(map(close, found.hidden_states, want.hidden_states)) and close(found.loss, want.loss)
+    assert fused.calls["fused"] == 1
     with torch.inference_mode():
-        assert close(model(ids).logits, want.logits)
+        assert close(model(ids).logits, want.logits) and fused.calls["fused"] == 2
 
 
 def test_saved_and_copied(model, tmp_path):
@@ -158,16 +159,27 @@ def test_functional_call_and_transforms(model):
     assert all(close(ours[n], theirs[n]) for n in theirs)
 
 
-@pytest.mark.parametrize("backend", ["eager", full("aot_eager"), full("inductor")])
-def test_compile(model, backend):
-    """A compiler sees the model's own modules, in one graph."""
-    ids = tokens()
-    want = logits(model, ids, use_cache=False)
-    pyembed.fuse(model, ids, gradients=False)
-    torch._dynamo.reset()
-    with pyembed.plan("auto"):
-        compiled = torch.compile(model, fullgraph=True, backend=backend)
-        assert close(logits(compiled, ids, use_cache=False), want)
+@pytest.mark.parametrize("backend, lengths", [("eager", 1), *(full(b, 4) for b in ("eager", "aot_eager", "inductor"))])
+def test_compile(model, backend, lengths):
+    """A compiler sees the model's own modules, in as many graphs as without fusing, and this is counted."""
+    ids, graphs = tokens(), []
+    want, twin = logits(model, ids, use_cache=False), copy.deepcopy(model)
+    fused = pyembed.fuse(model, ids, gradients=False)
+    for each in (model, twin) if lengths > 1 else (model,):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        compiled = torch.compile(each, fullgraph=True, backend=backend)
+        for length in range(9, 9 - lengths, -1):
+            assert close(logits(compiled, ids[:, :length], use_cache=False), want[:, :length])
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert {fused.calls.total()} == {*graphs} and "graphs not fused: a compiler" in str(fused)
+
+
+def test_export(model):
+    ids, want = tokens(), logits(model, tokens(), use_cache=False)
+    fused = pyembed.fuse(model, ids, gradients=False)
+    exported = torch.export.export(model, (ids,), {"use_cache": False}, strict=False)
+    assert close(exported.module()(ids, use_cache=False)[0], want) and not fused.calls["fused"]
 
 
 @pytest.mark.parametrize("wraps", [False, True])
