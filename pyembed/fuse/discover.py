@@ -165,6 +165,8 @@ def why_touched(module: nn.Module) -> str | None:
     """Why a module does more than its class's forward; None: it does not."""
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return "has hooks"
+    if "_is_fsdp_managed_module" in module.__dict__:
+        return "is managed by FSDP"
     if is_patched(module):
         return "has a patched forward"
     if module._modules:

@@ -110,6 +110,8 @@ class Fusion:
             name, own = self.found.names[module], module.__dict__
             if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
                 raise Stock(f"{name} has hooks")
+            if "_is_fsdp_managed_module" in own:
+                raise Stock(f"{name} is managed by FSDP, which spreads its weights over devices")
             if type(module) is not kind or not (only_looks_up(module) if proof is None else proof.holds(module)):
                 raise Stock(f"{name} was changed since it was fused")
             for p in module._parameters.values():

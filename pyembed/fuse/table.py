@@ -44,7 +44,7 @@ class KeptTable:
             for name, p in module._parameters.items():
                 if p is not None and (type(p) is not nn.Parameter or getattr(module, "_is_fsdp_managed_module", False)):
                     raise RuntimeError(
-                        f"build_table: expected weights on one device, got {self._fusion.found.names[module]}.{name}"
+                        f"build_table: expected weights that one device holds, got {self._fusion.found.names[module]}.{name}"
                     )
                 links.append((module._parameters, name, p))
         with torch.no_grad():
