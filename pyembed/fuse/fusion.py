@@ -7,6 +7,7 @@ travel with tensors, never with a module, so that threads, nested calls and reco
 
 import contextlib
 import itertools
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -233,7 +234,7 @@ class Fusion:
         parameters = self._parameters()
         versions = [p._version for p in parameters]
         hidden.tag = Tag(self, None, outs, (parameters, versions), state_of(hidden.device.type), table is not None)
-        hidden.version, hidden.taken = hidden._version, False
+        hidden.version, hidden.taken, hidden.pending = hidden._version, False, None
         hidden.__class__ = Hidden
         self.missed += 1
         return hidden
@@ -276,25 +277,38 @@ class Fusion:
 
     def holds(self, tag: Tag, device: str) -> bool:
         """Whether nothing that the projections depend on has changed since."""
+        return tag.state == state_of(device) and self._has(tag.weights)
+
+    def _has(self, weights: tuple[list[Any], list[int]]) -> bool:
+        """Whether these are its parameters, at these versions."""
         parameters = self._parameters()
-        if tag.state != state_of(device) or len(parameters) != len(tag.weights[0]):
+        if len(parameters) != len(weights[0]):
             return False
-        return all(p is q and p._version == v for p, q, v in zip(parameters, *tag.weights, strict=True))
+        return all(p is q and p._version == v for p, q, v in zip(parameters, *weights, strict=True))
 
     def normed(self, x: Any, stock: Callable[[Tensor], Tensor]) -> Tensor | None:
         """The norm of such a hidden: waiting, with its projections; None: of another tensor."""
         with torch._C.DisableTorchFunctionSubclass():
             tag, x.tag = x.tag, None
-            wants, device = x.requires_grad, x.device.type
-            same = tag is not None and tag.fusion is self and x._version == x.version
-        if not wants:
-            x.__class__ = Tensor
+            wants, device, version = x.requires_grad, x.device.type, x._version
+        same = tag is not None and tag.fusion is self and version == x.version
         if not same or not self.holds(tag, device):
             return None
-        x.taken = wants
+        norm, place = self.found.norm, len(self.found.lookups)
+
+        def compute() -> Tensor:
+            x.pending = None
+            with torch._C.DisableTorchFunctionSubclass():
+                now = x._version
+            if now != version or not self._has(tag.weights) or not self.proofs[place].holds(norm):  # type: ignore[union-attr]
+                name = self.found.names[norm]
+                raise RuntimeError(f"{name}: its result was asked for after what it depends on was changed: call it again")
+            return stock(x)
+
         with _counted():
-            anchors = [x, *self.found.norm.parameters()]
-            return Waiting.make(x.shape, x, x.dtype, lambda: stock(x), tag, anchors)
+            found = Waiting.make(x.shape, x, x.dtype, compute, tag, [x, *norm.parameters()])
+        x.taken, x.pending = wants, weakref.ref(found)
+        return found
 
     def projected(self, x: Waiting, place: int) -> Tensor | None:
         """The projection that travels with x, once; None: it must be computed."""
@@ -305,6 +319,7 @@ class Fusion:
             return None
         found, tag.outs[place] = tag.outs[place], None
         if found is not None:
+            x.taken = x.taken or found.requires_grad
             if not any(out is not None for out in tag.outs):
                 self.calls["fused"] += 1
                 if tag.by_table:

@@ -8,13 +8,14 @@ Both are seen by the functions of PyTorch that Python calls. C++ that reads a Wa
 """
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 _get: Any = Tensor  # whose properties have a __get__
 METADATA = {getattr(_get, name).__get__ for name in ("shape", "dtype", "device", "ndim", "requires_grad", "layout", "is_cuda")}
@@ -23,7 +24,7 @@ METADATA |= {_get.is_sparse.__get__, _get.is_quantized.__get__, _get.is_nested._
 ADDS = {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__}
 ADDS_IN_PLACE = {Tensor.add_, Tensor.__iadd__}
 READERS = {F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm, torch.addmm}  # results alias nothing
-ASKS_GRADIENT = {Tensor.retain_grad, Tensor.register_hook, torch.autograd.grad}
+ASKS_GRADIENT = {Tensor.retain_grad, Tensor.register_hook, torch.autograd.grad, _get.grad_fn.__get__}
 INDICES = (int, slice, type(None), type(...))  # of a view
 
 
@@ -89,6 +90,7 @@ class Waiting(Tensor):
     version: int | None
     tag: Tag | None
     state: tuple[Any, ...]
+    taken = False  # whether projections of it were handed out, to which its own gradient does not lead
 
     @staticmethod
     def make(shape: Any, like: Tensor, dtype: torch.dtype, compute: Any, tag: Tag, anchors: list[Tensor]) -> "Waiting":
@@ -133,6 +135,8 @@ class Waiting(Tensor):
             if found is not None:
                 return found
         if func not in READERS:
+            if func in ASKS_GRADIENT:
+                _refuse_gradient(func, args, kwargs or {})
             for x in args:
                 if type(x) is Waiting and x.tag is not None and x.tag.rows is None:
                     x.tag = None
@@ -179,11 +183,12 @@ def _add(a: Any, b: Any) -> Tensor | None:
 
 class Hidden(Tensor):
     """See above. tag: None once anything but its shape was asked for. taken: whether its projections were handed out, so that
-    a gradient of it alone would lack their part."""
+    a gradient of it alone would lack their part. pending: its norm, which waits, and gets its value before this changes."""
 
     tag: Tag | None
     version: int
     taken: bool
+    pending: weakref.ref[Waiting] | None
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -193,28 +198,40 @@ class Hidden(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             if func in METADATA:
                 return func(*args, **kwargs)
-            if func in ASKS_GRADIENT and _asks_gradient(func, args, kwargs):
-                raise RuntimeError(_NO_GRADIENT)
-            hidden = [x for x in (*args, *kwargs.values()) if type(x) is Hidden]
+            if func in ASKS_GRADIENT:
+                _refuse_gradient(func, args, kwargs)
+            hidden = [x for x in tree_leaves((args, kwargs)) if type(x) is Hidden]
+            if not (hidden and _is_identity(func, args, kwargs)):
+                may_change = bool(kwargs) or func not in ADDS and func not in READERS  # or alias it
+                for x in hidden:
+                    if type(x) is Hidden:  # it may stand there twice
+                        x.forget(may_change)
             if func in (Tensor.__reduce_ex__, Tensor.__deepcopy__, Tensor.__repr__):
                 args = (args[0].as_subclass(Tensor), *args[1:])
-            if not (hidden and _is_identity(func, args, kwargs)):
-                for x in hidden:
-                    x.tag = None
             found = func(*args, **kwargs)
             if func == _get.grad.__get__ and found is not None and args[0].taken:  # of backward(inputs=...)
                 raise RuntimeError(_NO_GRADIENT)
             return found
 
+    def forget(self, may_change: bool) -> None:
+        """That it is what was computed; its norm gets its value first, if anybody still holds it."""
+        self.tag, waits = None, None if self.pending is None else self.pending()
+        if waits is None or may_change:
+            self.pending = None
+        if waits is not None and may_change and waits.settled is None:
+            waits.value()
+        if self.pending is None and not self.taken:
+            self.__class__ = Tensor  # type: ignore[assignment]
 
-def _asks_gradient(func: Any, args: Any, kwargs: Any) -> bool:
-    """Whether it is the gradient of a hidden whose projections were handed out."""
+
+def _refuse_gradient(func: Any, args: Any, kwargs: Any) -> None:
     of = args[1:2] or (kwargs.get("inputs"),) if func is torch.autograd.grad else args[:1]
     tensors = of[0] if of and isinstance(of[0], tuple | list) else of
-    return any(type(x) is Hidden and x.taken for x in tensors)
+    if any(isinstance(x, Hidden | Waiting) and x.taken for x in tensors):
+        raise RuntimeError(_NO_GRADIENT)
 
 
 _NO_GRADIENT = (
-    "pyembed.fuse: the gradient of the hidden state before the first layer does not pass through it in a fused model, "
-    "whose projections are computed from the tables: undo the fusing for this"
+    "pyembed.fuse: in a fused model the gradient of the hidden state before the first layer, or of its norm, does not pass "
+    "through this tensor, since the projections are computed from the tables: undo the fusing for this"
 )

@@ -1,5 +1,6 @@
 """The handle, and the guard: what was computed before goes to the very tensor that it belongs to, or to nobody."""
 
+import contextlib
 import copy
 import importlib
 import pickle
@@ -162,6 +163,11 @@ def test_a_monkeypatched_class(distinct, monkeypatch):
     assert torch.equal(found, run(model, tokens()))
 
 
+class Removed:
+    def __init__(self, handle):
+        self.close = handle.remove
+
+
 class Odd(nn.Module):
     """What may come between lookups and projections, by name."""
 
@@ -257,6 +263,47 @@ def _normed_data(inner, tok, pos, ids):
     return x + inner.blocks[0].attention(normed)
 
 
+def _residual_in_place(inner, tok, pos, ids):
+    x = tok + pos
+    normed = inner.blocks[0].norm1(x)
+    x += inner.blocks[0].attention(normed)
+    return x + inner.blocks[0].mlp(normed)
+
+
+def _residual_numpy(inner, tok, pos, ids):
+    x = tok + pos
+    normed = inner.blocks[0].norm1(x)
+    attended = inner.blocks[0].attention(normed)
+    if not torch.is_grad_enabled():  # which would change what autograd keeps
+        x.detach().numpy()[..., ::2] = 0
+    return x + attended + inner.blocks[0].mlp(normed)
+
+
+def _foreach(inner, tok, pos, ids):
+    x = tok + pos
+    if not torch.is_grad_enabled():
+        torch._foreach_mul_([x], [torch.arange(D, dtype=x.dtype)])
+    return x
+
+
+def _gradient_hook_of_the_norm(inner, tok, pos, ids):
+    normed = inner.blocks[0].norm1(tok + pos)
+    if torch.is_grad_enabled():
+        normed.register_hook(lambda grad: 3 * grad)
+    return inner.blocks[0].attention(normed)
+
+
+def _backward_hook(inner, tok, pos, ids):
+    seen = []
+    with contextlib.closing(Removed(inner.blocks[0].register_full_backward_hook(lambda m, grads, _: seen.append(grads[0])))):
+        out = inner.blocks[0](tok + pos)
+    if torch.is_grad_enabled():
+        out.sum().backward(retain_graph=True)
+        inner.zero_grad()
+        out = out + seen[0]
+    return out
+
+
 def _norm_twice(inner, tok, pos, ids):
     x = tok + pos
     one, two = inner.blocks[0].norm1(x), inner.blocks[0].norm1(x)
@@ -293,7 +340,17 @@ def _no_grad_norm(inner, tok, pos, ids):
 BETWEEN = [value for name, value in list(globals().items()) if name.startswith("_") and callable(value) and name[1] != "_"]
 
 
-OFTEN = (_adds_twice, _pos_data, _hidden_in_place, _hidden_numpy, _normed_data, _norm_twice, _weight_between)
+OFTEN = (
+    _adds_twice,
+    _pos_data,
+    _hidden_in_place,
+    _hidden_numpy,
+    _normed_data,
+    _norm_twice,
+    _weight_between,
+    _residual_numpy,
+    _backward_hook,
+)
 
 
 @pytest.mark.parametrize("between", [f if f in OFTEN else full(f) for f in BETWEEN], ids=lambda f: f.__name__)
@@ -308,7 +365,7 @@ def test_what_comes_between(between, distinct):
         leaves = [p for p in model.parameters()]
         with torch.no_grad():
             results.append((model(tokens(2, 7, seed=3), 1),))
-        if between in (_ids_in_place, _weight_between):  # which autograd refuses
+        if between in (_ids_in_place, _weight_between, _residual_in_place):  # which autograd refuses
             continue
         out = model(tokens(2, 7, seed=3), 1)
         grads = torch.autograd.grad(out, leaves, torch.randn_like(out), allow_unused=True)
@@ -324,6 +381,18 @@ def test_rows_of_a_weight_that_changed_are_refused(model, distinct):
             model.tok.weight.add_(1)
         with pytest.raises(RuntimeError, match="tok: rows were asked for after its weight was changed"):
             rows.sum()
+
+
+@pytest.mark.parametrize("change", ["weight", "eps", "forward"])
+def test_a_norm_that_changed_before_its_result_was_asked_for_is_refused(model, distinct, change):
+    with pyembed.fuse(model, tokens(), gradients=False), torch.no_grad():
+        norm = model.blocks[0].norm1
+        normed = norm(model.tok(tokens()) + model.pos(torch.arange(9)))
+        {"weight": lambda: norm.weight.mul_(2), "eps": lambda: setattr(norm, "eps", 2.0)}.get(
+            change, lambda: setattr(norm, "forward", lambda x: x)
+        )()
+        with pytest.raises(RuntimeError, match=r"blocks.0.norm1: its result was asked for after"):
+            normed.sum()
 
 
 def test_the_gradient_of_hidden_alone_is_refused(distinct):
@@ -345,7 +414,13 @@ def test_the_gradient_of_hidden_alone_is_refused(distinct):
     fused = pyembed.fuse(model, tokens())
     out = model(tokens())
     assert fused.calls["fused"] == 1
-    for ask in (lambda x: x.retain_grad(), lambda x: x.register_hook(print), lambda x: torch.autograd.grad(out.sum(), x)):
+    for ask in (
+        lambda x: x.retain_grad(),
+        lambda x: x.register_hook(print),
+        lambda x: torch.autograd.grad(out.sum(), x),
+        torch.autograd.graph.get_gradient_edge,
+        lambda x: torch.autograd.graph.register_multi_grad_hook([x], print),
+    ):
         with pytest.raises(RuntimeError, match="gradient of the hidden state"):
             ask(kept[-1])
     assert type(pickle.loads(pickle.dumps(kept[-1].detach()))) is torch.Tensor
@@ -354,6 +429,10 @@ def test_the_gradient_of_hidden_alone_is_refused(distinct):
     out.sum().backward(inputs=[kept[-1]])
     with pytest.raises(RuntimeError, match="gradient of the hidden state"):
         _ = kept[-1].grad
+    normed = model.blocks[0].norm1(model.tok(tokens()) + model.pos(torch.arange(9)))
+    model.blocks[0].attention(normed)
+    with pytest.raises(RuntimeError, match="or of its norm"):
+        normed.register_hook(print)
     model.early, grads = True, []
     for _ in range(2):
         model(tokens()).sum().backward()
