@@ -191,6 +191,9 @@ class Fused:
                     raise RuntimeError(f"undo: expected {name} as it was fused, got one whose class was changed since")
         self._restore()
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return Fused, (self.model, None, "this is a copy, and a copy of a fused model is not fused")
+
     def __enter__(self) -> "Fused":
         return self
 

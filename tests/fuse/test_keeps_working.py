@@ -84,6 +84,49 @@ def test_saved_and_copied(model, tmp_path):
     assert close(logits(model, ids), want) and fused.calls["fused"] == 1
 
 
+def test_copies_of_the_handle():
+    """Also one that the model itself holds."""
+    model, ids = build("nanoGPT"), tokens()
+    model.handle = pyembed.fuse(model, ids, gradients=False)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert twin.handle.model is twin and "a copy of a fused model is not fused" in str(twin.handle)
+        assert torch.equal(logits(twin, ids), logits(build("nanoGPT"), ids))
+        twin.handle.undo()
+    assert close(logits(model, ids), logits(build("nanoGPT"), ids)) and model.handle.calls == {"fused": 1}
+
+
+def test_shallow_copies():
+    """Of a model, which shares its modules; of a module, which is another one; of tensors between lookups and projections."""
+    model, ids = build("nanoGPT"), tokens()
+    want = logits(model, ids)
+    fused = pyembed.fuse(model, ids, gradients=False)
+    assert close(logits(copy.copy(model), ids), want) and fused.calls == {"fused": 1}
+    rows = [model.tok(ids), model.tok.weight[ids]]
+    hidden = [x + (model.pos if i == 0 else model.pos.weight.__getitem__)(torch.arange(9)) for i, x in enumerate(rows)]
+    with torch.no_grad():
+        for ours, theirs in (rows, hidden):
+            twin = copy.copy(ours)
+            assert type(twin) is torch.Tensor and torch.equal(twin, theirs)
+            twin.data.mul_(torch.arange(twin.shape[-1]))  # the copy shares the memory
+            theirs.data.mul_(torch.arange(twin.shape[-1]))
+        assert close(model.blocks[0](hidden[0]), copy.deepcopy(model.blocks[0])(hidden[1]))
+    model.tok = copy.copy(model.tok)
+    assert close(logits(model, ids), want) and fused.calls == {"fused": 1}
+
+
+def test_shared_modules():
+    """Two models with the same tables: one is fused; the other runs its own modules."""
+    models, ids = [build("nanoGPT"), build("nanoGPT")], tokens()
+    models[1].tok, models[1].pos = models[0].tok, models[0].pos
+    want = [logits(m, ids) for m in models]
+    fused = pyembed.fuse(models[0], ids, gradients=False)
+    with pytest.raises(ValueError, match="whose tok is: undo that first"):
+        pyembed.fuse(models[1], ids)
+    for _ in range(3):
+        assert all(close(logits(m, ids), expected) for m, expected in zip(models, want, strict=True))
+    assert fused.calls == {"fused": 3}
+
+
 def test_resized_and_tied(model):
     ids = tokens()
     fused = pyembed.fuse(model, ids, gradients=False)
