@@ -1,6 +1,6 @@
 """The front end of a transformer (embedding gather, positional add, norm, QKV projection) in one GPU kernel."""
 
-from . import data, flops, functional, positions, reference, relative
+from . import data, flops, functional, positions, reference, relative, vocabulary
 from .call import DistinctIds, HiddenQKV
 from .fuse import fuse
 from .ids import check_ids
@@ -32,4 +32,5 @@ __all__ = [
     "positions",
     "reference",
     "relative",
+    "vocabulary",
 ]
