@@ -28,6 +28,7 @@ SUITES = {
     "Host time of a call": "host",
     "Whole models": "step",
     "Data loader": "data",
+    "Vocabulary": "vocabulary",
 }
 OTHER = ("#59636e", "x", "-")  # the style of any other variant
 UNMAPPED = ("linear alone", "table", "auto")  # variants that map.png leaves out

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .tables import Given, Vocabulary, find, weights_of
 
-CHUNK = 2**20  # elements that are summed while they are in the cache
+CHUNK = 2**24  # elements that are summed at once: many small sums take longer, and all rows of a bf16 table in fp32 much memory
 SAMPLED_ROWS = 8192  # of which "sample" takes the covariance
 COVARIANCE = 1e-5  # Hewitt 2021
 SIZE = "unpadded_vocab_size"  # in a configuration, and in a module that has none: ids in use where there are more rows
@@ -165,14 +165,16 @@ class _Draw:
         self.init, self.pieces = init, pieces
         self.generator = torch.Generator().manual_seed(0) if generator is None else generator
 
-    def rows(self, old: Tensor, mask: Tensor, count: int) -> Tensor:
-        """old (size, D), those in use where mask is True -> (count, D)."""
-        if self.pieces is not None:
-            return torch.stack([_exact(old[ids]).mean(0) for ids in self.pieces]).to(old.dtype)
-        mean = _mean(old, mask)
-        if self.init == "mean" or old.ndim == 1:
-            return mean.to(old.dtype).expand(count, *old.shape[1:])
-        return self._sample(old, mask, mean, count)
+    def fill(self, tensor: Tensor, old: Tensor, mask: Tensor, count: int) -> None:
+        """old (size, …), in use where mask is True, is copied to the first rows of tensor, and count rows are made after it."""
+        size, made = len(old), slice(len(old), len(old) + count)
+        if self.pieces is not None or not count:
+            tensor[:size] = old
+            for row, ids in zip(tensor[made], self.pieces or (), strict=True):
+                row.copy_(_exact(old[ids]).mean(0))
+            return
+        mean = _copy(old, tensor, mask)
+        tensor[made] = mean if self.init == "mean" or old.ndim == 1 else self._sample(old, mask, mean, count)
 
     def _sample(self, old: Tensor, mask: Tensor, mean: Tensor, count: int) -> Tensor:
         generator, used = self.generator, mask.nonzero().flatten()
@@ -180,8 +182,8 @@ class _Draw:
             picked = torch.randperm(len(used), generator=generator, device=generator.device)[:SAMPLED_ROWS]
             used = used[picked.to(used.device)]
         rows = _exact(old[used.to(old.device)])
-        rows = (rows - rows.mean(0)) * math.sqrt(COVARIANCE / max(len(used) - 1, 1))
-        sizes, scale = (count, len(rows)), 1.0
+        rows -= rows.mean(0)
+        sizes, scale = (count, len(rows)), math.sqrt(COVARIANCE / max(len(used) - 1, 1))
         for _ in range(40):
             normal = torch.randn(sizes, generator=generator, device=generator.device, dtype=rows.dtype).to(rows.device)
             drawn = (mean + scale * (normal @ rows)).to(old.dtype)
@@ -195,13 +197,14 @@ def _exact(rows: Tensor) -> Tensor:
     return rows if rows.dtype == torch.float64 else rows.float()
 
 
-def _mean(old: Tensor, mask: Tensor) -> Tensor:
-    """Of the rows where mask is True, in float32 at least."""
+def _copy(old: Tensor, tensor: Tensor, mask: Tensor) -> Tensor:
+    """Copies old to the first rows of tensor. -> the mean of those where mask is True, in float32 at least."""
     if not mask.any():
         raise ValueError("untrained: expected fewer than all ids in use, got all of them")
     step = max(1, CHUNK // max(1, old[0].numel()))
     total = torch.zeros(old.shape[1:], dtype=torch.float64, device=old.device)
-    for rows, kept in zip(old.split(step), mask.split(step), strict=True):
+    for rows, copy, kept in zip(old.split(step), tensor[: len(old)].split(step), mask.split(step), strict=True):
+        copy.copy_(rows)
         total += _exact(rows if kept.all() else rows[kept.to(rows.device)]).sum(0)
     return total.div_(mask.sum().item()).to(torch.float64 if old.dtype == torch.float64 else torch.float32)
 
@@ -220,9 +223,7 @@ def _grow_module(
         rows = max(len(old), size + new)
         rows = -(-rows // multiple_of) * multiple_of
         tensor = old.new_empty((rows, *old.shape[1:]))
-        tensor[:size] = old[:size]
-        if new:
-            tensor[size : size + new] = draw.rows(old.detach()[:size], mask, new)
+        draw.fill(tensor, old.detach()[:size], mask, new)
         tensor[size + new :] = -math.inf if old.ndim == 1 else 0.0
         made[id(old)] = _like(old, tensor, size)
 

@@ -160,7 +160,7 @@ class Several(nn.Module):
 
 def test_several_tables():
     model = Several()
-    with pytest.raises(ValueError, match="expected one nn.Embedding, got shared, encoder, decoder, other"):
+    with pytest.raises(ValueError, match=r"expected one nn.Embedding, got shared, encoder, decoder, other"):
         grow(model, 1)
     growth = grow(model, 1, tables=["shared", "other"])
     assert set(growth.rows) == {"shared", "encoder", "decoder", "other", "head"}
@@ -217,7 +217,7 @@ REFUSED = {
     "one text": (lambda m: None, dict(texts="abc"), TypeError, "texts: expected a list of str"),
     "another count": (lambda m: None, dict(new=3, texts=["a", "b"]), ValueError, "new: expected 0 or the number of texts, 2"),
     "an encoding that does not fit": (
-        lambda m: None, dict(texts=["a"]), ValueError, "encoding: expected one of at most 50 tokens, the ids in use, got one of 50,257",
+        lambda m: None, dict(texts=["a"]), ValueError, "encoding: expected one of at most 50 tokens, .* got one of 50,257",
     ),
     "a module that cannot follow": (
         lambda m: setattr(m, "odd", Odd(m.token.weight)), dict(new=1), ValueError, r"token.weight is shared by odd \(Odd\)",
