@@ -1,0 +1,154 @@
+"""linear_cross_entropy: against PyTorch's cross_entropy of whole logits in float64, values, gradients and memory."""
+
+import pytest
+import torch
+import torch.nn.functional as nnf
+from conftest import DEVICE, full
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from pyembed.vocabulary import head, linear_cross_entropy
+
+V, D, SHAPE = 40, 8, (3, 7)
+
+
+def inputs(dtype=torch.float32):
+    torch.manual_seed(0)
+    hidden, weight, bias = (torch.randn(*shape, device=DEVICE, dtype=dtype) for shape in ((*SHAPE, D), (V, D), (V,)))
+    target = torch.randint(30, SHAPE, device=DEVICE)
+    target[0, 2:5] = -100
+    return [x.requires_grad_() for x in (hidden, weight, bias)], target
+
+
+def expected(leaves, target, size=None, replaced=None, **options):
+    """By whole logits, in float64: the loss, and the leaves that it was computed from."""
+    doubles = [x.detach().double().requires_grad_() for x in leaves]
+    weight = doubles[1]
+    if replaced is not None:
+        rows = replaced[1].detach().double().requires_grad_()
+        weight, doubles = weight.detach().index_copy(0, replaced[0], rows), [*doubles, rows]
+    logits = nnf.linear(doubles[0], weight, doubles[2])[..., :size]
+    return nnf.cross_entropy(logits.movedim(-1, 1), target, **options), doubles
+
+
+def check(leaves, target, found, right, doubles):
+    torch.testing.assert_close(found.double(), right, rtol=1e-5, atol=1e-6)
+    grad = torch.randn_like(right)
+    ours = torch.autograd.grad(found, leaves, grad.to(found.dtype), allow_unused=True)
+    others = torch.autograd.grad(right, doubles, grad, allow_unused=True)
+    for our, other in zip(ours, others, strict=True):
+        torch.testing.assert_close(None if our is None else our.double(), other, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.sample
+@pytest.mark.parametrize("chunk", [1, 4, 21, None])
+@pytest.mark.parametrize("size", [None, 30])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("pytorchs", [True, False])
+def test_is_cross_entropy(chunk, size, label_smoothing, reduction, pytorchs, monkeypatch):
+    if not pytorchs:  # a torch without a chunked loss
+        monkeypatch.setattr(head, "_options", lambda *_: None)
+    leaves, target = inputs()
+    options = {"reduction": reduction, "label_smoothing": label_smoothing}
+    hidden, weight, bias = leaves
+    found = linear_cross_entropy(hidden, weight, target, bias, size=size, chunk=chunk, **options)
+    check(leaves, target, found, *expected(leaves, target, size, **options))
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, full(0.1)])
+def test_replaced_rows(label_smoothing):
+    (hidden, weight, bias), target = inputs()
+    weight.requires_grad_(False)
+    ids, rows = torch.tensor([3, 29, 0], device=DEVICE), torch.randn(3, D, device=DEVICE, requires_grad=True)
+    target[1, :3] = ids
+    options = {"label_smoothing": label_smoothing}
+    found = linear_cross_entropy(hidden, weight, target, bias, replaced=(ids, rows), chunk=4, **options)
+    right, (h, _, b, r) = expected([hidden, weight, bias], target, replaced=(ids, rows), **options)
+    check([hidden, bias, rows], target, found, right, [h, b, r])
+
+
+class Largest(TorchDispatchMode):
+    """The most elements that any new tensor has."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        given = {x.untyped_storage().data_ptr() for x in tree_leaves(args) if isinstance(x, torch.Tensor)}
+        for each in tree_leaves(found):
+            if isinstance(each, torch.Tensor) and each.untyped_storage().data_ptr() not in given:
+                self.elements = max(self.elements, each.numel())
+        return found
+
+
+def test_neither_logits_nor_the_table_are_copied():
+    """Forward and backward, with rows that stand in the place of a frozen table's."""
+    torch.manual_seed(0)
+    table, hidden = torch.randn(500, 64), torch.randn(64, 64, requires_grad=True)
+    ids, rows = torch.tensor([1, 2]), torch.randn(2, 64, requires_grad=True)
+    with Largest() as largest:
+        linear_cross_entropy(hidden, table, torch.randint(500, (64,)), replaced=(ids, rows), chunk=16).backward()
+    assert 16 * 500 <= largest.elements < 2 * 16 * 500 and rows.grad.any()
+
+
+def test_padding_has_no_probability():
+    """Its rows get no gradient, and a large one of them changes nothing."""
+    (hidden, weight, bias), target = inputs()
+    with torch.no_grad():
+        weight[30:] *= 1000
+    linear_cross_entropy(hidden, weight, target, bias, size=30).backward()
+    assert weight.grad[:30].any() and not weight.grad[30:].any() and not bias.grad[30:].any()
+
+
+def test_tied_table_and_head():
+    """Both gradients are summed into the one parameter."""
+    (_, weight, _), target = inputs()
+    ids = torch.randint(V, SHAPE, device=DEVICE)
+    linear_cross_entropy(nnf.embedding(ids, weight), weight, target).backward()
+    double = weight.detach().double().requires_grad_()
+    nnf.cross_entropy(nnf.linear(nnf.embedding(ids, double), double).movedim(-1, 1), target).backward()
+    torch.testing.assert_close(weight.grad.double(), double.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_under_autocast():
+    (hidden, weight, _), target = inputs()
+    with torch.autocast(DEVICE, torch.bfloat16):
+        found = linear_cross_entropy(hidden, weight, target)
+    right, _ = expected([hidden, weight, torch.zeros(V, device=DEVICE)], target)
+    torch.testing.assert_close(found.double(), right, rtol=0.02, atol=0.02)
+
+
+def test_no_token():
+    (hidden, weight, bias), target = inputs()
+    for reduction, right in (("sum", 0.0), ("mean", torch.nan)):
+        found = linear_cross_entropy(hidden[:0], weight, target[:0], bias, reduction=reduction)
+        torch.testing.assert_close(found, torch.tensor(right, device=DEVICE), equal_nan=True)
+
+
+TWICE = (torch.tensor([1, 1]), torch.zeros(2, D))
+
+
+@pytest.mark.parametrize(
+    "wrong, error, message",
+    [
+        ({"hidden": [1.0]}, TypeError, "hidden: expected a Tensor, got list"),
+        ({"weight": torch.zeros(V, D + 1)}, ValueError, "hidden, weight: expected"),
+        ({"target": torch.zeros(3, dtype=torch.int64)}, ValueError, r"target: expected int64 of shape \(3, 7\)"),
+        ({"target": torch.full(SHAPE, 35), "size": 30}, IndexError, "target: expected ids below 30 .* got 35"),
+        ({"bias": torch.zeros(3)}, ValueError, r"bias: expected shape \(40,\)"),
+        ({"size": V + 1}, ValueError, "size: expected 1 to 40"),
+        ({"replaced": TWICE}, ValueError, "replaced: expected ids from 0 to 39, each once"),
+        ({"replaced": (torch.tensor([V]), torch.zeros(1, D))}, ValueError, "replaced: expected ids from 0 to 39"),
+        ({"replaced": (torch.tensor([1]), torch.zeros(2, D))}, ValueError, "replaced: expected"),
+        ({"chunk": 0}, ValueError, "chunk: expected a positive int or None, got 0"),
+        ({"reduction": "max"}, ValueError, "reduction: expected one of"),
+    ],
+)
+def test_bad_input(wrong, error, message):
+    (hidden, weight, bias), target = inputs()
+    right = {"hidden": hidden, "weight": weight, "target": target, "bias": bias}
+    with pytest.raises(error, match=message):
+        linear_cross_entropy(**{**{name: x.cpu() for name, x in right.items()}, **wrong})
