@@ -9,11 +9,13 @@ than the product, so embed_qkv_rows.py does it before, or embed_qkv_folded.py af
 
 A program owns BLOCK_M tokens and a range ("run") of column tiles. It reads its rows once for their statistics (run 0 also
 writes hidden), then once per column tile to project them; meanwhile they stay in L2, so the table is read from memory once.
-RMSNorm takes one reading: its factor of a row, rstd, is multiplied into the row's products, whose loop sums the squares too.
+For RMSNorm of bare token rows one reading does: its factor of a row is multiplied into the row's products, whose loop sums the
+squares too.
 """
 
 import functools
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -35,13 +37,6 @@ def step(rows, columns, token):
     return max(columns, 2**16 // (rows * token.dtype.element_ty.primitive_bitwidth))
 
 
-@triton.constexpr_function
-def scales_late(mean, rstd, norm_bias, weight, read_back):
-    """Whether products are multiplied by rstd, not rows: without a mean or bias, which are added, and where products of rows
-    that are not normalised cannot overflow (fp16)."""
-    return mean is None and rstd is not None and norm_bias is None and weight.dtype.element_ty != tl.float16 and not read_back
-
-
 @triton.jit
 def embed_qkv_kernel(
     ids,  # (M,)
@@ -59,7 +54,7 @@ def embed_qkv_kernel(
     D,
     HEAD_DIM: tl.constexpr,
     HALF: tl.constexpr,
-    READ_BACK: tl.constexpr,  # read hidden back for the projection, instead of gathering and adding the terms again
+    READS: tl.constexpr,  # rows for the projection: "again" from the tables, "back" from hidden, "once" as above
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -75,13 +70,12 @@ def embed_qkv_kernel(
     m = m0 + tl.arange(0, BLOCK_M)
     rows, known = find_rows(ids, terms, m, M, T, V, L)
     turned = find_turns(epilogue, terms, m, M, known)
-    writes = (run == 0) | READ_BACK
-    LATE: tl.constexpr = scales_late(mean, rstd, norm_bias, weight, READ_BACK)
+    writes = (run == 0) | (READS == "back")
     mu, scale = None, None
-    if not LATE:
+    if READS != "once":
         COLUMNS: tl.constexpr = step(BLOCK_M, BLOCK_K, token)
         mu, scale = gather_statistics(token, terms, rows, known, hidden, mean, rstd, M, writes, eps, D, BLOCK_M, COLUMNS)
-    if READ_BACK:  # this program's own writes: a barrier suffices, as programs that share rows write the same bits
+    if READS == "back":  # this program's own writes: a barrier suffices, as programs that share rows write the same bits
         tl.debug_barrier()
         token, terms, rows = hidden, (None, None, (None, None, None, None), None, None, None), (m, tl.minimum(m, M - 1), m, m)
 
@@ -95,9 +89,9 @@ def embed_qkv_kernel(
         for d0 in range(0, D, BLOCK_K):
             d = d0 + tl.arange(0, BLOCK_K)
             a = load_hidden(token, terms, rows, d, D)
-            if LATE:
-                store_hidden(hidden, a, m, known, M, d, D, tile == 0)
-                squares += sum_squares(a, token)
+            h = a
+            if READS == "once":
+                store_hidden(hidden, h, m, known, M, d, D, tile == 0)
             if rstd is not None:
                 centre = mu if mean is not None else None
                 a = normalise(a.to(ACC), centre, scale, norm_weight, norm_bias, d, D)
@@ -105,7 +99,9 @@ def embed_qkv_kernel(
             inside = (d < D)[:, None] & (n < width)[None, :]
             w = tl.load(weight + column[None, :] * stride_wn + d[:, None] * stride_wd, mask=inside, other=0.0)
             acc = dot(a, w, acc, PRECISION)
-        if LATE:
+            if READS == "once":
+                squares += sum_squares(h, token)
+        if READS == "once":
             late = 1.0 / tl.sqrt(tl.sum(squares, 1) / D + eps)
             tl.store(rstd + m, late, mask=(m < M) & (tile == 0))
             acc *= late[:, None]
@@ -116,7 +112,7 @@ def embed_qkv_kernel(
 
 
 @functools.lru_cache(1024)
-def configure(M, N, D, groups, dtype, weight_dtype, device, normed, needs, way, tiles, batch_invariant, precision, kept):
+def configure(M, N, D, groups, dtype, weight_dtype, device, normed, needs, way, tiles, batch_invariant, precision, kept, reads):
     """Which kernels run, as tuning.way, tiles, options of the launch, and how many programs share a row's tiles."""
     size = tuning.INVARIANT if batch_invariant else M
     way = way or tuning.way(size, N, D, dtype, device, kept, needs[1])
@@ -125,7 +121,7 @@ def configure(M, N, D, groups, dtype, weight_dtype, device, normed, needs, way, 
     if tiles is None:
         shape = size, N, D, weight_dtype, device, *needs
         if way == "few":
-            tiles = tuning.few(*shape, table=dtype)
+            tiles = tuning.few(*shape, table=dtype, once=reads == "once")
         elif way == "rows":
             tiles = tuning.product(*shape, precision=precision)
         else:
@@ -149,10 +145,12 @@ def embed_qkv(
     M, (V, D), N, head_dim = terms.ids.numel(), terms.token.shape, weight.shape[0], value.shape[-1]
     if M == 0 or N == 0 or D == 0:
         return outputs
+    bare = norm.kind == "rms" and norm.bias is None and terms.position is None and weight.dtype != torch.float16  # may overflow
+    reads = "back" if are_many(terms) else "once" if bare else "again"
     device, layer, normed = tuning.device_of(weight), norm.kind == "layer", norm.kind != "none"
     way, tiles, options, runs = configure(
         M, N, D, (heads, kv_heads, kv_heads), hidden.dtype, weight.dtype, device, normed, needs(epilogue, head_dim), way, tiles,
-        call.batch_invariant, tuning.precision(weight.dtype, device), call.kept is not None,
+        call.batch_invariant, tuning.precision(weight.dtype, device), call.kept is not None, reads,
     )  # fmt: skip
     T = terms.ids.shape[-1] if terms.ids.dim() else 1
     ends, pairs = epilogue_arguments(epilogue, T, head_dim)
@@ -177,7 +175,6 @@ def embed_qkv(
         else:
             (bias,) = tuning.dense(projection.bias)
             launch(embed_qkv_kernel, grid)(
-                *inputs, affine, (weight, *weight.stride()), bias, *stored, shape, norm.eps, D, READ_BACK=are_many(terms),
-                **pairs, **options,
+                *inputs, affine, (weight, *weight.stride()), bias, *stored, shape, norm.eps, D, READS=reads, **pairs, **options,
             )  # fmt: skip
     return outputs

@@ -145,17 +145,18 @@ def aligned(dtype, *sizes):
 
 
 @functools.lru_cache(256)
-def few(M, N, D, dtype, device, crowded=False, head=0, table=None):
+def few(M, N, D, dtype, device, crowded=False, head=0, table=None, once=False):
     """Tiles of the kernel that normalises while it loads, for few tokens. crowded, head: as of embed_qkv_folded.
 
-    table: dtype of the tables, which under autocast is not the weight's.
+    table: dtype of the tables, which under autocast is not the weight's. once: rows are read once, as in embed_qkv.py.
     """
     deep = 64 if dtype.itemsize == 2 else 16
     stages = 2 if device.shared_memory < 100_000 else 3
     if not aligned(dtype, D, N):
         tiles = Tiles(32, 32, 32 if dtype.itemsize == 2 else 16, 4, 2)
     elif M <= 16 and dtype.itemsize == 2:  # decode: narrow tiles, so that every multiprocessor reads a part of the weight
-        tiles = Tiles(16, 32, 256, 128 // device.lanes, stages)  # two columns of the norm's weight a thread, 4 bytes to copy
+        warps = 128 // device.lanes // (2 if once and device.lanes == 32 else 1)  # once: squares take registers too
+        tiles = Tiles(16, 32, 2 * device.lanes * warps, warps, stages)  # two of the norm's weights a thread, 4 bytes to copy
     else:
         tiles = Tiles(32, 32, deep, 4, stages)
     return fitted(_with_heads(tiles, head, dtype, device), dtype, device, table or dtype)

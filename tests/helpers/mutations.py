@@ -104,7 +104,9 @@ MUTATIONS = [
     Mutation(KERNELS + "tuning.py", "if device.tma and block", "if block", DISTINCT + " -k without_tma"),
     Mutation(KERNELS + "epilogue.py", "more = acc + tl.load", "more = acc - tl.load", ENDS + " -k second"),
     Mutation(KERNELS + "embed_qkv.py", "(m, tl.minimum(m, M - 1), m, m)", "(m, m * 0, m, m)", TERMS + " -k scale"),
-    Mutation(KERNELS + "embed_qkv.py", "writes = (run == 0) | READ_BACK", "writes = run > 0", TERMS + " -k many_programs"),
+    Mutation(
+        KERNELS + "embed_qkv.py", 'writes = (run == 0) | (READS == "back")', "writes = run > 0", TERMS + " -k many_programs"
+    ),
     Mutation(KERNELS + "embed_qkv_folded.py", "acc -= mu[:, None]", "acc += mu[:, None]", QKV + " -k folded"),
     Mutation(
         KERNELS + "embed_qkv_folded.py",
@@ -187,7 +189,7 @@ MUTATIONS = [
     Mutation(KERNELS + "embed_grad.py", "embed(terms, absent=0.0)", "embed(terms)", IDS + " -k loss"),
     Mutation(KERNELS + "epilogue.py", "period, rows, report, 3)", "period, rows, report, 1)", IDS + " -k report"),
     Mutation(KERNELS + "embed_qkv.py", "tuning.INVARIANT if batch_invariant else M", "M", SAME + " -k tiles"),
-    Mutation(KERNELS + "embed_qkv.py", "weight.dtype.element_ty != tl.float16 and ", "", QKV + " -k fp16_products"),
+    Mutation(KERNELS + "embed_qkv.py", " and weight.dtype != torch.float16", "", QKV + " -k fp16_products"),
     Mutation(KERNELS + "embed_qkv.py", "tl.store(rstd + m, late", "tl.store(rstd + m, 2 * late", QKV + " -k variants"),
     Mutation(KERNELS + "embed_qkv.py", "table=dtype", "table=weight_dtype", AHEAD + " -k 86-mixed"),
     Mutation(
