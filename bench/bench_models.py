@@ -1,9 +1,11 @@
 """Whole models, stock against fused, in one run and interleaved: `python bench/bench_models.py [--models "GPT2;Llama"]`.
 
 Of each model a stock and a fused one with the same weights take turns over a text in GPT-2's tokens: training step (forward,
-backward), prefill and decode without gradients. A ratio above 1 means that the fused one is faster; it is the median over
-pairs of runs, and beside it stand the quartiles. "fused calls" says in how many of the calls the front end ran fused: where it
-cannot gain, the model's own modules run. Last, both are trained from one seed, and the largest difference of losses is printed.
+backward), prefill and decode without gradients, and prefill by a table (fused.build_table). A ratio above 1 means that the
+fused one is faster; it is the median over pairs of runs, and beside it stand the quartiles. "fused calls" says in how many of
+the calls the front end ran fused: where it cannot gain, the model's own modules run, and so they do under torch.compile, of
+which the rows follow (both models compiled). Last, both are trained from one seed, every step fused, and the largest difference
+of losses is printed.
 """
 
 import argparse
@@ -11,19 +13,29 @@ import copy
 import platform
 import pydoc_data.topics
 import statistics
+import sys
 import time
+from functools import partial
+from pathlib import Path
 
 import torch
 import transformers
+from peers import compiler_missing
+from torch import nn
 
 import pyembed
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))
+from families import Own, OwnNorm, Packed
 
 transformers.logging.set_verbosity_error()
 V = 50257
 WIDE = {"hidden_size": 768, "num_attention_heads": 12, "vocab_size": V, "intermediate_size": 2048}
 GROUPED = {**WIDE, "num_key_value_heads": 4, "head_dim": 64}
 NO_DROPOUT = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
-MODELS = {  # name: (configuration, arguments)
+MODELS = {  # name: (configuration of transformers, or NanoGPT, and arguments)
+    "nanoGPT": ("NanoGPT", {"n_layer": 12}),
+    "nanoGPT, one layer": ("NanoGPT", {"n_layer": 1}),
     "GPT2": ("GPT2Config", {"n_layer": 12, **NO_DROPOUT}),
     "GPT2, one layer": ("GPT2Config", {"n_layer": 1, **NO_DROPOUT}),
     "Llama": ("LlamaConfig", {**GROUPED, "num_hidden_layers": 12}),
@@ -33,9 +45,28 @@ MODELS = {  # name: (configuration, arguments)
 SHAPES = {"decode": [(1, 1), (8, 1)], "prefill": [(1, 256), (4, 256), (8, 512)], "train": [(4, 256), (8, 512)]}
 
 
+class NanoGPT(Own):
+    """A model of nanoGPT's shape that is called as those of transformers are."""
+
+    def __init__(self, n_layer, n_embd=768, n_head=12):
+        attention = partial(Packed, n_head, width=n_embd)
+        super().__init__(OwnNorm, attention, 0.0, True, n_layer, V, 1024, n_embd)
+        nn.init.normal_(self.tok.weight, std=0.02)
+        nn.init.normal_(self.pos.weight, std=0.02)
+
+    def forward(self, ids, labels=None, use_cache=False, logits_to_keep=0):
+        logits = self.head(self.hidden(ids)[:, -logits_to_keep:])
+        loss = None
+        if labels is not None:
+            loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        return transformers.modeling_outputs.CausalLMOutput(loss, logits)
+
+
 def build(name, **more):
     kind, arguments = MODELS[name]
     torch.manual_seed(0)
+    if kind == "NanoGPT":
+        return NanoGPT(**{**arguments, **more})
     return transformers.AutoModelForCausalLM.from_config(getattr(transformers, kind)(**arguments, **more))
 
 
@@ -53,8 +84,8 @@ def run(model, ids, what):
     return time.perf_counter() - began
 
 
-def compare(stock, model, fused, ids, what, pairs):
-    """One row: medians of seconds and of the ratio."""
+def compare(stock, model, fused, ids, what, pairs, by=""):
+    """One row: medians of seconds and of the ratio. by: what else is said of it."""
     for each in (stock, model):
         run(each, ids, what)
     fused.calls.clear()
@@ -67,7 +98,7 @@ def compare(stock, model, fused, ids, what, pairs):
     a, b = (statistics.median(column) * 1e3 for column in zip(*seconds, strict=True))
     ran = f"{fused.calls['fused']}/{pairs}"
     print(
-        f"  {what:8}{ids.shape[0]:3} x {ids.shape[1]:<5}{a:10.2f} ms{b:10.2f} ms{ratios[1]:8.3f}  "
+        f"  {by + what:17}{ids.shape[0]:3} x {ids.shape[1]:<5}{a:10.2f} ms{b:10.2f} ms{ratios[1]:8.3f}  "
         f"({ratios[0]:.3f} to {ratios[2]:.3f})  fused calls {ran}",
         flush=True,
     )
@@ -94,6 +125,8 @@ def main():
     parser.add_argument("--pairs", type=int, default=7, help="of runs; decode takes ten times as many")
     parser.add_argument("--steps", type=int, default=200, help="of the training runs whose losses are compared")
     parser.add_argument("--what", default=",".join(SHAPES))
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="rows under torch.compile")
+    parser.add_argument("--largest", type=int, default=8 * 512, help="tokens of a batch; shapes that have more are left out")
     arguments = parser.parse_args()
     for option, allowed, separator in (("models", MODELS, ";"), ("what", SHAPES, ",")):
         for name in getattr(arguments, option).split(separator):
@@ -109,23 +142,33 @@ def main():
         stock = copy.deepcopy(model)
         fused = pyembed.fuse(model, text[:16].view(2, 8))
         print(f"{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.0f} M parameters, error {fused.error[1]:.1e}")
-        print("                        stock        fused   ratio")
-        for what in arguments.what.split(","):
-            for B, T in SHAPES[what]:
-                pairs = arguments.pairs * (10 if what == "decode" else 1)
-                compare(stock, model, fused, text[: B * T].view(B, T), what, pairs)
+        print("                                 stock        fused   ratio")
+        shapes = [(what, B, T) for what in arguments.what.split(",") for B, T in SHAPES[what] if arguments.largest >= B * T]
+        for what, B, T in shapes:
+            pairs = arguments.pairs * (10 if what == "decode" else 1)
+            compare(stock, model, fused, text[: B * T].view(B, T), what, pairs)
+        fused.build_table()
+        for what, B, T in shapes:
+            if what == "prefill":
+                compare(stock, model, fused, text[: B * T].view(B, T), what, arguments.pairs, "table, ")
+        fused.drop_table()
+        if arguments.compile and compiler_missing(torch.device(device)) is None:
+            stock, model = (torch.compile(each, fullgraph=True) for each in (stock, model))
+            for what, B, T in shapes:
+                if what != "decode":  # whose cache is made anew in every call
+                    compare(stock, model, fused, text[: B * T].view(B, T), what, arguments.pairs, "compiled ")
+            torch._dynamo.reset()
         del stock, model
-    if arguments.steps:
-        small = {"n_embd": 128, "n_head": 4}
+    for name in ("nanoGPT, one layer", "GPT2, one layer") if arguments.steps else ():
         curves = []
         for fuses in (False, True):
-            model = build("GPT2, one layer", **small).to(device)
-            if fuses:
-                fused = pyembed.fuse(model, text[:16].view(2, 8))
-            curves.append(losses(model, text, arguments.steps, (4, 128)))
+            model = build(name, n_embd=128, n_head=4).to(device)
+            fused = pyembed.fuse(model, text[:16].view(2, 8)) if fuses else None
+            with pyembed.plan("distinct"):
+                curves.append(losses(model, text, arguments.steps, (4, 128)))
         difference = max(abs(a - b) for a, b in zip(*curves, strict=True))
         print(
-            f"losses of {arguments.steps} steps: {curves[0][0]:.3f} to {curves[0][-1]:.3f}, largest difference "
+            f"{name}, losses of {arguments.steps} steps: {curves[0][0]:.3f} to {curves[0][-1]:.3f}, largest difference "
             f"{difference:.1e}, fused calls {fused.calls['fused']}"
         )
 

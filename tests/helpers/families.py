@@ -40,14 +40,14 @@ def attend(q, k, v):
 class Packed(nn.Module):
     """One linear map to query, key and value (nanoGPT, minGPT)."""
 
-    def __init__(self, heads=4, bias=True):
+    def __init__(self, heads=4, bias=True, width=D):
         super().__init__()
-        self.heads, self.c_attn, self.c_proj = heads, nn.Linear(D, 3 * D, bias), nn.Linear(D, D, bias)
+        self.heads, self.c_attn, self.c_proj = heads, nn.Linear(width, 3 * width, bias), nn.Linear(width, width, bias)
 
     def forward(self, x):
-        B, T, _ = x.shape
-        q, k, v = (y.view(B, T, self.heads, -1).transpose(1, 2) for y in self.c_attn(x).split(D, 2))
-        return self.c_proj(attend(q, k, v).transpose(1, 2).reshape(B, T, D))
+        B, T, width = x.shape
+        q, k, v = (y.view(B, T, self.heads, -1).transpose(1, 2) for y in self.c_attn(x).split(width, 2))
+        return self.c_proj(attend(q, k, v).transpose(1, 2).reshape(B, T, width))
 
 
 class Three(nn.Module):
@@ -88,10 +88,10 @@ class Heads(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, norm, attention):
+    def __init__(self, norm, attention, width=D):
         super().__init__()
-        self.norm1, self.attention, self.norm2 = norm(D), attention(), norm(D)
-        self.mlp = nn.Sequential(nn.Linear(D, 4 * D), nn.GELU(), nn.Linear(4 * D, D))
+        self.norm1, self.attention, self.norm2 = norm(width), attention(), norm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(self, x):
         x = x + self.attention(self.norm1(x))
@@ -101,20 +101,23 @@ class Block(nn.Module):
 class Own(nn.Module):
     """GPT: tables of tokens and positions, dropout or none, blocks, a head that may be tied."""
 
-    def __init__(self, norm, attention, dropout=0.0, tied=False, layers=2):
+    def __init__(self, norm, attention, dropout=0.0, tied=False, layers=2, rows=V, length=T, width=D):
         super().__init__()
-        self.tok, self.pos = nn.Embedding(V, D), nn.Embedding(T, D)
+        self.tok, self.pos = nn.Embedding(rows, width), nn.Embedding(length, width)
         self.drop = nn.Dropout(dropout) if dropout is not None else nn.Identity()
-        self.blocks = nn.ModuleList([Block(norm, attention) for _ in range(layers)])
-        self.norm, self.head = norm(D), nn.Linear(D, V, bias=False)
+        self.blocks = nn.ModuleList([Block(norm, attention, width) for _ in range(layers)])
+        self.norm, self.head = norm(width), nn.Linear(width, rows, bias=False)
         if tied:
             self.head.weight = self.tok.weight
 
-    def forward(self, ids):
+    def hidden(self, ids):
         x = self.drop(self.tok(ids) + self.pos(torch.arange(ids.shape[1], device=ids.device)))
         for block in self.blocks:
             x = block(x)
-        return self.head(self.norm(x))
+        return self.norm(x)
+
+    def forward(self, ids):
+        return self.head(self.hidden(ids))
 
 
 OWN = {
