@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 from ..modules.known import is_stock
 from ..modules.proofs import Proof
@@ -47,7 +48,8 @@ def fuse(model: nn.Module, *args: Any, gradients: bool = True, strict: bool = Fa
     fused = next((name for name, module in model.named_modules() if is_site(module)), None)
     if fused is not None:
         raise ValueError(f"model: expected one that is not fused, got one whose {fused} is: undo that first")
-    with at_rest(model):
+    with at_rest(model), torch.inference_mode(False):  # whose tensors could not be used with gradients
+        args, batch = tree_map_only(torch.Tensor, lambda x: x.clone() if x.is_inference() else x, (args, batch))
         try:
             found = discover(model, args, batch)
             _check_shapes(found)

@@ -32,6 +32,7 @@ from .waiting import Hidden, Tag, Waiting, state_of
 
 BY_TABLE = "fused by the table"  # of calls
 COMPILED = "a compiler (torch.compile, torch.export) takes the model's own modules into its graphs"
+MISSED = "projections that were computed before were not taken: what lies between asks for hidden itself"
 MISSES = 3  # results in a row that nobody took, after which fusing is tried at every RETRY-th call
 RETRY = 64
 TABLE_GAINS = 8  # so many times fewer tokens gain by a table
@@ -99,10 +100,6 @@ class Fusion:
         """Stock: a module is not as it was proved, or something wants to see what happens inside."""
         if not is_plain_eager() or is_recorded() or known.has_global_hooks():
             raise Stock("a transform, tracer, fake tensors or global hooks are at work")
-        if self.missed >= MISSES and not self.trial:
-            self.missed += 1
-            if self.missed % RETRY:
-                raise Stock("projections that were computed before were not taken: what lies between asks for hidden itself")
         for parent, name, child in self.found.path:  # a compiler that begins there takes no tensor of another class
             if parent._modules.get(name) is not child or child._compiled_call_impl is not None:
                 raise Stock(f"{self.found.names[child]} is compiled, or was replaced")
@@ -136,6 +133,10 @@ class Fusion:
         if type(ids) is not Tensor or ids.dtype not in (torch.int32, torch.int64) or ids.dim() == 0:
             return stock(ids)
         try:
+            if role == "token" and self.missed >= MISSES and not self.trial:
+                self.missed += 1
+                if self.missed % RETRY:
+                    raise Stock(MISSED)
             self.check(ids)
             with _counted():
                 ids = ids.clone()  # it is read later
@@ -294,13 +295,13 @@ class Fusion:
         same = tag is not None and tag.fusion is self and version == x.version
         if not same or not self.holds(tag, device):
             return None
-        norm, place = self.found.norm, len(self.found.lookups)
+        norm, place, weights = self.found.norm, len(self.found.lookups), tag.weights
 
         def compute() -> Tensor:
             x.pending = None
             with torch._C.DisableTorchFunctionSubclass():
                 now = x._version
-            if now != version or not self._has(tag.weights) or not self.proofs[place].holds(norm):  # type: ignore[union-attr]
+            if now != version or not self._has(weights) or not self.proofs[place].holds(norm):  # type: ignore[union-attr]
                 name = self.found.names[norm]
                 raise RuntimeError(f"{name}: its result was asked for after what it depends on was changed: call it again")
             return stock(x)

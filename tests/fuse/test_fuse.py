@@ -6,6 +6,7 @@ import importlib
 import pickle
 import sys
 import threading
+import weakref
 
 import pytest
 import torch
@@ -134,7 +135,10 @@ CHANGES = {
 
 @pytest.mark.parametrize(
     "name",
-    [full(n) if n in ("new module", "lookup hook", "weight", "forward", "new weight", "pre-hook") else n for n in CHANGES],
+    [
+        full(n) if n in ("new module", "weight", "forward", "new weight", "pre-hook", "lookup hook", "new first block") else n
+        for n in CHANGES
+    ],
 )
 def test_changes_after_fusing(name, distinct):
     """The model gives what it would give unfused."""
@@ -458,6 +462,79 @@ def test_threads(model, distinct):
     for thread in threads:
         thread.join()
     assert not wrong and fused.calls["fused"] > 0
+
+
+def test_misses(distinct):
+    """A model that asks for hidden itself is left alone for a while, then tried again."""
+
+    class Late(Own):
+        late = False
+
+        def forward(self, ids):
+            x = self.tok(ids) + self.pos(torch.arange(ids.shape[1]))
+            for block in self.blocks:
+                x = block(x * 1 if self.late else x)
+            return self.head(x)
+
+    model = Late(nn.LayerNorm, Packed, layers=1).eval()
+    fused = pyembed.fuse(model, tokens(), gradients=False)
+    model.late = True
+    with torch.no_grad():
+        for _ in range(5):
+            model(tokens())
+        assert fused._fusion.missed > 3 and "2 calls not fused: projections that were computed" in str(fused)
+        model.late = False
+        for _ in range(64):
+            model(tokens())
+    assert fused.calls["fused"] >= 3
+
+
+def test_what_nobody_takes_is_given_back(model, distinct):
+    pyembed.fuse(model, tokens(), gradients=False)
+    for ask in (lambda hidden: hidden * 1, lambda hidden: model.blocks[0].norm1(hidden) * 1):
+        hidden = model.tok(tokens()) + model.pos(torch.arange(9))
+        projected = weakref.ref(hidden.tag.outs[0])
+        _ = ask(hidden)
+        assert projected() is None
+
+
+def test_replicas(model, distinct):
+    """Of nn.DataParallel: modules of the same classes, with other weights."""
+
+    def replicate(module):
+        twin = module._replicate_for_data_parallel()
+        twin._modules = {name: child and replicate(child) for name, child in module._modules.items()}
+        for name, p in module._parameters.items():
+            setattr(twin, name, None if p is None else 2 * p)
+        return twin
+
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in {*twin.parameters()}:
+            p.mul_(2)
+    fused = pyembed.fuse(model, tokens(), gradients=False)
+    assert close(replicate(model)(tokens()), twin(tokens())) and not fused.calls["fused"]
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, full(torch.no_grad), full(torch.enable_grad)])
+def test_fused_within_a_mode(mode):
+    model = build("nanoGPT")
+    with mode():
+        ids = tokens()
+        want, fused = model(ids), pyembed.fuse(model, ids)
+        with pyembed.plan("distinct"):
+            assert close(model(ids), want) and fused.calls == {"fused": 1}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, full(torch.float16), full(torch.float64)])
+def test_other_dtypes(dtype):
+    """Also an RMSNorm whose eps is that of a dtype."""
+    model = Own(nn.RMSNorm, Packed).to(dtype).eval()
+    want = model(tokens())
+    fused = pyembed.fuse(model, tokens())
+    with pyembed.plan("distinct"):
+        found = model(tokens())
+    assert (found - want).abs().max() <= 8 * torch.finfo(dtype).eps * want.abs().max() and fused.calls == {"fused": 1}
 
 
 def test_small_calls_are_the_models_own(model):
