@@ -60,12 +60,20 @@ def watched(seen: list[Seen]) -> Iterator[None]:
 def discover(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Found:
     """Nothing: why there is nothing to fuse. Errors of the model's forward pass on."""
     seen: list[Seen] = []
+    given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    if any(x.is_meta for x in (*given, *model.parameters())):
+        raise Nothing("tensors have no values (meta)")
     with watched(seen):
-        model(*args, **kwargs)
+        try:
+            model(*args, **kwargs)
+        except Exception as error:
+            if hasattr(error, "add_note"):
+                error.add_note("pyembed.fuse stopped here: the model's own forward refused this batch. Nothing was changed.")
+            raise
     names = {module: name or type(module).__name__ for name, module in model.named_modules()}
     seen = [call for call in seen if call.module in names]
-    given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.dtype in (torch.int32, torch.int64)]
-    token = next((c for c in seen if any(_looks_up(c, ids) for ids in given)), None)
+    integers = [x for x in given if x.dtype in (torch.int32, torch.int64)]
+    token = next((c for c in seen if any(_looks_up(c, ids) for ids in integers)), None)
     if token is None or not isinstance(token.module, nn.Embedding):
         raise Nothing("no nn.Embedding of the model looked up these ids")
     norm, lookups, dropouts = _first_norm(seen, token, names)

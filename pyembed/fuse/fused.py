@@ -16,7 +16,7 @@ from .discover import Nothing, discover
 from .fusion import BY_TABLE, COMPILED, Found, Fusion, why_not
 from .sites import LinearSite, NormSite, RowsSite, TokenSite, is_site, site_class
 from .table import KeptTable
-from .verify import at_rest, compare, front_end, noisy, observe
+from .verify import Difference, at_rest, compare, front_end, noisy, observe
 
 ROLES = ("token", "segment", "position", "norm", "linear")
 
@@ -55,13 +55,15 @@ def fuse(model: nn.Module, *args: Any, gradients: bool = True, strict: bool = Fa
             _check_shapes(found)
         except Nothing as why:
             if strict:
-                raise ValueError(f"model: expected a front end that can be fused, got none: {why}") from None
+                raise ValueError(_NOTHING.format(why)) from None
             return Fused(model, None, str(why))
-        except Exception as error:
-            if hasattr(error, "add_note"):
-                error.add_note("pyembed.fuse stopped here: the model's own forward refused this batch. Nothing was changed.")
-            raise
-        return _verified(model, Fusion(found), args, batch, gradients)
+        handle = _verified(model, Fusion(found), args, batch, gradients)
+        if strict and handle.why_not is not None:
+            raise ValueError(_NOTHING.format(handle.why_not))
+        return handle
+
+
+_NOTHING = "model: expected a front end that can be fused, got none: {}"
 
 
 def _check_shapes(found: Found) -> None:
@@ -72,12 +74,18 @@ def _check_shapes(found: Found) -> None:
 
 
 def _verified(model: nn.Module, fusion: Fusion, args: Any, batch: Any, gradients: bool) -> "Fused":
-    times = []
+    times, runs = [], []
     for _ in range(2):  # the first may compile or load something
         began = time.perf_counter()
-        stock = observe(model, args, batch, False)
+        runs.append(observe(model, args, batch, False))
         times.append(time.perf_counter() - began)
-    seconds = min(times)
+    seconds, stock = min(times), runs[1]
+    if not stock:
+        return Fused(model, None, "the model's forward returns no tensor that could be compared")
+    try:
+        compare(runs[0], stock)
+    except Difference as difference:
+        return Fused(model, None, f"two forward passes of the model itself over this batch differ: {difference}")
     modes = (False, True) if gradients else (False,)
     expected = [(stock if not mode else observe(model, args, batch, True)) for mode in modes]
     with noisy(fusion.found):

@@ -62,7 +62,8 @@ def _random(x: Tensor, seed: int) -> Tensor:
 
 
 def observe(model: nn.Module, args: Any, kwargs: Any, gradients: bool) -> Tensors:
-    """Outputs of one forward, and gradients of all parameters for random gradients of the outputs."""
+    """Outputs of one forward, and gradients of all parameters for random gradients of the outputs; at rest."""
+    torch.manual_seed(0)  # of models that draw numbers
     with torch.inference_mode(False), torch.set_grad_enabled(gradients):
         found = tensors_of(model(*args, **kwargs))
         if not gradients:

@@ -166,8 +166,9 @@ def _is_identity(func: Any, args: Any, kwargs: Any) -> bool:
     """Whether a call returns its very input: dropout that does nothing, a move to where it is."""
     if func is F.dropout:
         return not (kwargs.get("training", True) and kwargs.get("p", 0.5) > 0)
-    if func is Tensor.to and not kwargs:
-        return len(args) == 2 and (args[1] == args[0].device or args[1] is args[0].dtype)
+    if func is Tensor.to and kwargs.keys() <= {"device", "dtype"}:
+        wanted = [*args[1:], *kwargs.values()]
+        return bool(wanted) and all(x == args[0].device or x is args[0].dtype for x in wanted)
     return func is Tensor.contiguous and not kwargs and len(args) == 1
 
 

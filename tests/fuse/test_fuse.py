@@ -94,6 +94,51 @@ def test_errors(model):
         pyembed.fuse(model, ids)
 
 
+class Steps(Own):
+    """Its results depend on how often it was called, or on random numbers, or there are none."""
+
+    kind, at = "", 0
+
+    def forward(self, ids):
+        if self.kind == "state":
+            self.at += 1
+        x = self.tok(ids) + self.pos(torch.arange(ids.shape[1], device=ids.device) + self.at)
+        for block in self.blocks:
+            x = block(x)
+        if self.kind == "draws":
+            x = nn.functional.dropout(x, 0.5, True)
+        return None if self.kind == "none" else self.head(x)
+
+
+@pytest.mark.parametrize(
+    "kind, why",
+    [("state", "two forward passes of the model itself over this batch differ"), ("none", "no tensor"), ("meta", "no values")],
+)
+def test_models_that_cannot_be_verified(kind, why):
+    model = Steps(nn.LayerNorm, Packed, layers=1).to("meta" if kind == "meta" else "cpu")
+    model.kind = kind
+    before = attributes(model)
+    ids = tokens().to("meta") if kind == "meta" else tokens()
+    fused = pyembed.fuse(model, ids)
+    assert why in fused.why_not
+    with pytest.raises(ValueError, match=f"can be fused, got none: .*{why}"):
+        pyembed.fuse(model, ids, strict=True)
+    if kind != "state":
+        assert attributes(model) == before
+
+
+def test_a_model_that_draws_numbers(monkeypatch):
+    """Is verified with the same numbers: a wrong result is found."""
+    model, fusion = Steps(nn.LayerNorm, Packed, layers=1), sys.modules["pyembed.fuse.fusion"]
+    model.kind = "draws"
+    before = torch.get_rng_state()
+    assert pyembed.fuse(model, tokens()).error[1] < 1e-4 and torch.equal(torch.get_rng_state(), before)
+    model, right = copy.deepcopy(model), fusion.Fusion.projected
+    monkeypatch.setattr(fusion.Fusion, "projected", lambda self, x, place: 1.01 * right(self, x, place))
+    with pytest.raises(Difference):
+        pyembed.fuse(model, tokens())
+
+
 def test_a_wrong_result_undoes_the_fusing(model, monkeypatch):
     """Of outputs, of gradients, and of a bias that no output shows."""
     before, ids, fusion = attributes(model), tokens(), sys.modules["pyembed.fuse.fusion"]
