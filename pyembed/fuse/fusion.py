@@ -32,6 +32,7 @@ from .waiting import Hidden, Tag, Waiting, state_of
 
 BY_TABLE = "fused by the table"  # of calls
 COMPILED = "a compiler (torch.compile, torch.export) takes the model's own modules into its graphs"
+SMALL = "too few tokens to gain anything"
 MISSED = "projections that were computed before were not taken: what lies between asks for hidden itself"
 MISSES = 3  # results in a row that nobody took, after which fusing is tried at every RETRY-th call
 RETRY = 64

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..modules import known
-from .fusion import COMPILED, Fusion
+from .fusion import COMPILED, SMALL, Fusion
 from .waiting import Hidden, Waiting
 
 _compiling = torch.compiler.is_compiling  # a compiler sees the model's own modules
@@ -47,7 +47,10 @@ class TokenSite(Site):
             return stock(*args, **kwargs)
         fusion = self._pyembed_fusion
         fusion.hint = False
-        if fusion.is_small(args[0]) or fusion.token is not self:
+        if fusion.token is not self:
+            return stock(*args)
+        if fusion.is_small(args[0]):
+            fusion.calls[SMALL] += 1
             return stock(*args)
         return fusion.look_up("token", fusion.token, args[0], stock)
 

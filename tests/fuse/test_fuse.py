@@ -589,4 +589,12 @@ def test_small_calls_are_the_models_own(model):
         rows = model.tok(tokens(1, 1))
     assert type(rows) is torch.Tensor and type(model.pos(torch.tensor([[3]]))) is torch.Tensor
     model(tokens())
-    assert not fused.calls and "considered from" in fused.plan
+    assert fused.calls == {"too few tokens to gain anything": 2} and "considered from" in fused.plan
+
+
+def test_second_derivatives_are_refused(model, distinct):
+    pyembed.fuse(model, tokens())
+    weight = model.blocks[0].norm1.weight
+    (grad,) = torch.autograd.grad(model(tokens()).square().sum(), weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="no gradients of gradients"):
+        grad.sum().backward()
