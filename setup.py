@@ -24,6 +24,7 @@ setup(
             "rich",
             "typer",
             "matplotlib",
+            "safetensors",
         ],
         "test": [
             "pyembed[demo]",
@@ -37,7 +38,6 @@ setup(
             "transformers",
             "peft",
             "accelerate",
-            "safetensors",
         ],
         "bench": ["pyembed[demo]", "pytest", "pytest-benchmark"],
     },

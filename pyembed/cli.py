@@ -38,8 +38,9 @@ except ModuleNotFoundError as missing:
     print(f"error: the command line needs {missing.name}: pip install 'pyembed[demo]'", file=sys.stderr)
     raise SystemExit(2) from None
 
+from .vocabulary.commands import UsageError, add_commands, check_plot
+
 T = TypeVar("T")
-UsageError: Any = typer.BadParameter.__base__  # click's, not exported by typer, whose newer versions contain a copy of click
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PARAMETERS = {  # argument of embed_qkv: parameter of EmbeddingQKV
     "token": "token.weight",
@@ -172,6 +173,9 @@ def fuse(
     raise typer.Exit(0 if found.why_not is None else 1)
 
 
+add_commands(app)
+
+
 def _parse_dtypes(given: list[str] | None, compiled: bool) -> list[str]:
     if not given:
         return ["fp32", "fp16", "bf16"] if compiled else ["fp32", "fp16"]
@@ -186,13 +190,7 @@ def _parse_dtypes(given: list[str] | None, compiled: bool) -> list[str]:
 
 def _check_writable(text: Path | None, json_file: Path | None, plot: Path | None) -> None:
     """Fails early, before the long computation, if a result could not be written after it."""
-    if plot:
-        if plot.suffix.lower() not in (".png", ".svg", ".pdf"):
-            raise UsageError(f"--plot: expected a name that ends in .png, .svg or .pdf, got {plot}")
-        try:
-            import matplotlib  # noqa: F401
-        except ModuleNotFoundError as error:
-            raise UsageError("--plot needs matplotlib: pip install matplotlib") from error
+    check_plot(plot)
     resolved = [path.resolve() for path in (text, json_file, plot) if path]
     if len(set(resolved)) < len(resolved):
         raise UsageError("--text, --json and --plot: expected different files")

@@ -119,10 +119,11 @@ TRANSLATIONS = {  # {first word of the names that Unicode gives to letters of th
 
 
 def script_of(text: str) -> str | None:
-    """The script of most letters, a key of TRANSLATIONS; None where it is another one, as Latin is, or there are no letters."""
+    """The script of TRANSLATIONS that most letters have, a quarter of all letters or more; None: there is none."""
     scripts = Counter(unicodedata.name(letter, "?").split()[0] for letter in text if letter.isalpha())
+    letters = scripts.total()
     kana = scripts.pop("KATAKANA", 0) + scripts.pop("HIRAGANA", 0)
     if kana:
         scripts["HIRAGANA"] = kana + scripts.pop("CJK", 0)  # Japanese has both
-    script = max(scripts, key=lambda name: scripts[name], default=None)
-    return script if script in TRANSLATIONS else None
+    script = max(TRANSLATIONS, key=lambda name: scripts[name])
+    return script if 4 * scripts[script] >= letters > 0 else None
