@@ -154,7 +154,7 @@ def _show_report(made: Report) -> None:
     table = Table("indicator", "untrained is", "known", "others", "AUC", "cut", box=box.SIMPLE_HEAD, pad_edge=False)
     for one in made.indicators:
         cut = f"{one.cut:.3g}" if one.used else "misleads, not used" if one.misleads else "not used"
-        numbers = [f"{number:.3g}" for number in (one.known, one.rest, one.auc)]
+        numbers = ["" if number != number else f"{number:.3g}" for number in (one.known, one.rest, one.auc)]
         table.add_row(one.name, "lower" if one.lower else "higher", *numbers, cut)
     console.print(table)
     if made.encoding is not None:
@@ -214,15 +214,26 @@ def _sizes(text: str) -> list[int]:
 
 def _show_costs(costs: list[Cost], title: str) -> None:
     console = Console()
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
-    for name in ("rows", "table", "head", "gradients", "AdamW", "total, MB", "lookup", "head+loss", "step, ms"):
-        table.add_column(name, justify="right")
+    console.width = max(console.width, 80)  # in a narrower terminal lines wrap, instead of numbers being cut
+    measured = costs[0].step_ms is not None
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title + "; times in ms" * measured, title_justify="left")
+    for name in ("rows", "table", "head", "grads", "AdamW", "total", *("lookup", "head", "AdamW") * measured):
+        table.add_column(name, justify="right", no_wrap=True)
     for one in costs:
         bytes = [one.table, one.head, one.gradients, one.optimizer, one.total]
-        times = [one.lookup_ms, one.head_ms, one.step_ms]
-        shown = [f"{number / 1e6:,.1f}" for number in bytes] + ["" if number is None else f"{number:,.1f}" for number in times]
-        table.add_row(f"{one.size:,}", *shown)
+        seconds = [time for time in (one.lookup_ms, one.head_ms, one.step_ms) if time is not None]
+        table.add_row(
+            f"{one.size:,}", *map(_size, bytes), *(f"{number:.3g}" if number < 1000 else f"{number:,.0f}" for number in seconds)
+        )
     console.print(table)
+
+
+def _size(bytes: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if bytes < 999.5:
+            return f"{bytes:.3g} {unit}"
+        bytes /= 1000
+    return f"{bytes:,.0f} TB"
 
 
 # Pictures

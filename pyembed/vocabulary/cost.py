@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-REPEATS = 3
+REPEATS = (3, 50)  # of each part, at least, and at most, within so many
+SECONDS = 0.2
 STATES = 2  # tensors of AdamW for each parameter
 
 
@@ -43,7 +44,7 @@ def cost(
 ) -> Cost:
     """The cost of a vocabulary of size rows of width elements of dtype, trained by AdamW on a batch of so many tokens.
 
-    The head's loss is the cross entropy of all logits, (tokens, size). Times are medians of three, of this machine.
+    The head's loss is the cross entropy of all logits, (tokens, size). Times are medians, of this machine.
     ValueError: a number under 1. torch.OutOfMemoryError or RuntimeError: it does not fit the device."""
     for name, number in {"size": size, "width": width, "tokens": tokens}.items():
         if number < 1:
@@ -80,8 +81,8 @@ def _measure(size: int, width: int, tokens: int, tied: bool, dtype: torch.dtype,
 
 
 def _milliseconds(call: Callable[[], Any], device: torch.device) -> float:
-    seconds = []
-    for _ in range(REPEATS):
+    seconds: list[float] = []
+    while len(seconds) < REPEATS[0] or len(seconds) < REPEATS[1] and sum(seconds) < SECONDS:
         torch.cuda.synchronize() if device.type == "cuda" else None
         start = time.perf_counter()
         call()

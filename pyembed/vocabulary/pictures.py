@@ -47,7 +47,7 @@ def plot_report(report: Report, title: str, path: Path) -> None:
         note = "used" if one.used else "not used: it misleads, the table is the head" if one.misleads else "not used"
         axis.set_title(f"{one.name}, AUC {one.auc:.3f}, {note}", loc="left", color=INK, fontsize=10)
         axis.set(yscale="log", xlabel=what, ylabel="rows")
-        axis.legend(frameon=False, fontsize=8)
+        axis.legend(frameon=False, fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.16))
     _save(figure, path)
 
 
@@ -60,8 +60,9 @@ def _bars(axis: "Axes", sizes: list[str], parts: dict[str, list[float]], unit: s
         axis.text(
             x, height, f"{height:,.3g}" if height < 1000 else f"{height:,.0f}", ha="center", va="bottom", color=INK, fontsize=9
         )
-    axis.set(ylabel=unit, xlabel="rows", ylim=(0, max(below) * 1.35))
-    axis.legend(frameon=False, fontsize=8, ncols=2, loc="upper left")
+    axis.set(ylabel=unit, xlabel="rows", ylim=(0, max(below) * 1.1))
+    axis.yaxis.set_major_formatter("{x:,.0f}")
+    axis.legend(frameon=False, fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.14))
 
 
 def _figure(panels: int, title: str, height: float) -> tuple[Any, list[Any]]:
