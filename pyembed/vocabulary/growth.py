@@ -257,7 +257,7 @@ def _commit(model: nn.Module, vocabulary: Vocabulary, made: dict[int, nn.Paramet
             sets += _padding_bias(module, after[module], size + new)
     for module, name in vocabulary.other:
         sets.append(_setter(module._buffers, name, _longer(module._buffers[name], max(after.values()), size)))
-    sets += _sizes(model, set(before.values()), max(after.values()), size + new, modules)
+    sets += _sizes(model, {before[module]: after[module] for module in modules}, size + new, modules)  # heads come last
     undo = []
     try:
         for set_ in sets:
@@ -307,14 +307,15 @@ def _longer(bias: Any, rows: int, size: int) -> Tensor:
     return longer
 
 
-def _sizes(model: nn.Module, before: set[int], rows: int, size: int, modules: Iterable[Any]) -> list[Any]:
-    """What sets the numbers of tokens that a model and its configurations know."""
+def _sizes(model: nn.Module, rows: dict[int, int], size: int, modules: Iterable[Any]) -> list[Callable[[], Callable[[], None]]]:
+    """What sets the numbers of tokens that a model and its configurations know. rows: {rows before: rows now}."""
     configs = _configs(model)
-    sets = [_setter(config.__dict__, "vocab_size", rows) for config in configs if config.vocab_size in before]
-    for module in model.modules():
-        if type(module.__dict__.get("vocab_size")) is int and module.__dict__["vocab_size"] in before:
-            sets.append(_setter(module.__dict__, "vocab_size", rows))
+    sets = []
+    for holder in (*configs, *model.modules()):
+        for key, value in holder.__dict__.items():
+            if key.endswith("vocab_size") and key != SIZE and type(value) is int and value in rows:
+                sets.append(_setter(holder.__dict__, key, rows[value]))
     for holder in configs or modules:
-        if size < rows or hasattr(holder, SIZE):
-            sets.append(_setter(holder.__dict__, SIZE, size if size < rows else None))
+        if size < max(rows.values()) or hasattr(holder, SIZE):
+            sets.append(_setter(holder.__dict__, SIZE, size if size < max(rows.values()) else None))
     return sets

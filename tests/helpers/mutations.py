@@ -44,6 +44,12 @@ SWAPS, PLACES = (f"tests/modules/test_{name}.py" for name in ("swaps", "position
 TURNS, TURNS_OF = "pyembed/rotary.py", "pyembed/rotary_of.py"
 BENCH, DATA = (f"tests/tools/test_{name}.py" for name in ("bench", "data"))
 MEMORY = "pyembed/memory.py"
+GROWTH, GROWN, TABLES, UNTRAINED, PIECES = (
+    f"pyembed/vocabulary/{name}.py" for name in ("growth", "optimizer", "tables", "untrained", "pieces")
+)
+TO_GROW, TO_STEP, TO_REPORT, TO_CUT = (
+    f"tests/vocabulary/test_{name}.py" for name in ("growth", "grown_optimizer", "untrained", "pieces")
+)
 MUTATIONS = [
     Mutation(
         KERNELS + "tiles.py",
@@ -586,6 +592,48 @@ MUTATIONS = [
     Mutation(KERNELS + "interpreter.py", '.glob("[!_]*.py")', '.glob("none")', OPS + " -k imported_while"),
     Mutation("pyembed/positions.py", "is_token.cumsum(is_token.dim() - 1)", "is_token.cumsum(-1)", PARALLEL),
     Mutation("pyembed/positions.py", "+ offset) * is_token +", ") * is_token + offset +", PLACES + " -k ids"),
+    Mutation(GROWTH, "-math.inf if old.ndim == 1 else 0.0", "0.0", TO_GROW + " -k padding"),
+    Mutation(GROWTH, "    bias[size:] = -math.inf\n", "", TO_GROW + " -k padding"),
+    Mutation(
+        GROWTH,
+        "(count, len(rows)), math.sqrt(COVARIANCE / max(",
+        "(count, len(rows)), (COVARIANCE / max(",
+        TO_GROW + " -k sample",
+    ),
+    Mutation(GROWTH, "            scale *= 2\n", "", TO_GROW + " -k bf16"),
+    Mutation(GROWTH, "rows if kept.all() else rows[kept.to(rows.device)]", "rows", TO_GROW + " -k trained"),
+    Mutation(GROWTH, "        mask[padding_idx] = False\n", "", TO_GROW + " -k trained"),
+    Mutation(GROWTH, "if count > size:", "if False:", TO_GROW + " -k refused"),
+    Mutation(GROWTH, "        for take_back in reversed(undo):\n            take_back()\n", "", TO_GROW + " -k taken_back"),
+    Mutation(GROWTH, "        parameter.grad[:size] =", "        parameter.grad[:0] =", TO_GROW + " -k gradients"),
+    Mutation(GROWTH, "vocabulary.heads and module._parameters.get", "() and module._parameters.get", TO_GROW + " -k padding"),
+    Mutation(
+        GROWTH, 'persistent = set(head._non_persistent_buffers_set) | {"bias"}', "persistent = set()", TO_GROW + " -k padding"
+    ),
+    Mutation(TABLES, "        if stranger not in names:", "        if False:", TO_GROW + " -k refused"),
+    Mutation(TABLES, "(other not in own or held !=", "(False or held !=", TO_GROW + " -k refused"),
+    Mutation(TABLES, "if tables is None and heads is None:", "if False:", TO_GROW + " -k unknown"),
+    Mutation(GROWN, "                    parameter.grad[rows] = 0\n", "", TO_STEP + " -k start"),
+    Mutation(GROWN, "            parameter.grad[rows] = small.grad\n", "", TO_STEP + " -k start"),
+    Mutation(GROWN, "            parameter[rows] = small\n", "", TO_STEP + " -k start"),
+    Mutation(
+        GROWN,
+        "                value[rows] = alone.state[small].pop(name)\n",
+        "                alone.state[small].pop(name)\n",
+        TO_STEP,
+    ),
+    Mutation(GROWN, "            _check_padding(optimizer, group)\n", "            pass\n", TO_STEP + " -k nan"),
+    Mutation(GROWN, '"stop": min(one["stop"], change.start)}', '"stop": one["stop"], "state": {}}', TO_STEP + " -k twice"),
+    Mutation(GROWN, "if is_row != is_column:", "if True:", TO_STEP + " -k rows"),
+    Mutation(GROWN, 'key != "step" and not', "not", TO_STEP + " -k schedules"),
+    Mutation(UNTRAINED, "total.float() - rows * known[a:b, None]", "total.float() - 0 * rows", TO_REPORT + " -k random"),
+    Mutation(UNTRAINED, "used = not misleads and", "used =", TO_REPORT + " -k planted"),
+    Mutation(UNTRAINED, "gaps[widest] > WIDE", "gaps[widest] > 9 * WIDE", TO_REPORT + " -k planted"),
+    Mutation(UNTRAINED, "max(LEAST_AUC, 0.5 + SIGMAS * _chance(len(of_known)))", "0.0", TO_REPORT + " -k random"),
+    Mutation(PIECES, "if any((end - cut) % 3 for cut in inner):", "if inner:", TO_CUT + " -k digits"),
+    Mutation(PIECES, "piece.start + len(piece.data) > end]", "piece.start + len(piece.data) >= end]", TO_CUT + " -k trailing"),
+    Mutation(PIECES, 'normalize("NFC", text)', 'normalize("NFKC", text)', TO_CUT + " -k form"),
+    Mutation(PIECES, "piece.id >= size})", "piece.id > size})", TO_CUT + " -k beyond"),
 ]
 
 

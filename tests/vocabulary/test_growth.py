@@ -104,6 +104,23 @@ def test_texts_start_from_their_pieces():
         assert torch.equal(table.weight[id], expected.bfloat16())
 
 
+def test_texts_by_a_tokenizer_of_another_kind():
+    class Tokenizer:  # as those of transformers
+        def __len__(self):
+            return 5
+
+        def encode(self, text, add_special_tokens=True):
+            return [0, *map(int, text)] if add_special_tokens else [int(c) for c in text]
+
+    table = nn.Embedding(5, 2)
+    grow(table, texts=["12", "344"], encoding=Tokenizer())
+    assert torch.allclose(table.weight[5:], torch.stack([table.weight[[1, 2]].mean(0), table.weight[[3, 4, 4]].mean(0)]))
+    with pytest.raises(ValueError, match=r"texts: expected texts of one or more tokens under 7, got '' of \[\]"):
+        grow(table, texts=[""], encoding=Tokenizer())
+    with pytest.raises(ValueError, match=r"got '8' of \[8\]"):
+        grow(table, texts=["8"], encoding=Tokenizer())
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("tied", [True, False])
 def test_padding_has_no_probability(tied, bias):
@@ -192,9 +209,9 @@ def test_gradients_follow():
 
 
 class Odd(nn.Module):
-    def __init__(self, weight):
+    def __init__(self, weight, name="kept"):
         super().__init__()
-        self.kept = weight
+        setattr(self, name, weight)
 
 
 def outside(model):
@@ -221,6 +238,9 @@ REFUSED = {
     ),
     "a module that cannot follow": (
         lambda m: setattr(m, "odd", Odd(m.token.weight)), dict(new=1), ValueError, r"token.weight is shared by odd \(Odd\)",
+    ),
+    "another module with a weight": (
+        lambda m: setattr(m, "odd", Odd(m.token.weight, "weight")), dict(new=1), ValueError, r"token.weight is shared by odd",
     ),
     "a module outside": (outside, dict(new=1), ValueError, r"shared by a module outside of it \(Odd\)"),
     "a hook": (hooked, dict(new=1), ValueError, "expected weights without hooks, got token"),
@@ -320,6 +340,45 @@ def tiny(family):
     options = dict(hidden_size=D - 1, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48)
     config = transformers.LlamaConfig(vocab_size=61, bos_token_id=0, eos_token_id=0, tie_word_embeddings=False, **options)
     return transformers.LlamaForCausalLM(config).eval()
+
+
+def several_modules(family):
+    """A model of an encoder and a decoder, or with a bias that two modules hold."""
+    import transformers
+
+    ids = dict(pad_token_id=0, bos_token_id=0, eos_token_id=1)
+    if family == "BERT":
+        options = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=40)
+        return transformers.BertForMaskedLM(transformers.BertConfig(vocab_size=99, **options, pad_token_id=0)).eval()
+    ids |= dict(decoder_start_token_id=0)
+    if family == "T5":
+        options = dict(d_model=32, d_kv=16, d_ff=40, num_layers=1, num_heads=2)
+        return transformers.T5ForConditionalGeneration(transformers.T5Config(vocab_size=99, **options, **ids)).eval()
+    options = dict(d_model=32, max_position_embeddings=20, forced_eos_token_id=1)
+    options |= {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in (("layers", 1), ("attention_heads", 2))}
+    if family == "BART":
+        return transformers.BartForConditionalGeneration(transformers.BartConfig(vocab_size=99, **options, **ids)).eval()
+    return transformers.MarianMTModel(transformers.MarianConfig(vocab_size=99, decoder_vocab_size=99, **options, **ids)).eval()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("family", ["BERT", "T5", "BART", "Marian"])
+def test_models_whose_tables_are_in_several_modules(family, tmp_path):
+    pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    model = several_modules(family)
+    batch = {"input_ids": IDS} | ({} if family == "BERT" else {"decoder_input_ids": IDS})
+    logits = model(**batch).logits
+    growth = grow(model, 3, "sample", multiple_of=16)
+    assert set(growth.rows.values()) == {(99, 112)}
+    grown = model(**batch).logits
+    assert torch.allclose(grown[..., :99], logits, rtol=1e-5, atol=1e-6)
+    assert torch.isneginf(grown[..., 102:]).all() and model(**batch, labels=IDS).loss.isfinite()
+    model.save_pretrained(tmp_path)
+    loaded, notes = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(notes.values())
+    grow(loaded.eval())
+    assert torch.equal(loaded(**batch).logits, grown)
 
 
 @pytest.mark.parametrize("family", ["tied GPT-2", pytest.param("untied Llama", marks=pytest.mark.full)])
