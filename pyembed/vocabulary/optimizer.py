@@ -103,8 +103,7 @@ def _check_padding(optimizer: Optimizer, group: State) -> None:
 def _alone(optimizer: Optimizer, group: State, parameter: nn.Parameter) -> Optimizer:
     """An optimizer of the same class and options, of one parameter."""
     alone: Any = object.__new__(type(optimizer))
-    attributes = {key: value for key, value in optimizer.__dict__.items() if key != "step" and not key.startswith("_optimizer")}
-    alone.__dict__.update(attributes)  # what is there beside: grad_scale and found_inf of a GradScaler
+    alone.__dict__.update(optimizer.__dict__)  # grad_scale and found_inf of a GradScaler among them
     for hooks in ("step_pre", "step_post", "state_dict_pre", "state_dict_post", "load_state_dict_pre", "load_state_dict_post"):
         alone.__dict__[f"_optimizer_{hooks}_hooks"] = OrderedDict()
     alone.state = defaultdict(dict)

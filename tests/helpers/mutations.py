@@ -613,7 +613,7 @@ MUTATIONS = [
     Mutation(TABLES, "        if stranger not in names:", "        if False:", TO_GROW + " -k refused"),
     Mutation(TABLES, "(other not in own or held !=", "(False or held !=", TO_GROW + " -k refused"),
     Mutation(TABLES, "if tables is None and heads is None:", "if False:", TO_GROW + " -k unknown"),
-    Mutation(GROWN, "                    parameter.grad[rows] = 0\n", "", TO_STEP + " -k start"),
+    Mutation(GROWN, "                    parameter.grad[rows] = 0\n", "", TO_STEP + " -k slow"),
     Mutation(GROWN, "            parameter.grad[rows] = small.grad\n", "", TO_STEP + " -k start"),
     Mutation(GROWN, "            parameter[rows] = small\n", "", TO_STEP + " -k start"),
     Mutation(
@@ -625,7 +625,7 @@ MUTATIONS = [
     Mutation(GROWN, "            _check_padding(optimizer, group)\n", "            pass\n", TO_STEP + " -k nan"),
     Mutation(GROWN, '"stop": min(one["stop"], change.start)}', '"stop": one["stop"], "state": {}}', TO_STEP + " -k twice"),
     Mutation(GROWN, "if is_row != is_column:", "if True:", TO_STEP + " -k rows"),
-    Mutation(GROWN, 'key != "step" and not', "not", TO_STEP + " -k schedules"),
+    Mutation(GROWN, "type(alone).step(alone)", "alone.step()", TO_STEP + " -k schedules"),
     Mutation(UNTRAINED, "total.float() - rows * known[a:b, None]", "total.float() - 0 * rows", TO_REPORT + " -k random"),
     Mutation(UNTRAINED, "used = not misleads and", "used =", TO_REPORT + " -k planted"),
     Mutation(UNTRAINED, "gaps[widest] > WIDE", "gaps[widest] > 9 * WIDE", TO_REPORT + " -k planted"),

@@ -77,6 +77,17 @@ def test_old_rows_go_on_and_new_ones_start(name):
             grow_optimizer(optimizer)
 
 
+def test_new_rows_do_not_slow_the_old_ones():
+    """Adafactor bounds the update of the whole tensor, of which rows without statistics would take all."""
+    (table, optimizer), (other, reference) = stepped(OPTIMIZERS["Adafactor"])
+    for one, weight in ((optimizer, table.weight), (reference, other.weight)):
+        one.state[weight]["step"].fill_(5000)
+    grow_optimizer(optimizer, grow(table, NEW))
+    before = other.weight.detach().clone()
+    step([(table, optimizer), (other, reference)], torch.randn(V + NEW, D))
+    assert (table.weight[:V] - other.weight).norm() < 0.1 * (other.weight - before).norm()
+
+
 def test_first_update_is_at_most_the_learning_rate():
     """A carried step count makes it 3.15 times as large, and transformers' resizing leaves an optimizer that fails."""
     make = OPTIMIZERS["AdamW"]

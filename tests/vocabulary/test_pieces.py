@@ -75,6 +75,9 @@ def test_ids_beyond_the_table():
     assert trap.values["ids"] and min(trap.values["ids"]) >= 50_257
     assert "50,257 rows, o200k_base has 200,019 ids" in trap.message
     assert "beyond the table" not in named("Hello", O200K, model_size=50_257)
+    last = pieces("Hello", O200K)[0].id
+    assert "beyond the table" in named("Hello", O200K, model_size=last)
+    assert "beyond the table" not in named("Hello", O200K, model_size=last + 1)
     assert "beyond the table" not in named("Hello 🌸", O200K)
 
 
@@ -87,7 +90,7 @@ def test_another_unicode_form(encoding):
     korean = TRANSLATIONS["HANGUL"][1]
     values = named(unicodedata.normalize("NFD", korean), encoding)["Unicode form"].values
     assert 2.4 < values["tokens"] / values["composed"] < 12
-    assert "Unicode form" not in named(korean, encoding)
+    assert "Unicode form" not in named(korean, encoding) and "Unicode form" not in named("ﬁ Ａ", encoding)
 
 
 def test_what_a_language_costs():

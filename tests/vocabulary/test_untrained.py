@@ -78,6 +78,15 @@ def test_rows_of_zeros_are_untrained_and_no_measure():
     assert found.untrained == sorted(found.untrained, key=found._worst) and set(found.untrained) == {10, 11, *range(22, 30)}
 
 
+def test_the_norm_of_a_table_that_is_the_head_is_not_used():
+    table = torch.randn(300, 16, generator=torch.Generator().manual_seed(0))
+    table[:20] = 0.01 * torch.ones(16) + 0.001 * table[:20]
+    for head, used in ((None, [False, True]), (table.clone(), [True, True])):
+        found = report(table, head, unused=range(10))
+        assert [one.used for one in found.indicators] == used and found.indicators[0].auc > 0.95
+        assert sorted(found.untrained) == list(range(10, 20))
+
+
 def test_area_under_the_curve():
     higher, lower = torch.tensor([3.0, 1.0, 2.0]), torch.tensor([1.0, 2.0, 0.0, 2.0])
     expected = sum((a > b) + 0.5 * (a == b) for a in higher for b in lower) / 12
