@@ -627,7 +627,7 @@ MUTATIONS = [
     Mutation(GROWN, "if is_row != is_column:", "if True:", TO_STEP + " -k rows"),
     Mutation(GROWN, "type(alone).step(alone)", "alone.step()", TO_STEP + " -k schedules"),
     Mutation(UNTRAINED, "total.float() - rows * known[a:b, None]", "total.float() - 0 * rows", TO_REPORT + " -k random"),
-    Mutation(UNTRAINED, "used = not misleads and", "used =", TO_REPORT + " -k planted"),
+    Mutation(UNTRAINED, "used = not misleads and", "used =", TO_REPORT + " -k norm"),
     Mutation(UNTRAINED, "gaps[widest] > WIDE", "gaps[widest] > 9 * WIDE", TO_REPORT + " -k planted"),
     Mutation(UNTRAINED, "max(LEAST_AUC, 0.5 + SIGMAS * _chance(len(of_known)))", "0.0", TO_REPORT + " -k random"),
     Mutation(PIECES, "if any((end - cut) % 3 for cut in inner):", "if inner:", TO_CUT + " -k digits"),
