@@ -17,7 +17,7 @@ from ..fuse.load import load_model
 from .cost import Cost
 from .cost import cost as cost_of
 from .encodings import CATEGORIES, readable
-from .pieces import Piece, Trap, pieces, traps
+from .pieces import Piece, Trap, count, pieces, traps
 from .untrained import Report, read_tables
 from .untrained import report as report_of
 
@@ -94,10 +94,10 @@ def _show_tokens(text: str, found: list[Piece], told: list[Trap], encoding: str)
             console.print(f"{piece.id:>8}  '{shown}'", markup=False, highlight=False, soft_wrap=True)
     if line:
         console.print(line)
-    size = len(text.encode("utf-8", "replace"))
-    console.print(Text(f"{len(found):,} tokens of {encoding}, {len(text):,} characters, {size:,} bytes", "bold"))
+    sizes = f"{count(len(text), 'character')}, {count(len(text.encode()), 'byte')}"
+    console.print(Text(f"{count(len(found), 'token')} of {encoding}, {sizes}", "bold"))
     for trap in told:
-        console.print(Text(f"{trap.name}: ", "bold yellow").append(_plain(console, trap.message), "none"))
+        console.print(Text.assemble((f"{trap.name}: ", "bold yellow"), _plain(console, trap.message)))
     if not told:
         console.print(Text("no traps", "green"))
 

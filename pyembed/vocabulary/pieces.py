@@ -97,7 +97,7 @@ def _some(parts: list[str]) -> str:
     return ", ".join(parts[:5]) + (f" and {len(parts) - 5} more" if len(parts) > 5 else "")
 
 
-def _count(number: int, what: str) -> str:
+def count(number: int, what: str) -> str:
     return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
@@ -132,7 +132,7 @@ def _digits(found: list[Piece]) -> Trap | None:
     if not uneven:
         return None
     message = (
-        f"{_count(len(uneven), 'number')} {_is(len(uneven))} cut elsewhere than between thousands, {_some(uneven)}: the same "
+        f"{count(len(uneven), 'number')} {_is(len(uneven))} cut elsewhere than between thousands, {_some(uneven)}: the same "
         "digit of another number is elsewhere in its token, which makes arithmetic hard. Separators, as in 1,234,567, help."
     )
     return Trap("digits", message, {"numbers": uneven})
@@ -145,7 +145,7 @@ def _special(text: str, encoder: tiktoken.Encoding) -> list[Trap]:
             continue
         ids = encoder.encode_ordinary(token)
         message = (
-            f"The text spells the special token {token}, id {id}: as plain text it is {_count(len(ids), 'token')}, allowed as "
+            f"The text spells the special token {token}, id {id}: as plain text it is {count(len(ids), 'token')}, allowed as "
             "special it is that one, and tiktoken's encode() refuses it by default. In text of others it may forge a turn."
         )
         made.append(Trap("special token", message, {"token": token, "id": id, "ids": ids}))
@@ -157,7 +157,7 @@ def _fragments(found: list[Piece]) -> Trap | None:
     if not ids:
         return None
     message = (
-        f"{len(ids):,} of {_count(len(found), 'token')} {_is(len(ids))} no UTF-8 alone: characters are cut. Decode ids "
+        f"{len(ids):,} of {count(len(found), 'token')} {_is(len(ids))} no UTF-8 alone: characters are cut. Decode ids "
         "together, or keep bytes until a character is complete; one by one they become U+FFFD."
     )
     return Trap("fragments", message, {"ids": ids})
@@ -169,7 +169,7 @@ def _beyond(found: list[Piece], encoder: tiktoken.Encoding, size: int | None) ->
         return None
     shown = _some([str(id) for id in ids])
     message = (
-        f"The model's table has {size:,} rows, {encoder.name} has {encoder.n_vocab:,} ids, and {_count(len(ids), 'id')} of "
+        f"The model's table has {size:,} rows, {encoder.name} has {encoder.n_vocab:,} ids, and {count(len(ids), 'id')} of "
         f"this text {_is(len(ids))} beyond it: {shown}. Take the encoding that the model was trained with, or grow the table."
     )
     return Trap("beyond the table", message, {"size": size, "ids": ids})
@@ -179,12 +179,12 @@ def _form(text: str, found: list[Piece], encoder: tiktoken.Encoding) -> Trap | N
     composed = unicodedata.normalize("NFC", text)
     if composed == text:
         return None
-    count = len(encoder.encode_ordinary(composed))
+    fewer = len(encoder.encode_ordinary(composed))
     message = (
-        f"The text is not in Unicode's composed form, NFC: it is {_count(len(found), 'token')}, against {count:,} in NFC, of "
+        f"The text is not in Unicode's composed form, NFC: it is {count(len(found), 'token')}, against {fewer:,} in NFC, of "
         "other ids for the same letters. unicodedata.normalize('NFC', text) composes them."
     )
-    return Trap("Unicode form", message, {"tokens": len(found), "composed": count})
+    return Trap("Unicode form", message, {"tokens": len(found), "composed": fewer})
 
 
 def _language(text: str, found: list[Piece], encoder: tiktoken.Encoding) -> Trap | None:
@@ -195,7 +195,7 @@ def _language(text: str, found: list[Piece], encoder: tiktoken.Encoding) -> Trap
     times = _times(encoder, sample)
     message = (
         f"In {encoder.name} {language} takes {times:.1f} times the tokens of English (Universal Declaration of Human Rights, "
-        f"Article 1); this text is {_count(len(found), 'token')} for {_count(len(text), 'character')}."
+        f"Article 1); this text is {count(len(found), 'token')} for {count(len(text), 'character')}."
     )
     values = {"language": language, "times": times, "tokens": len(found), "characters": len(text)}
     return Trap("language", message, values)

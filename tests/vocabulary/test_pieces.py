@@ -127,7 +127,7 @@ def test_command_prints_tokens_and_traps(capsys):
     assert "2634  'é'" in out and "197  '\\t'" in out and "685  ' ['" in out and "\x1b" not in out
     assert "digits: 1 number is cut" in out and "trailing white space: " in out
     assert main(["tokens", "Hello"]) == 0
-    assert capsys.readouterr().out.splitlines() == ["   15496  'Hello'", "1 tokens of gpt2, 5 characters, 5 bytes", "no traps"]
+    assert capsys.readouterr().out.splitlines() == ["   15496  'Hello'", "1 token of gpt2, 5 characters, 5 bytes", "no traps"]
 
 
 def test_command_colours_in_a_terminal(capsys, monkeypatch):
@@ -136,6 +136,7 @@ def test_command_colours_in_a_terminal(capsys, monkeypatch):
     assert main(["tokens", "Hello world 🌸"]) == 0
     out = capsys.readouterr().out
     assert "\x1b[30;44mHello\x1b[0m" in out and "·world" in out and "\x1b[1;37;41m\\x8c" in out
+    assert "\x1b[1;33mfragments: \x1b[0m3 of 5 tokens" in out
 
 
 def test_command_prints_json(capsys):
