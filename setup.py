@@ -10,7 +10,7 @@ setup(
     long_description_content_type="text/markdown",
     python_requires=">=3.10",
     # kernels/ carries no __init__.py of its own, so that Hugging Face's `kernels` package stays importable from here.
-    packages=["pyembed", "pyembed.fuse", "pyembed.kernels", "pyembed.modules", "pyembed.plans", "pyembed.vocabulary"],
+    packages=["pyembed", *(f"pyembed.{name}" for name in ("benchmark", "fuse", "kernels", "modules", "plans", "vocabulary"))],
     package_dir={"pyembed.kernels": "kernels/triton"},
     package_data={"pyembed": ["py.typed"]},
     install_requires=["torch>=2.11"],

@@ -6,7 +6,7 @@ import pydoc_data.topics
 
 import pytest
 import torch
-from timing import Variant, Wall, compare
+from pyembed.benchmark.timing import Variant, Wall, compare
 from torch.utils.data import DataLoader, Dataset
 
 from pyembed.data import TokenDataset, create_dataloader, get_encoding

@@ -8,12 +8,12 @@ import functools
 import importlib
 
 import pytest
-import roofline
+from pyembed.benchmark import roofline
 import torch
 import torch.nn.functional as nnf
-from cases import make_ids
-from peers import PEERS, capture_all, check, compiled, compiler_missing, gradients, reason_of
-from timing import Variant, clock, compare, peak_bytes, saved_bytes
+from pyembed.benchmark.cases import make_ids
+from pyembed.benchmark.peers import PEERS, capture_all, check, compiled, compiler_missing, gradients, reason_of
+from pyembed.benchmark.timing import Variant, clock, compare, peak_bytes, saved_bytes
 
 import pyembed
 import pyembed.functional as F

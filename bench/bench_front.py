@@ -6,11 +6,11 @@ before anything is timed. A training row has its forward, its backward and both;
 """
 
 import pytest
-import roofline
+from pyembed.benchmark import roofline
 import torch
-from cases import MODELS, Stock, make_ids
-from peers import BOUND, COMPILERS, PLANS, capture_all, check, front_ends, gradients
-from timing import clock, compare, peak_bytes, saved_bytes
+from pyembed.benchmark.cases import MODELS, Stock, make_ids
+from pyembed.benchmark.peers import BOUND, COMPILERS, PLANS, capture_all, check, front_ends, gradients
+from pyembed.benchmark.timing import clock, compare, peak_bytes, saved_bytes
 
 import pyembed
 

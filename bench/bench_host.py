@@ -12,9 +12,9 @@ import compiled
 import pytest
 import torch
 import torch.nn.functional as nnf
-from cases import Model, Stock
-from peers import check, gradients
-from timing import Variant, Wall, compare
+from pyembed.benchmark.cases import Model, Stock
+from pyembed.benchmark.peers import check, gradients
+from pyembed.benchmark.timing import Variant, Wall, compare
 
 import pyembed
 import pyembed.functional as F

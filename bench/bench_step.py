@@ -8,9 +8,9 @@ from functools import partial
 
 import pytest
 import torch
-from cases import GPT, MODELS, Stock, make_ids
-from peers import check, gradients, with_module
-from timing import Variant, clock, compare
+from pyembed.benchmark.cases import GPT, MODELS, Stock, make_ids
+from pyembed.benchmark.peers import check, gradients, with_module
+from pyembed.benchmark.timing import Variant, clock, compare
 
 MODEL = MODELS["GPT-2 small"]
 

@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 import torch
-from timing import Variant, clock, compare
+from pyembed.benchmark.timing import Variant, clock, compare
 from torch import nn
 
 from pyembed.vocabulary import grow

@@ -8,7 +8,7 @@ from importlib.metadata import version as version_of
 from pathlib import Path
 
 import pytest
-import roofline
+from pyembed.benchmark import roofline
 import torch
 from rich.console import Console
 from rich.table import Table

@@ -21,10 +21,10 @@ from typing import Annotated, NamedTuple
 sys.path[:0] = [str(Path(__file__).parents[1] / "tests" / "helpers")]
 
 import aot
-import cases
+from pyembed.benchmark import cases
 import model
 import pytest
-import timing
+from pyembed.benchmark import timing
 import torch
 import typer
 from every_call import meta, norm_of

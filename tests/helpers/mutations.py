@@ -542,8 +542,8 @@ MUTATIONS = [
         TABLE + " -k stale",
     ),
     Mutation(KEEPS, "            if kernels:  # they do not look at ids\n", "            if False:\n", TABLE + " -k bad"),
-    Mutation("bench/timing.py", "atol=tolerance * largest", "atol=1.0", BENCH + " -k wrong"),
-    Mutation("bench/roofline.py", "2 * rows * D * N", "rows * D * N", BENCH + " -k counts"),
+    Mutation("pyembed/benchmark/timing.py", "atol=tolerance * largest", "atol=1.0", BENCH + " -k wrong"),
+    Mutation("pyembed/benchmark/roofline.py", "2 * rows * D * N", "rows * D * N", BENCH + " -k counts"),
     Mutation(TURNS, "        if not torch.equal(first, second):", "        if False:", ROTARY + " -k laid_out_otherwise"),
     Mutation(TURNS, ":half], _nan_unless_equal(first, second)", ":half], first", ROTARY + " -k laid_out_otherwise"),
     Mutation(

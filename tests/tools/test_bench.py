@@ -14,10 +14,9 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def bench(monkeypatch):
-    """Imports a module of bench/ by its name."""
-    monkeypatch.syspath_prepend(ROOT / "bench")
-    return importlib.import_module
+def bench():
+    """Imports a module of the benchmark by its name."""
+    return lambda name: importlib.import_module(f"pyembed.benchmark.{name}")
 
 
 def test_counts(bench):

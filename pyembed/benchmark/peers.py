@@ -10,9 +10,10 @@ import sys
 
 import torch
 import torch.nn.functional as nnf
-from timing import Variant, assert_close, capture, results
 
 import pyembed
+
+from .timing import Variant, assert_close, capture, results
 
 PLANS = ("one_pass", "distinct", "table", "auto")
 COMPILERS = {"torch.compile": None, "max-autotune": "max-autotune-no-cudagraphs"}  # graphs are the row's, or none
