@@ -6,9 +6,9 @@ import pydoc_data.topics
 
 import pytest
 import torch
-from pyembed.benchmark.timing import Variant, Wall, compare
 from torch.utils.data import DataLoader, Dataset
 
+from pyembed.benchmark.timing import Variant, Wall, compare
 from pyembed.data import TokenDataset, create_dataloader, get_encoding
 
 TOPICS = "\n".join(pydoc_data.topics.topics.values())

@@ -8,15 +8,15 @@ import functools
 import importlib
 
 import pytest
-from pyembed.benchmark import roofline
 import torch
 import torch.nn.functional as nnf
-from pyembed.benchmark.cases import make_ids
-from pyembed.benchmark.peers import PEERS, capture_all, check, compiled, compiler_missing, gradients, reason_of
-from pyembed.benchmark.timing import Variant, clock, compare, peak_bytes, saved_bytes
 
 import pyembed
 import pyembed.functional as F
+from pyembed.benchmark import roofline
+from pyembed.benchmark.cases import make_ids
+from pyembed.benchmark.peers import PEERS, capture_all, check, compiled, compiler_missing, gradients, reason_of
+from pyembed.benchmark.timing import Variant, clock, compare, peak_bytes, saved_bytes
 
 KINDS = ["natural", "uniform", "half"]
 CPU = [(50257, 768, 8, 1024, torch.float32)]

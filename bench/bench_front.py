@@ -6,13 +6,13 @@ before anything is timed. A training row has its forward, its backward and both;
 """
 
 import pytest
-from pyembed.benchmark import roofline
 import torch
-from pyembed.benchmark.cases import MODELS, Stock, make_ids
-from pyembed.benchmark.peers import BOUND, COMPILERS, PLANS, capture_all, check, front_ends, gradients
-from pyembed.benchmark.timing import clock, compare, peak_bytes, saved_bytes
 
 import pyembed
+from pyembed.benchmark.cases import MODELS, make_ids
+from pyembed.benchmark.peers import BOUND, COMPILERS, PLANS
+from pyembed.benchmark.rows import front_end, needed_bytes
+from pyembed.plans.table import available
 
 # model, B, T, kind of ids, dtype. With --full also what FULL adds.
 SHAPES = [(1, 1), (16, 1), (1, 16), (4, 64), (1, 1024), (8, 256), (8, 1024), (32, 1024)]
@@ -83,9 +83,9 @@ def test_front_end(record, request, device, tokens, characters, case, trains):
     if trains and T == 1:
         pytest.skip("a decode step does not train")
     ids = make_ids(kind, model.V, B * T, characters if model.V < 100 else tokens).view(B, T).to(device)
-    needed = front_end_bytes(model, B * T, dtype.itemsize, trains)
-    if needed > free_bytes(device):
-        pytest.skip(f"it needs about {needed / 2**30:.0f} GiB of memory, {free_bytes(device) / 2**30:.0f} GiB are free")
+    needed = needed_bytes(model, B * T, dtype.itemsize, trains)
+    if needed > available(device):
+        pytest.skip(f"it needs about {needed / 2**30:.0f} GiB of memory, {available(device) / 2**30:.0f} GiB are free")
     distinct = ids.unique().numel()
     wanted, spared = {*PEERS, *PLANS, *(MORE if full or device.type == "cuda" else ())}, {}
     for compiler, sizes in COMPILED.items():
@@ -96,42 +96,11 @@ def test_front_end(record, request, device, tokens, characters, case, trains):
     graphs = device.type == "cuda" and not trains
 
     def run():
-        torch.manual_seed(0)
-        stock = Stock(model, T, device, dtype)
-        variants, left_out = front_ends(stock, ids, trains, wanted)
-        with torch.set_grad_enabled(trains):
-            chosen = stock.fused().explain(ids).name
-        grads = gradients(variants, trains)
-        left_out |= spared | check(variants, grads)
-        rows = {variant: {"plan": chosen if variant == "auto" else variant} for variant in variants}
-        for variant, row in rows.items():
-            row["peak"] = peak_bytes(variants[variant], grads and grads[variant], device)
-            row["saved"] = saved_bytes(variants[variant]) if trains else None
-        if graphs:
-            left_out |= capture_all(variants)
-        found = compare(variants, grads, clock(device), seconds=20 if full else 1.5)
-        rates = roofline.measure(device, dtype)
-        rows = {variant: rows[variant] for variant in variants}
-        for variant, row in rows.items():
-            row |= found[variant]
-            row["limit"] = {
-                direction: roofline.front_end(model, direction, B * T, distinct, T, dtype.itemsize, row["plan"]).seconds(rates)
-                for direction in row["seconds"]
-            }
-        return rows, left_out
+        rows, left_out = front_end(model, ids, dtype, trains, wanted, 20 if full else 1.5, graphs)
+        return rows, spared | left_out
 
     record(
         run, suite="front end", case=f"{name}, {B} × {T}", model=name, tokens=B * T, distinct=distinct, ids=kind,
         dtype=str(dtype)[6:], direction=described(trains), graphs=graphs, shape=[B, T],
     )  # fmt: skip
     pyembed.empty_cache()
-
-
-def front_end_bytes(model, M, itemsize, trains):
-    """About what a row takes: weights (and gradients), table mode's rows, and results several times over."""
-    tables = (model.V + (model.L or 0)) * (model.D * (2 if trains else 1) + (0 if trains else model.N))
-    return itemsize * (tables + (10 if trains else 5) * M * (model.D + model.N)) + (1 << 30)
-
-
-def free_bytes(device):
-    return pyembed.table.available(device)

@@ -12,12 +12,12 @@ import compiled
 import pytest
 import torch
 import torch.nn.functional as nnf
-from pyembed.benchmark.cases import Model, Stock
-from pyembed.benchmark.peers import check, gradients
-from pyembed.benchmark.timing import Variant, Wall, compare
 
 import pyembed
 import pyembed.functional as F
+from pyembed.benchmark.cases import Model, Stock
+from pyembed.benchmark.peers import check, gradients
+from pyembed.benchmark.timing import Variant, Wall, compare
 
 CALLS = 20
 GPT = Model("a tiny GPT-2", 64, 32, 2, 1, 0, L=16, head_dim=16)

@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest
 import torch
+
 from pyembed.benchmark.cases import GPT, MODELS, Stock, make_ids
 from pyembed.benchmark.peers import check, gradients, with_module
 from pyembed.benchmark.timing import Variant, clock, compare

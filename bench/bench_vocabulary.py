@@ -9,9 +9,9 @@ from functools import partial
 
 import pytest
 import torch
-from pyembed.benchmark.timing import Variant, clock, compare
 from torch import nn
 
+from pyembed.benchmark.timing import Variant, clock, compare
 from pyembed.vocabulary import grow
 
 NEW = 24

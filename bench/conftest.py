@@ -1,6 +1,5 @@
 import os
 import platform
-import pydoc_data.topics
 import subprocess
 import time
 from importlib.metadata import PackageNotFoundError
@@ -8,12 +7,11 @@ from importlib.metadata import version as version_of
 from pathlib import Path
 
 import pytest
-from pyembed.benchmark import roofline
 import torch
 from rich.console import Console
-from rich.table import Table
 
-from pyembed.data import get_encoding
+from pyembed.benchmark import cases, roofline
+from pyembed.benchmark.rows import as_table
 
 ROWS = []  # of this run, to be printed
 SKIPPED = {}  # {row: why it was not measured}
@@ -56,25 +54,19 @@ def device():
 
 @pytest.fixture(scope="session")
 def text(request):
-    path = request.config.getoption("--text")
-    text = Path(path).read_text(encoding="utf-8") if path else "\n".join(pydoc_data.topics.topics.values())
-    for raw, plain in ((" @-@ ", "-"), (" @,@ ", ","), (" @.@ ", "."), ("<unk>", "")):  # WikiText's marks
-        text = text.replace(raw, plain)
-    return text
+    return cases.read_text(request.config.getoption("--text"))
 
 
 @pytest.fixture(scope="session")
 def tokens(text):
     """The text in GPT-2's tokens."""
-    return torch.tensor(get_encoding("gpt2").encode_ordinary(text))
+    return cases.tokens_of(text)
 
 
 @pytest.fixture(scope="session")
 def characters(text):
     """The text in the 65 most frequent characters, as a character model numbers them."""
-    known = sorted(sorted(set(text), key=text.count, reverse=True)[:65])
-    number = {character: i for i, character in enumerate(known)}
-    return torch.tensor([number[character] for character in text[:100_000] if character in number])
+    return cases.characters_of(text)
 
 
 def rates_of(device):
@@ -102,22 +94,7 @@ def record(benchmark, device):
 def pytest_terminal_summary(terminalreporter):
     if not ROWS:
         return
-    table = Table("case", "variant", "direction", "median, ms", "quartiles, ms", "times as fast", "% of limit")
-    for row in ROWS:
-        first = next(iter(row["variants"].values()))
-        case = row["case"]
-        for name, found in row["variants"].items():
-            for direction, seconds in found["seconds"].items():
-                median, q1, q3 = (seconds[key] * 1e3 for key in ("median", "q1", "q3"))
-                limit = found.get("limit", {}).get(direction)
-                share = f"{1e5 * limit / median:.0f}" if limit else ""
-                ratio = f"{first['seconds'][direction]['median'] * 1e3 / median:.2f}" if direction in first["seconds"] else ""
-                table.add_row(case, name, direction, f"{median:#.3g}", f"{q1:#.3g} … {q3:#.3g}", ratio, share)
-                case = name = ""
-        for name, reason in row["left_out"].items():
-            table.add_row("", name, "not measured:", "", reason)
-        table.add_section()
-    Console(width=160).print(table)
+    Console(width=160).print(as_table(ROWS))
 
 
 def _version(package):

@@ -21,10 +21,8 @@ from typing import Annotated, NamedTuple
 sys.path[:0] = [str(Path(__file__).parents[1] / "tests" / "helpers")]
 
 import aot
-from pyembed.benchmark import cases
 import model
 import pytest
-from pyembed.benchmark import timing
 import torch
 import typer
 from every_call import meta, norm_of
@@ -34,6 +32,7 @@ from rich.console import Console
 from rich.table import Table
 
 import pyembed
+from pyembed.benchmark import cases, timing
 from pyembed.call import Call, Epilogue, Projection, Terms
 from pyembed.kept import Kept, Sources
 

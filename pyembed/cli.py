@@ -57,6 +57,9 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the program. Returns its exit status: 0 success, 1 a tensor over budget, 2 a usage error, 130 interrupted."""
+    from . import doctor  # noqa: F401  registers its command, as the next does
+    from .benchmark import command  # noqa: F401
+
     try:
         arguments = sys.argv[1:] if arguments is None else arguments
         return app(arguments or ["--help"], prog_name="pyembed", standalone_mode=False) or 0

@@ -74,3 +74,43 @@ def plot_errors(report: Report, path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a file name in a script that the font lacks
         figure.savefig(path, format=path.suffix[1:].lower())
+
+
+def plot_times(report: Report, path: Path) -> None:
+    """`pyembed bench`: a panel per direction, a bar per variant with its quartiles and its limit. path: .png, .svg or .pdf."""
+    from matplotlib.figure import Figure
+
+    ours, peer, ink, grey, faint = "#0969da", "#b9c2cc", "#1f2328", "#59636e", "#e36f00"
+    variants = report["variants"]
+    names = list(variants)
+    stock = variants[names[0]]["seconds"]
+    height = 1.5 + len(stock) * (0.75 + 0.34 * len(names))
+    figure = Figure((8, height), dpi=160, layout="constrained")
+    for axis, direction in zip(figure.subplots(len(stock), 1, squeeze=False)[:, 0], stock, strict=True):
+        ends = []
+        for y, name in enumerate(names):
+            found = variants[name]
+            if direction not in found["seconds"]:
+                continue
+            low, median, high = (found["seconds"][direction][key] * 1e3 for key in ("q1", "median", "q3"))
+            axis.barh(y, median, color=ours if name in ("one_pass", "distinct", "table", "auto") else peer, height=0.62)
+            axis.plot([low, high], [y, y], color=ink, linewidth=1.2)
+            if found.get("limit"):
+                axis.plot([found["limit"][direction] * 1e3] * 2, [y - 0.31, y + 0.31], color=faint, linewidth=2)
+            ends.append(max(median, high))
+            label = f"{median:#.3g} ms, {stock[direction]['median'] * 1e3 / median:.2f} x"
+            label += ", busy: not to be believed" if name in report["busy"] else ""
+            text = {"xytext": (5, 0), "textcoords": "offset points", "va": "center", "fontsize": 8.5}
+            axis.annotate(label, (ends[-1], y), color=ink, **text)
+        axis.set(xlim=(0, max(ends) * 1.4), ylim=(len(names) - 0.4, -0.6))
+        axis.set_yticks(range(len(names)), names)
+        axis.set_title(f"{direction}: ms, and times as fast as {names[0]}", loc="left", fontsize=9.5, color=grey)
+        axis.tick_params(length=0, labelcolor=ink)
+        axis.spines[:].set_visible(False)
+        axis.set_xticks([])
+    B, T = report["shape"]
+    facts = f"{B} x {T} tokens, {report['distinct']:,} of them distinct, {report['dtype']}, {report['device']}"
+    legend = "black: quartiles" + ("; orange: the limit that memory and matrix rates set" if variants[names[0]].get("limit") else "")
+    title = figure.suptitle(f"{report['case']}\n{facts}\n{legend}", fontsize=10, x=0.01, ha="left")
+    title.set_parse_math(False)
+    figure.savefig(path, format=path.suffix[1:].lower())

@@ -1,12 +1,16 @@
 """What is measured: widths of published models, the stock modules that people have for them, and ids."""
 
 import dataclasses
+import pydoc_data.topics
+from pathlib import Path
 
 import torch
 import torch.nn.functional as nnf
 from torch import nn
 
 import pyembed
+
+from ..data import get_encoding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,6 +138,26 @@ class GPT(nn.Module):
             heads = block["qkv"](block["norm"](hidden)).unflatten(-1, (sum(self.heads), -1)).split(self.heads, -2)
             hidden = block["layer"](hidden, *heads)
         return (nnf.linear(self.last(hidden), self.front.token.weight),)
+
+
+def read_text(path=None):
+    """Of a UTF-8 file without WikiText's marks; by default Python's own manual."""
+    text = Path(path).read_text(encoding="utf-8") if path else "\n".join(pydoc_data.topics.topics.values())
+    for raw, plain in ((" @-@ ", "-"), (" @,@ ", ","), (" @.@ ", "."), ("<unk>", "")):
+        text = text.replace(raw, plain)
+    return text
+
+
+def tokens_of(text):
+    """A text in GPT-2's tokens."""
+    return torch.tensor(get_encoding("gpt2").encode_ordinary(text))
+
+
+def characters_of(text):
+    """A text in its 65 most frequent characters, as a character model numbers them."""
+    known = sorted(sorted(set(text), key=text.count, reverse=True)[:65])
+    number = {character: i for i, character in enumerate(known)}
+    return torch.tensor([number[character] for character in text[:100_000] if character in number])
 
 
 def make_ids(kind, V, count, text):

@@ -75,8 +75,9 @@ def _bound(stock, ids, trains):
     return Variant(lambda: (nnf.linear(normed, stock.qkv.weight, stock.qkv.bias),), parameters, checked=False)
 
 
-def front_ends(stock, ids, trains, wanted):
-    """{name: Variant} over the weights of stock, and {name: why it is missing}. Ours must run; a peer may not."""
+def front_ends(stock, ids, trains, wanted, tell=lambda what: None):
+    """{name: Variant} over the weights of stock, and {name: why it is missing}. Ours must run; a peer may not. tell(name): is
+    called before each is built."""
     parameters, found, left_out = list(stock.parameters()), {}, {}
     makers = {"eager": lambda: stock}
     for name, mode in COMPILERS.items():
@@ -89,6 +90,7 @@ def front_ends(stock, ids, trains, wanted):
         if name not in wanted or reason:
             left_out |= {name: reason} if reason else {}
             continue
+        tell(name)
         try:
             module = make()
             found[name] = Variant(functools.partial(module, ids), parameters)
@@ -135,7 +137,10 @@ def check(variants, grads, reference="eager"):
 
     def compare(name, variant):
         if name != reference and variant.checked:
-            assert_close(results(variant, grads and grads[name]), expected)
+            try:
+                assert_close(results(variant, grads and grads[name]), expected)
+            except AssertionError as error:
+                raise AssertionError(f"{name} gives other results than {reference}: {error}") from None
         return variant
 
     return _each(variants, compare)

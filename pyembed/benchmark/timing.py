@@ -29,7 +29,7 @@ class Variant:
 
     forward: Callable[[], Sequence[Tensor]]
     parameters: list[Tensor]
-    context: Callable = contextlib.nullcontext
+    context: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
     checked: bool = True  # whether it gives the row's results; a bound gives less
     graph: torch.cuda.CUDAGraph | None = None
 
@@ -115,10 +115,11 @@ def capture(variant, pool):
     return dataclasses.replace(variant, graph=graph)
 
 
-def compare(variants, grads, timer, seconds):
+def compare(variants, grads, timer, seconds, tell=lambda done: None):
     """{variant: {"rounds": of each, "seconds": {direction: {"median", "q1", "q3"}}}}, in turn; each has run before.
 
-    grads: {variant: gradients of its outputs}; None: a forward without them. seconds: in all."""
+    grads: {variant: gradients of its outputs}; None: a forward without them. seconds: in all. tell(done): is called with the
+    share of them that is spent."""
     directions = ["forward"] if grads is None else ["training forward", "backward", "forward+backward"]
     grads = dict.fromkeys(variants) if grads is None else grads
     found = {name: [] for name in variants}
@@ -130,6 +131,7 @@ def compare(variants, grads, timer, seconds):
             parts = timer.seconds(step(variant, grads[name], timer))
             found[name].append(parts if len(parts) == 1 else [*parts, sum(parts)])
         rounds += 1
+        tell(min(1.0, max(1 - (end - time.perf_counter()) / seconds if seconds else 1.0, rounds / ROUNDS[1])))
     columns = {name: zip(directions, zip(*rows, strict=True), strict=True) for name, rows in found.items()}
     return {name: {"rounds": rounds, "seconds": {d: _quartiles(c) for d, c in those}} for name, those in columns.items()}
 
