@@ -80,6 +80,8 @@ def plot_times(report: Report, path: Path) -> None:
     """`pyembed bench`: a panel per direction, a bar per variant with its quartiles and its limit. path: .png, .svg or .pdf."""
     from matplotlib.figure import Figure
 
+    from .benchmark.rows import digits
+
     ours, peer, ink, grey, faint = "#0969da", "#b9c2cc", "#1f2328", "#59636e", "#e36f00"
     variants = report["variants"]
     names = list(variants)
@@ -98,7 +100,7 @@ def plot_times(report: Report, path: Path) -> None:
             if found.get("limit"):
                 axis.plot([found["limit"][direction] * 1e3] * 2, [y - 0.31, y + 0.31], color=faint, linewidth=2)
             ends.append(max(median, high))
-            label = f"{median:#.3g} ms, {stock[direction]['median'] * 1e3 / median:.2f} x"
+            label = f"{digits(median)} ms, {stock[direction]['median'] * 1e3 / median:.2f} x"
             label += ", busy: not to be believed" if name in report["busy"] else ""
             text = {"xytext": (5, 0), "textcoords": "offset points", "va": "center", "fontsize": 8.5}
             axis.annotate(label, (ends[-1], y), color=ink, **text)
@@ -110,7 +112,9 @@ def plot_times(report: Report, path: Path) -> None:
         axis.set_xticks([])
     B, T = report["shape"]
     facts = f"{B} x {T} tokens, {report['distinct']:,} of them distinct, {report['dtype']}, {report['device']}"
-    legend = "black: quartiles" + ("; orange: the limit that memory and matrix rates set" if variants[names[0]].get("limit") else "")
+    legend = "black: quartiles" + (
+        "; orange: the limit that memory and matrix rates set" if variants[names[0]].get("limit") else ""
+    )
     title = figure.suptitle(f"{report['case']}\n{facts}\n{legend}", fontsize=10, x=0.01, ha="left")
     title.set_parse_math(False)
     figure.savefig(path, format=path.suffix[1:].lower())

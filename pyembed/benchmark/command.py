@@ -31,14 +31,17 @@ def bench(
     shape: Annotated[str | None, typer.Option(metavar="V,D,HEADS[,KV_HEADS],B,T", help="A front end of these sizes.")] = None,
     model: Annotated[str | None, typer.Option(metavar="NAME", help=f"One of: {', '.join(cases.MODELS)}.")] = None,
     fuse: Annotated[
-        str | None, typer.Option(metavar="MODULE:FUNCTION", help="A whole model that the function returns, before and after fuse.")
+        str | None,
+        typer.Option(metavar="MODULE:FUNCTION", help="A whole model that the function returns, before and after fuse."),
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Sequences, of --model and --fuse.")] = 4,
     length: Annotated[int, typer.Option(min=1, help="Tokens per sequence, of --model and --fuse.")] = 256,
     norm: Annotated[Literal["layer", "rms"], typer.Option(help="LayerNorm or RMSNorm, of --shape.")] = "layer",
     rotary: Annotated[bool, typer.Option("--rotary", help="Rotary positions instead of a learned table, of --shape.")] = False,
     text: Annotated[Path | None, typer.Option(metavar="FILE", help="UTF-8 text for the ids; default: Python's manual.")] = None,
-    dtype: Annotated[str | None, typer.Option(metavar="NAME", help="fp32, fp16 or bf16; default: bf16 on a GPU, else fp32.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(metavar="NAME", help="fp32, fp16 or bf16; default: bf16 on a GPU, else fp32.")
+    ] = None,
     train: Annotated[bool, typer.Option("--train", help="Time forward and backward instead of a forward alone.")] = False,
     seconds: Annotated[float, typer.Option(min=0, help="To time for, all variants together; compiling comes on top.")] = 10,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all results to FILE.")] = None,
@@ -195,13 +198,16 @@ def _report(
 
 def _show(report: Report) -> None:
     console = Console()
+    console.width = max(console.width, 90)  # in a narrower terminal lines wrap, instead of columns being dropped
     B, T = report["shape"]
-    title = f"{report['case']}: {B} x {T} tokens, {report['distinct']:,} of them distinct, {report['dtype']}, {report['device']}"
+    title = (
+        f"{report['case']}: {B} x {T} tokens, {report['distinct']:,} of them distinct, {report['dtype']}, {report['device']}"
+    )
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=Text(title), title_justify="left")
     table.add_column("variant", no_wrap=True)
-    table.add_column("direction", overflow="fold")
+    table.add_column("direction", no_wrap=True)
     for column in ("ms", "quartiles, ms", "x stock", "% of limit"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     for line in rows.lines(report["variants"], STOCK):
         table.add_row(*line)
     console.print(table)

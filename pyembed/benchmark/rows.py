@@ -32,7 +32,9 @@ def front_end(model, ids, dtype, trains, wanted, seconds, graphs, tell=lambda wh
     for name, row in rows.items():
         row["plan"] = chosen if name == "auto" else name
         row["limit"] = {
-            direction: roofline.front_end(model, direction, ids.numel(), distinct, T, dtype.itemsize, row["plan"]).seconds(rates)
+            direction: roofline.front_end(model, direction, ids.numel(), distinct, T, dtype.itemsize, row["plan"]).seconds(
+                rates
+            )
             for direction in row["seconds"]
         }
     return rows, left_out | more
@@ -78,7 +80,7 @@ def fused_model(model, ids, trains, seconds, tell=lambda what, done=None: None):
         if plan == "auto" or fused.calls["fused"]:
             variants[plan] = variant
         else:
-            left_out[plan] = next(iter(fused.calls), "the model's own modules ran")
+            left_out[plan] = f"the model's own modules ran: {next(iter(fused.calls), 'they always do')}"
     rows, more = measure(variants, trains, False, ids.device, seconds, False, tell)
     return rows, left_out | more
 
@@ -131,8 +133,13 @@ def lines(variants, reference="eager"):
             share = f"{1e5 * limit / median:.0f}" if limit else ""
             ratio = f"{first['seconds'][direction]['median'] * 1e3 / median:.2f}" if direction in first["seconds"] else ""
             mark = " busy" if q3 > SPREAD * q1 else ""
-            yield name, direction, f"{median:#.3g}", f"{q1:#.3g} … {q3:#.3g}{mark}", ratio, share
+            yield name, direction, digits(median), f"{digits(q1)} … {digits(q3)}{mark}", ratio, share
             name = ""
+
+
+def digits(number):
+    """At least three of them, without an exponent."""
+    return f"{number:,.0f}" if number >= 99.95 else f"{number:#.3g}"
 
 
 def as_table(rows):
