@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .tables import Given, Vocabulary, find, weights_of
 
 CHUNK = 2**24  # elements that are summed at once: many small sums take longer, and all rows of a bf16 table in fp32 much memory
-SAMPLED_ROWS = 8192  # of which "sample" takes the covariance
+SAMPLED_ROWS = 4096  # of which "sample" takes the covariance
 COVARIANCE = 1e-5  # Hewitt 2021
 SIZE = "unpadded_vocab_size"  # in a configuration, and in a module that has none: ids in use where there are more rows
 
@@ -59,7 +59,7 @@ def grow(
     new: how many tokens; they get the ids from size on. size: ids in use, where there are more rows; by default what an earlier
     growth left in model.config, or all rows. Rows that are there already, as padding, are filled before any are added.
     init: "mean" of the rows in use, of table and head each; "sample": drawn from a normal distribution with that mean and 1e-5
-    of the covariance (Hewitt, "Initializing New Word Embeddings for Pretrained Language Models", 2021) of at most 8,192 rows,
+    of the covariance (Hewitt, "Initializing New Word Embeddings for Pretrained Language Models", 2021) of at most 4,096 rows,
     by generator, by default one with seed 0: the global one does not move. Rows that a table's dtype would make equal are drawn
     again, wider. untrained: ids of rows to leave out, beside that of padding_idx (report finds some).
     texts: the new tokens' texts; each row becomes the mean of the rows of the tokens into which encoding (its name, or

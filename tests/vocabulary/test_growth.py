@@ -1,5 +1,6 @@
 import copy
 import math
+import types
 
 import pytest
 import torch
@@ -327,6 +328,20 @@ def test_an_error_while_it_is_put_in_place_is_taken_back(monkeypatch):
     assert model.head._parameters == buffers and not model.head._buffers and model.token.num_embeddings == V
 
 
+def test_configurations_follow():
+    """As of transformers, by which it makes a model that it loads, and counts logits."""
+    model = Model(tied=False)
+    model.config = types.SimpleNamespace(vocab_size=V, decoder_vocab_size=V, other_vocab_size=7)
+    model.get_input_embeddings, model.get_output_embeddings = lambda: model.token, lambda: model.head
+    model.token.vocab_size = V
+    grow(model, 2, multiple_of=16)
+    expected = dict(vocab_size=64, decoder_vocab_size=64, other_vocab_size=7, unpadded_vocab_size=52)
+    assert vars(model.config) == expected and model.token.vocab_size == 64
+    assert grow(model, 1).ids == range(52, 53) and model.config.unpadded_vocab_size == 53
+    grow(model, 11)
+    assert model.config.unpadded_vocab_size is None and model.config.vocab_size == 64
+
+
 # Models of transformers
 
 
@@ -381,7 +396,8 @@ def test_models_whose_tables_are_in_several_modules(family, tmp_path):
     assert torch.equal(loaded(**batch).logits, grown)
 
 
-@pytest.mark.parametrize("family", ["tied GPT-2", pytest.param("untied Llama", marks=pytest.mark.full)])
+@pytest.mark.full  # importing transformers takes 3 s
+@pytest.mark.parametrize("family", ["tied GPT-2", "untied Llama"])
 def test_transformers_models_are_saved_and_loaded(family, tmp_path):
     pytest.importorskip("transformers")
     torch.manual_seed(0)
