@@ -217,6 +217,8 @@ def embed_qkv_folded(M, N, D, dtype, device, crowded=False, head=0):
     tiles = _many(N, D, dtype, device, crowded)
     if head == 128 and isinstance(device.arch, int) and 100 <= device.arch < 120:
         tiles = tiles._replace(BLOCK_K=32)  # 64 spill
+    elif 0 < head <= 16 and device.arch == 120:
+        tiles = tiles._replace(BLOCK_N=64)  # 128 spill
     return fitted(_with_heads(tiles, head, dtype, device), dtype, device)
 
 
