@@ -573,10 +573,13 @@ def test_fused_within_a_mode(mode):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, full(torch.float16), full(torch.float64)])
 def test_other_dtypes(dtype):
-    """Also an RMSNorm whose eps is that of a dtype."""
+    """Of an RMSNorm whose eps is that of float32, and in float64 another, which is not proved."""
     model = Own(nn.RMSNorm, Packed).to(dtype).eval()
     want = model(tokens())
     fused = pyembed.fuse(model, tokens())
+    if dtype == torch.float64:
+        assert "none of the modules" in fused.why_not and "blocks.0.norm1, a RMSNorm" in fused.why_not
+        return
     with pyembed.plan("distinct"):
         found = model(tokens())
     assert (found - want).abs().max() <= 8 * torch.finfo(dtype).eps * want.abs().max() and fused.calls == {"fused": 1}
