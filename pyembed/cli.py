@@ -238,8 +238,7 @@ def _read_tokens(path: Path | None, encoding: str, batch: int, length: int) -> t
 
 
 def _draw(shape: Report, seed: int, device: torch.device) -> tuple[dict[str, Tensor], list[Tensor]]:
-    """Random weights, N(0, 0.02²) as in GPT-2, with biases and norm other than the identity, and incoming gradients of hidden,
-    query, key and value, N(0, 1); all fp32."""
+    """Random weights, N(0, 0.02²) as in GPT-2, biases and norm not the identity, and incoming gradients, N(0, 1); all fp32."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*size: int, mean: float = 0.0, std: float = 0.02) -> Tensor:
@@ -268,8 +267,7 @@ def _check(
     calls: int,
     step: Callable[..., None],
 ) -> Report:
-    """Errors and verdicts of every plan, and seconds, for one dtype. Calls step(description=…), which advances the progress
-    bar, five times."""
+    """Errors and verdicts of every plan, and seconds, for one dtype. Calls step(description=…) five times."""
     parameters = {key: value.to(DTYPES[name]) for key, value in parameters.items()}
     incoming = [gradient.to(DTYPES[name]) for gradient in incoming]
     norm = None if shape["norm"] == "none" else shape["norm"]
@@ -342,8 +340,7 @@ def _time(call: Callable[[], T], calls: int) -> tuple[T, float]:
 
 
 def _judge(ours: Tensor, eager: Tensor, exact: Tensor, is_hidden: bool) -> Report:
-    """Errors, budget and verdict of one tensor. Budget: 2 · eager's error + eps · exact, for the maximum and for the RMS.
-    hidden must also equal eager bit for bit."""
+    """Errors, budget (2 · eager's error + eps · exact, of maximum and RMS) and verdict; hidden must have eager's bits too."""
     eps = torch.finfo(ours.dtype).eps
     error, other, scale = _size(exact - ours), _size(exact - eager), _size(exact)
     budget = {key: 2 * other[key] + eps * scale[key] for key in scale}

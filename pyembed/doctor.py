@@ -1,6 +1,7 @@
 """`pyembed doctor`: what is installed, whether the kernels compile for a device, and whether they compute what they should."""
 
 import functools
+import importlib
 import itertools
 import json
 import platform
@@ -10,6 +11,7 @@ import time
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Any
 
 import torch
@@ -66,7 +68,11 @@ def doctor(
         report["check"] = {}
         for dtype in (torch.float32, torch.bfloat16) if cuda else (torch.float32,):
             progress.add_task(f"results in {str(dtype)[6:]}", total=None)
-            report["check"][str(dtype)[6:]] = found = _check(device, dtype, "triton" if has_triton else "torch")
+            try:
+                found = _check(device, dtype, "triton" if has_triton else "torch")
+            except Exception as error:  # whatever a driver or a compiler raises: the report says it
+                found = {"the call": f"{type(error).__name__}: {error}".splitlines()[0]}
+            report["check"][str(dtype)[6:]] = found
             problems += [f"{tensor} in {str(dtype)[6:]}: {verdict}" for tensor, verdict in found.items() if verdict != "ok"]
         report["rates"] = rates.measure(device, torch.bfloat16 if cuda else torch.float32)._asdict()
     report["ok"], report["summary"] = not problems, _summary(report, cuda, has_triton)
@@ -149,7 +155,9 @@ def _tiles(target: Any) -> Report:
 def _launches(target: Any) -> list[Any]:
     """What GPT-2 small's front end and Llama-3-8B's launch in bf16: decode, prefill, training, every plan."""
     from . import ahead
-    from .kernels import distinct, distinct_grad, embed, embed_grad, embed_qkv, expand, rotary
+
+    names = ("distinct", "distinct_grad", "embed", "embed_grad", "embed_qkv", "expand", "rotary")
+    kernels = SimpleNamespace(**{name: importlib.import_module(f"{__package__}.kernels.{name}") for name in names})
 
     def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -171,22 +179,20 @@ def _launches(target: Any) -> list[Any]:
     def run() -> None:
         told = meta(6, dtype=torch.int64)
         for M, make in itertools.product((1, 512, 16_384), (gpt, llama)):
-            embed_qkv.embed_qkv(make(M), (told, M))
+            kernels.embed_qkv.embed_qkv(make(M), (told, M))
         M, call = 4096, gpt(4096)
-        embed.embed(call.terms, (told, M))
-        *_, mean, rstd = embed_qkv.embed_qkv(call, (told, M))
+        kernels.embed.embed(call.terms, (told, M))
+        *_, mean, rstd = kernels.embed_qkv.embed_qkv(call, (told, M))
         rows = meta(M, 768)
-        embed_grad.norm_backward(call, mean, rstd, rows, rows, True, torch.bfloat16)
-        embed_grad.table_grad(rows, meta(M, dtype=torch.int64), 50257)
-        outputs = distinct.forward(call, report=(told, M))
+        kernels.embed_grad.norm_backward(call, mean, rstd, rows, rows, True, torch.bfloat16)
+        kernels.embed_grad.table_grad(rows, meta(M, dtype=torch.int64), 50257)
+        outputs = kernels.distinct.forward(call, report=(told, M))
         needs = {"token", "position", "weight", "bias", "norm_weight", "norm_bias"}
-        distinct_grad.backward(call, outputs[:4], *outputs[4:], needs)
+        kernels.distinct_grad.backward(call, outputs[:4], *outputs[4:], needs)
         table = call._replace(norm=Norm("layer", eps=1e-5))
-        expand.look_up(
-            table, meta(call.terms.position.shape[0] + 50257, 2304), meta(2304, dtype=torch.float32), report=(told, M)
-        )
+        kernels.expand.look_up(table, meta(1024 + M + 50257, 2304), meta(2304, dtype=torch.float32), report=(told, M))
         turned = llama(M)
-        rotary.turn_back(meta(1, M, 32, 128), turned.epilogue._replace(turn_ids=ids(M)))
+        kernels.rotary.turn_back(meta(1, M, 32, 128), turned.epilogue._replace(turn_ids=ids(M)))
 
     return list({launch.key(target): launch for launch in ahead.record(target, run)}.values())
 
@@ -218,7 +224,7 @@ def _compile(target: Any, update: Callable[..., None]) -> Report:
 
 @torch.no_grad()
 def _check(device: torch.device, dtype: torch.dtype, backend: str) -> dict[str, str]:
-    """{tensor: "ok" or what is wrong} of a small front end: hidden is PyTorch's bit for bit, the others are within the budget of
+    """{tensor: "ok" or what is wrong} of a small front end: hidden has PyTorch's bits, the others are within the budget of
     pyembed demo, and a second run has the same bits."""
     generator = torch.Generator().manual_seed(0)
 
@@ -229,11 +235,15 @@ def _check(device: torch.device, dtype: torch.dtype, backend: str) -> dict[str, 
     ids = torch.randint(V, (2, length), generator=generator).to(device)
     tensors = {"token": draw(V, D), "position": draw(length, D), "norm_weight": draw(D), "norm_bias": draw(D)}
     tensors |= {"weight": draw(3 * D, D), "bias": draw(3 * D)}
-    options: dict[str, Any] = {"num_heads": heads, "norm": "layer"}
-    exact = reference.embed_qkv(ids, **{name: x.double() for name, x in tensors.items()}, **options)._asdict()
-    eager = reference.embed_qkv(ids, **tensors, **options)._asdict()
+
+    def run(embed_qkv: Callable[..., Any], given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        outputs: dict[str, torch.Tensor] = embed_qkv(ids, **given, num_heads=heads, norm="layer")._asdict()
+        return outputs
+
+    exact = run(reference.embed_qkv, {name: x.double() for name, x in tensors.items()})
+    eager = run(reference.embed_qkv, tensors)
     with settings.backend(backend):
-        first, second = (functional.embed_qkv(ids, **tensors, **options)._asdict() for _ in range(2))
+        first, second = (run(functional.embed_qkv, tensors) for _ in range(2))
     found = {}
     for name, ours in first.items():
         found[name] = _judge(ours, eager[name], exact[name], name == "hidden")["verdict"]
@@ -251,7 +261,8 @@ def _summary(report: Report, cuda: bool, has_triton: bool) -> str:
         return f"All is well: {compiled} and give the right results on {report['device']['name']}."
     if has_triton:
         compiled = f", {compiled}" if compiled else ""
-        return f"All is well, without a GPU: calls run by PyTorch's operators{compiled}, and the kernels' results are right in Triton's interpreter."
+        works = f"calls run by PyTorch's operators{compiled}, and the kernels' results are right in Triton's interpreter"
+        return f"All is well, without a GPU: {works}."
     return "All is well, without a GPU and without triton: calls run by PyTorch's operators."
 
 
@@ -282,7 +293,8 @@ def _show(report: Report) -> None:
         line = ", ".join(f"{name} {'bit-equal' if name == 'hidden' and said == 'ok' else said}" for name, said in found.items())
         facts.add_row(f"{dtype} results", f"{line}; each twice, with the same bits")
     found = report["rates"]
-    line = f"{found['flops'] / 1e12:.3g} TFLOP/s, gather {found['gather'] / 1e9:.3g} GB/s, fresh memory {found['fresh'] / 1e9:.3g} GB/s"
+    line = f"{found['flops'] / 1e12:.3g} TFLOP/s, gather {found['gather'] / 1e9:.3g} GB/s"
+    line += f", fresh memory {found['fresh'] / 1e9:.3g} GB/s"
     facts.add_row("rates", f"{line}: what plans are chosen by")
     console = Console()
     console.print(facts)

@@ -119,8 +119,8 @@ def _front(
         sizes = []
     if len(sizes) not in (5, 6) or min(sizes) < 1:
         raise UsageError(f"--shape: expected 5 or 6 positive whole numbers V,D,HEADS[,KV_HEADS],B,T, got {shape!r}")
-    V, D, heads, *kv_heads, batch, length = sizes
-    (kv_heads,) = kv_heads or [heads]
+    V, D, heads, *grouped, batch, length = sizes
+    (kv_heads,) = grouped or [heads]
     if D % heads:
         raise UsageError(f"--shape: expected a width D that its heads divide, got D {D} and {heads} heads")
     if heads % kv_heads:
@@ -223,10 +223,8 @@ def conclusions(report: Report) -> list[str]:
     direction = list(variants[STOCK]["seconds"])[-1]
     ratio = variants[STOCK]["seconds"][direction]["median"] / variants["auto"]["seconds"][direction]["median"]
     plan = variants["auto"].get("plan")
-    said.append(
-        f"pyembed as it is (auto{f', here the plan {plan}' if plan else ''}) takes {1 / ratio:.2f} times as long as stock modules: "
-        f"{ratio:.2f} times as fast."
-    )
+    how = f"auto, here {plan}" if plan else "auto"
+    said.append(f"pyembed as it is ({how}): {ratio:.2f} times as fast as stock modules.")
     if report["busy"]:
         which = "this row" if len(report["busy"]) == 1 else "these rows"
         said.append(

@@ -10,7 +10,7 @@ import pyembed
 
 from . import roofline
 from .cases import Stock
-from .peers import PLANS, capture_all, check, compiled, compiler_missing, front_ends, gradients, reason_of
+from .peers import PLANS, capture_all, check, compiler_missing, front_ends, gradients, reason_of
 from .timing import Variant, clock, compare, peak_bytes, saved_bytes
 
 SPREAD = 1.25  # third quartile over first: beyond it, something else used the machine meanwhile
