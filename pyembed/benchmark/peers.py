@@ -86,9 +86,11 @@ def front_ends(stock, ids, trains, wanted, tell=lambda what: None):
         makers[f"{library} norm"] = functools.partial(_with_norm, stock, library)
     torch.compiler.reset()  # its cache is per code object, and falls back to eager when it is full
     for name, make in makers.items():
+        if name not in wanted:
+            continue
         reason = compiler_missing(ids.device) if name in COMPILERS else None
-        if name not in wanted or reason:
-            left_out |= {name: reason} if reason else {}
+        if reason:
+            left_out[name] = reason
             continue
         tell(name)
         try:
