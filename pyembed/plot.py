@@ -104,7 +104,7 @@ def plot_times(report: Report, path: Path) -> None:
             label += ", busy: not to be believed" if name in report["busy"] else ""
             text = {"xytext": (5, 0), "textcoords": "offset points", "va": "center", "fontsize": 8.5}
             axis.annotate(label, (ends[-1], y), color=ink, **text)
-        axis.set(xlim=(0, max(ends) * 1.4), ylim=(len(names) - 0.4, -0.6))
+        axis.set(xlim=(0, max(ends) * 1.6), ylim=(len(names) - 0.4, -0.6))
         axis.set_yticks(range(len(names)), names)
         axis.set_title(f"{direction}: ms, and times as fast as {names[0]}", loc="left", fontsize=9.5, color=grey)
         axis.tick_params(length=0, labelcolor=ink)

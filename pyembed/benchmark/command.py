@@ -224,7 +224,8 @@ def conclusions(report: Report) -> list[str]:
     ratio = variants[STOCK]["seconds"][direction]["median"] / variants["auto"]["seconds"][direction]["median"]
     plan = variants["auto"].get("plan")
     how = f"auto, here {plan}" if plan else "auto"
-    said.append(f"pyembed as it is ({how}): {ratio:.2f} times as fast as stock modules.")
+    if not {STOCK, "auto"} & set(report["busy"]):
+        said.append(f"pyembed as it is ({how}): {ratio:.2f} times as fast as stock modules.")
     if report["busy"]:
         which = "this row" if len(report["busy"]) == 1 else "these rows"
         said.append(

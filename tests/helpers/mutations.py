@@ -42,7 +42,7 @@ KNOWN, KEEPS = "pyembed/modules/known.py", "pyembed/modules/keeps_table.py"
 PROOFS = "pyembed/modules/proofs.py"
 SWAPS, PLACES = (f"tests/modules/test_{name}.py" for name in ("swaps", "positions"))
 TURNS, TURNS_OF = "pyembed/rotary.py", "pyembed/rotary_of.py"
-BENCH, DATA = (f"tests/tools/test_{name}.py" for name in ("bench", "data"))
+BENCH, DATA, COMMAND, DOCTOR = (f"tests/tools/test_{name}.py" for name in ("bench", "data", "bench_command", "doctor"))
 MEMORY = "pyembed/memory.py"
 GROWTH, GROWN, TABLES, UNTRAINED, PIECES = (
     f"pyembed/vocabulary/{name}.py" for name in ("growth", "optimizer", "tables", "untrained", "pieces")
@@ -544,6 +544,25 @@ MUTATIONS = [
     Mutation(KEEPS, "            if kernels:  # they do not look at ids\n", "            if False:\n", TABLE + " -k bad"),
     Mutation("pyembed/benchmark/timing.py", "atol=tolerance * largest", "atol=1.0", BENCH + " -k wrong"),
     Mutation("pyembed/benchmark/roofline.py", "2 * rows * D * N", "rows * D * N", BENCH + " -k counts"),
+    Mutation("pyembed/benchmark/rows.py", "if not any(map(busy, found.values())):", "if True:", COMMAND + " -k busy"),
+    Mutation(
+        "pyembed/benchmark/rows.py",
+        "left_out = check(variants, grads",
+        "left_out = {} and (variants, grads",
+        COMMAND + " -k raises",
+    ),
+    Mutation("pyembed/benchmark/rows.py", 'chosen if name == "auto" else name', '"one_pass"', COMMAND + " -k a_shape"),
+    Mutation(
+        "pyembed/benchmark/peers.py", "        if name not in wanted:\n            continue\n", "", COMMAND + " -k a_shape"
+    ),
+    Mutation("pyembed/benchmark/command.py", "if D % heads:", "if False:", COMMAND + " -k wrong_argument"),
+    Mutation("pyembed/benchmark/command.py", 'if not {STOCK, "auto"} & set(report["busy"]):', "if True:", COMMAND + " -k busy"),
+    Mutation("pyembed/doctor.py", "raise typer.Exit(1 if problems else 0)", "raise typer.Exit(0)", DOCTOR),
+    Mutation("pyembed/doctor.py", "second[name].view(torch.uint8)", "ours.view(torch.uint8)", DOCTOR + " -k second_time"),
+    Mutation("pyembed/doctor.py", "if shared > target.shared_memory:", "if False:", DOCTOR + " -k does_not_compile"),
+    Mutation(
+        "pyembed/doctor.py", 'row["fit"] &= tuning.is_valid(tiles, dtype, target, table, spare)', "pass", DOCTOR + " -k tiles"
+    ),
     Mutation(TURNS, "        if not torch.equal(first, second):", "        if False:", ROTARY + " -k laid_out_otherwise"),
     Mutation(TURNS, ":half], _nan_unless_equal(first, second)", ":half], first", ROTARY + " -k laid_out_otherwise"),
     Mutation(

@@ -9,6 +9,7 @@ import torch
 
 import pyembed
 from pyembed.benchmark import cases, peers, roofline, rows
+from pyembed.benchmark.command import conclusions
 from pyembed.cli import main
 
 SHAPE = ["bench", "--shape", "97,32,2,1,2,8"]
@@ -88,7 +89,7 @@ def test_training(report_of):
 def test_a_model(report_of, tmp_path, monkeypatch):
     (tmp_path / "model_to_measure.py").write_text(MODEL)
     monkeypatch.chdir(tmp_path)
-    report, printed = report_of("bench", "--fuse", "model_to_measure:Model", "--batch", "2", "--length", "8", "--dtype", "fp32")
+    report, _ = report_of("bench", "--fuse", "model_to_measure:Model", "--batch", "2", "--length", "8", "--dtype", "fp32")
     assert {"stock modules", "distinct", "table", "auto"} <= report["variants"].keys()
     assert not report["variants"].keys() & report["left_out"].keys()
     for name in ("model_to_measure:bare", "model_to_measure:nope"):
@@ -122,7 +123,17 @@ def test_a_busy_row_is_measured_again(report_of, monkeypatch, tmp_path, spreads,
     report, printed = report_of(*SHAPE, "--plot", str(tmp_path / "times.svg"))
     assert left == [] and report["busy"] == (["distinct"] if marked else [])
     assert ("too busy to believe this row" in printed) == marked == (" busy" in printed.split("pyembed as it is")[0])
+    assert "pyembed as it is" in printed  # neither stock modules nor auto were busy
     assert ("not to be believed" in (tmp_path / "times.svg").read_text()) == marked
+
+
+def test_nothing_is_concluded_from_a_busy_row():
+    row = {"seconds": {"forward": {"q1": 1.0, "median": 1.0, "q3": 1.0}}, "plan": "distinct"}
+    report = {"variants": {"stock modules": row, "auto": row}, "busy": []}
+    assert conclusions(report) == ["pyembed as it is (auto, here distinct): 1.00 times as fast as stock modules."]
+    for busy in ("stock modules", "auto"):
+        (said,) = conclusions(report | {"busy": [busy]})
+        assert said.startswith("The machine was too busy to believe this row") and said.endswith(f": {busy}.")
 
 
 @pytest.mark.parametrize(
