@@ -38,7 +38,8 @@ except ModuleNotFoundError as missing:
     print(f"error: the command line needs {missing.name}: pip install 'pyembed[demo]'", file=sys.stderr)
     raise SystemExit(2) from None
 
-from .vocabulary.commands import UsageError, add_commands, check_plot
+from .vocabulary.commands import UsageError as UsageError
+from .vocabulary.commands import add_commands, check_plot
 
 T = TypeVar("T")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

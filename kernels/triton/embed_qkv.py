@@ -145,8 +145,9 @@ def embed_qkv(
     M, (V, D), N, head_dim = terms.ids.numel(), terms.token.shape, weight.shape[0], value.shape[-1]
     if M == 0 or N == 0 or D == 0:
         return outputs
-    bare = norm.kind == "rms" and norm.bias is None and terms.position is None and weight.dtype != torch.float16  # may overflow
-    reads = "back" if are_many(terms) else "once" if bare else "again"
+    bare = norm.kind == "rms" and norm.bias is None and terms.position is None and weight.dtype == hidden.dtype
+    # fp16 products of rows that are not normalised may overflow.
+    reads = "back" if are_many(terms) else "once" if bare and weight.dtype != torch.float16 else "again"
     device, layer, normed = tuning.device_of(weight), norm.kind == "layer", norm.kind != "none"
     way, tiles, options, runs = configure(
         M, N, D, (heads, kv_heads, kv_heads), hidden.dtype, weight.dtype, device, normed, needs(epilogue, head_dim), way, tiles,

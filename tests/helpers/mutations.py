@@ -195,7 +195,7 @@ MUTATIONS = [
     Mutation(KERNELS + "embed_grad.py", "embed(terms, absent=0.0)", "embed(terms)", IDS + " -k loss"),
     Mutation(KERNELS + "epilogue.py", "period, rows, report, 3)", "period, rows, report, 1)", IDS + " -k report"),
     Mutation(KERNELS + "embed_qkv.py", "tuning.INVARIANT if batch_invariant else M", "M", SAME + " -k tiles"),
-    Mutation(KERNELS + "embed_qkv.py", " and weight.dtype != torch.float16", "", QKV + " -k fp16_products"),
+    Mutation(KERNELS + "embed_qkv.py", "if bare and weight.dtype != torch.float16", "if bare", QKV + " -k fp16_products"),
     Mutation(KERNELS + "embed_qkv.py", "tl.store(rstd + m, late", "tl.store(rstd + m, 2 * late", QKV + " -k variants"),
     Mutation(KERNELS + "embed_qkv.py", "table=dtype", "table=weight_dtype", AHEAD + " -k 86-mixed"),
     Mutation(
