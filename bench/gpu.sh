@@ -62,5 +62,5 @@ fi
 part predict $((total * 10 / 100)) env COLUMNS=200 "$python" bench/predict.py --measure --json "$out/predict.json"
 left=$((total - SECONDS - 150)) # for the row under way, and the report
 part bench $((left + 60)) "$python" -m pytest bench/bench_{host,front,embedding,step}.py --budget "$left" --benchmark-json="$out/bench.json" "$@"
-[ -s "$out/bench.json" ] && part report 60 "$python" bench/report.py "$out/bench.json" --out "$out/report"
+[ -s "$out/bench.json" ] && part report 60 "$python" bench/report.py "$out/bench.json" --into "$out/report"
 exit $failed

@@ -1,23 +1,24 @@
 """Turns the JSON of the benchmark suite into a report: tables, figures, and the table in README.
 
-    python -m pytest bench && python bench/report.py bench.json [--out bench/results/DEVICE] [--readme README.md]
+    python -m pytest bench && python bench/report.py bench.json [--into FOLDER] [--readme README.md]
 
-Writes report.md, time.png, limit.png, map.png and a copy of the JSON without the machine's name. --readme replaces the lines
-between <!-- measured --> and <!-- /measured --> with the short table; tests/tools/test_report.py checks that README shows it.
+Writes report.md, gain.png, time.png, limit.png, map.png and a copy of the JSON without the machine's name to ./report, or to
+FOLDER; the repository's own results are bench/results/DEVICE. --readme replaces the lines between <!-- measured --> and
+<!-- /measured --> with the short table; tests/tools/test_report.py checks that README shows it.
 """
 
 import json
 import math
 import re
-import sys
+from collections import Counter
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-sys.path.insert(0, str(Path(__file__).parent))  # for a caller from elsewhere
-import roofline
-from cases import MODELS
+from pyembed.benchmark import roofline
+from pyembed.benchmark.cases import MODELS
+from pyembed.benchmark.rows import SPREAD
 
 SECTION = re.compile(r"(?<=^<!-- measured -->\n).*?(?=^<!-- /measured -->$)", re.M | re.S)
 DIRECTIONS = ("forward", "forward+backward")
@@ -32,6 +33,8 @@ SUITES = {
 }
 OTHER = ("#59636e", "x", "-")  # the style of any other variant
 UNMAPPED = ("linear alone", "table", "auto")  # variants that map.png leaves out
+FIGURES = ("gain.png", "time.png", "limit.png", "map.png")
+BUSY = " ~"  # behind what was measured while something else used the machine
 LEAST_POINTS = 4  # sizes that a model needs to be drawn in time.png and limit.png
 STYLES = {  # variant: colour, marker, line style; eager, torch.compile and one_pass often overlap
     "eager": ("#1f2328", "o", "-"),
@@ -47,7 +50,7 @@ STYLES = {  # variant: colour, marker, line style; eager, torch.compile and one_
 def main(
     measured: Annotated[Path, typer.Argument(metavar="BENCH.json", help="The JSON file that `python -m pytest bench` saved.")],
     *,
-    out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Where to write; default: bench/results/DEVICE.")] = None,
+    into: Annotated[Path, typer.Option(metavar="FOLDER", help="Where to write.")] = Path("report"),
     readme: Annotated[Path | None, typer.Option(metavar="FILE", help="Replace the short table in this README.")] = None,
 ):
     """Write report.md, its figures and the JSON that they come from."""
@@ -63,16 +66,20 @@ def main(
         raise typer.BadParameter(f"{measured}: expected rows of the front end, which README's table shows")
     if readme and not SECTION.search(readme.read_text(encoding="utf-8")):
         raise typer.BadParameter(f"{readme} lacks the lines <!-- measured --> and <!-- /measured -->")
-    out = out or Path(__file__).parent / "results" / slug(document)
-    out.mkdir(parents=True, exist_ok=True)
-    _write(out / "report.md", report(document))
-    _write(out / "bench.json", json.dumps(strip(document), indent=1, ensure_ascii=False) + "\n")
+    into.mkdir(parents=True, exist_ok=True)
+    for name in FIGURES:  # of another run
+        (into / name).unlink(missing_ok=True)
+    _write(into / "report.md", report(document))
+    _write(into / "bench.json", json.dumps(strip(document), indent=1, ensure_ascii=False) + "\n")
     if has_fronts:
-        draw_lines(document, out / "time.png", "ms", lambda row, d: row["seconds"][d]["median"] * 1e3)
+        draw_gain(document, into / "gain.png")
+        draw_lines(document, into / "time.png", "ms", lambda row, d: row["seconds"][d]["median"] * 1e3)
         draw_lines(
-            document, out / "limit.png", "% of limit", lambda row, d: 100 * row["limit"][d] / row["seconds"][d]["median"]
+            document, into / "limit.png", "% of limit", lambda row, d: 100 * row["limit"][d] / row["seconds"][d]["median"]
         )
-        draw_map(document, out / "map.png")
+        draw_map(document, into / "map.png")
+    written = [name for name in ("report.md", "bench.json", *FIGURES) if (into / name).exists()]
+    print(f"wrote {', '.join(written)} to {into}")
     if readme:
         table = readme_table(document)
         _write(readme, SECTION.sub(lambda _: table, readme.read_text(encoding="utf-8")))
@@ -93,10 +100,10 @@ def median(found, direction):
     return found["seconds"][direction]["median"]
 
 
-def slug(document):
-    machine = document["machine_info"]
-    name = machine.get("gpu") or f"cpu {machine['cpu'].get('brand_raw', 'unknown')} {machine['threads']} threads"
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+def mark(*found, direction):
+    """BUSY if the quartiles of any of these measurements are further apart than SPREAD."""
+    seconds = [each["seconds"][direction] for each in found]
+    return BUSY if any(each["q3"] > SPREAD * each["q1"] for each in seconds) else ""
 
 
 def report(document):
@@ -116,10 +123,12 @@ EXPLAINED = """\
 Times are milliseconds where no unit is given: the median over the rounds of a row, in each of which all its variants run one
 after the other. In brackets: how many times as fast as the first column. In the tables of front ends and of embedding
 tables, the percentage is the share of the limit that a variant reaches. The limit is the larger of two times: the bytes that
-must be moved over this machine's copy rate, and the operations over its matrix product rate (bench/roofline.py). Each plan
-has its own operations; data that fits in a cache may exceed 100 %. `linear alone` multiplies rows that are already
+must be moved over this machine's copy rate, and the operations over its matrix product rate
+(pyembed/benchmark/roofline.py). Each plan has its own operations; data that fits in a cache may exceed 100 %.
+`linear alone` multiplies rows that are already
 normalised: a lower bound for the time of any plan that projects every token. `table` is built before the timing starts, and
-cannot train. `auto` is followed by the plan that it chose. On a GPU, forward rows replay CUDA graphs with a cold L2 cache,
+cannot train. `auto` is followed by the plan that it chose. `~`: something else used the machine meanwhile (the third
+quartile is more than 1.25 times the first). On a GPU, forward rows replay CUDA graphs with a cold L2 cache,
 all variants of a row or none; training rows run without graphs, so for a few tokens they measure the host. Bytes saved for
 backward include ids, but neither weights nor results.
 """
@@ -142,7 +151,7 @@ def times(rows, direction):
             limit = found[name].get("limit", {}).get(direction)
             plan = f" {found[name]['plan']}" if name == "auto" else ""
             text = f"{seconds * 1e6:.1f} µs" if row["suite"] == "host" else milliseconds(seconds)
-            text += f" ({first / seconds:.2f}×)"
+            text += f" ({first / seconds:.2f}×)" + mark(found[name], direction=direction)
             line.append(text + (f" {100 * limit / seconds:.0f} %" if limit else "") + plan)
         lines.append(line)
     return markdown(["case", "distinct ids", *names], lines, "l" + " r" * (1 + len(names))) if lines else ""
@@ -205,7 +214,10 @@ def readme_table(document):
         found = cells(row, direction)
         ours, eager = found["auto"], median(found["eager"], direction)
         seconds = median(ours, direction)
-        ratios = [f"{median(found[n], direction) / seconds:.2f}" if n in found else "–" for n in ("eager", "torch.compile")]
+        ratios = [
+            f"{median(found[n], direction) / seconds:.2f}{mark(found[n], ours, direction=direction)}" if n in found else "–"
+            for n in ("eager", "torch.compile")
+        ]
         table = f"{eager / median(found['table'], direction):.2f}" if "table" in found else None
         cell = (direction, ours["plan"], *ratios, f"{100 * ours['limit'][direction] / seconds:.0f}")
         merged.setdefault(row["case"] + _kind(row), []).append((cell, table))
@@ -275,6 +287,33 @@ def _machine(document):
     return machine.get("gpu") or f"{machine.get('cpu', {}).get('brand_raw', 'CPU')}, {machine.get('threads')} threads"
 
 
+def draw_gain(document, path):
+    """How many times as fast as stock modules "auto" is, in each row of README's table."""
+    from matplotlib.figure import Figure
+
+    gains = {}
+    for row in rows_of(document, "front end"):
+        direction = DIRECTIONS[row["direction"] == "training"]
+        found = cells(row, direction)
+        gains.setdefault(row["case"] + _kind(row), {})[direction] = median(found["eager"], direction) / median(
+            found["auto"], direction
+        )
+    figure = Figure((9.6, 1.2 + 0.36 * len(gains)), dpi=130, layout="constrained")
+    axis = figure.subplots()
+    for place, (direction, color) in enumerate(zip(DIRECTIONS, ("#0969da", "#8250df"), strict=True)):
+        at = {y: gain[direction] for y, gain in enumerate(gains.values()) if direction in gain}
+        bars = axis.barh([y + 0.38 * (place - 0.5) for y in at], list(at.values()), 0.36, color=color, label=direction)
+        axis.bar_label(bars, [f"{gain:.2f}" for gain in at.values()], padding=3, fontsize=7)
+    axis.axvline(1, color="#1f2328", lw=1)
+    axis.set_yticks(range(len(gains)), gains)
+    axis.invert_yaxis()
+    axis.set_xlabel("times as fast as stock modules (1: as fast)")
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower right", ncols=2, frameon=False)
+    figure.suptitle(f'{_machine(document)}: the default, "auto"', fontsize=11)
+    figure.savefig(path)
+
+
 def draw_lines(document, path, label, value):
     """Plots value(measurements of a variant, direction) against tokens: two panels for each model with enough sizes."""
     models = {name: rows for name, rows in _natural(document).items() if len({r["tokens"] for r in rows}) >= LEAST_POINTS}
@@ -289,8 +328,8 @@ def draw_lines(document, path, label, value):
         rows = [row for row in rows if row["shape"][1] > 1 or row["tokens"] == 1]  # batched decode is shown in map.png alone
         for axis, direction in zip(line, DIRECTIONS, strict=True):
             for name, (color, marker, style) in STYLES.items():
-                found = {row["tokens"]: cells(row, direction).get(name) for row in rows}
-                points = {tokens: value(cell, direction) for tokens, cell in sorted(found.items()) if cell}
+                found = {row["tokens"]: cells(row, direction)[name] for row in rows if name in cells(row, direction)}
+                points = {tokens: value(cell, direction) for tokens, cell in sorted(found.items())}
                 if points:
                     (lines[name],) = axis.loglog(*zip(*points.items(), strict=True), c=color, marker=marker, ls=style, ms=5)
             axis.set_title(f"{model}, {direction}", loc="left", fontsize=10)
@@ -312,12 +351,15 @@ def draw_lines(document, path, label, value):
 def draw_map(document, path):
     """The fastest variant of each model and size, and how many times as fast as eager it is. `table` is left out: it needs
     memory and frozen weights, and wins wherever it can run."""
+    models = _natural(document)
+    measured = Counter((row["model"], tuple(row["shape"])) for rows in models.values() for row in rows)
+    of_models = Counter(shape for _, shape in measured)
+    filled = {shape for shape, count in of_models.items() if 3 * count >= len(models)}  # else a column is nearly empty
+    if len(filled) < LEAST_POINTS:  # as of a run without --full
+        return
+    columns = sorted(filled, key=lambda shape: (math.prod(shape), shape))
     from matplotlib.figure import Figure
 
-    models = _natural(document)
-    columns = sorted(
-        {tuple(row["shape"]) for rows in models.values() for row in rows}, key=lambda shape: (math.prod(shape), shape)
-    )
     rows = [row for rows in models.values() for row in rows]
     directions = [d for d in DIRECTIONS if any(cells(row, d) for row in rows)]
     size = (max(2.5 + 0.95 * len(columns), 7), 0.8 + len(directions) * (0.8 + 0.55 * len(models)))
@@ -328,15 +370,17 @@ def draw_map(document, path):
         for y, rows in enumerate(models.values()):
             for row in rows:
                 found = {name: median(cell, direction) for name, cell in cells(row, direction).items() if name not in UNMAPPED}
-                if not found:
+                if not found or tuple(row["shape"]) not in filled:
                     continue
                 best, x = min(found, key=found.get), columns.index(tuple(row["shape"]))
                 color, strength = STYLES.get(best, OTHER)[0], 0.85 if best in OURS else 0.45
                 axis.fill_between([x - 0.48, x + 0.48], y - 0.46, y + 0.46, color=color, alpha=strength, lw=0)
                 label = f"{best}\n{found['eager'] / found[best]:.2f}"
-                axis.text(x, y, label, ha="center", va="center", fontsize=7, color="white")
+                axis.text(x, y, label, ha="center", va="center", fontsize=7, color="white" if best in OURS else "#1f2328")
         axis.set_xticks(range(len(columns)), [f"{B} × {T}" for B, T in columns])
         axis.set_yticks(range(len(models)), models)
+        axis.set_xlabel("batch × tokens")
+        axis.set_ylabel("model")
         axis.set_title(
             f"{direction}: the fastest variant except table, and how many times as fast as eager", loc="left", fontsize=10
         )

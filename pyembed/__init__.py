@@ -10,7 +10,7 @@ from .modules.front_end import EmbeddingQKV
 from .rotary import CosSin, Rotary
 from .settings import backend, debug, id_policy, plan
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "CosSin",
     "DistinctIds",

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from matplotlib import figure
 from typer import BadParameter
 
 ROOT = Path(__file__).parents[2]
@@ -76,8 +77,8 @@ def measured(tmp_path):
 
 def test_files(measured, tmp_path):
     out = tmp_path / "results" / "device"
-    report.main(measured, out=out)
-    assert {path.name for path in out.iterdir()} == {"report.md", "bench.json", "time.png", "limit.png", "map.png"}
+    report.main(measured, into=out)
+    assert {path.name for path in out.iterdir()} == {"report.md", "bench.json", *report.FIGURES}
     lines = (out / "report.md").read_text(encoding="utf-8").splitlines()
     for line in (
         "| GPT-2 small, 1 × 8 | 9 | 2.00 (1.00×) 12 % | 1.00 (2.00×) 25 % | 1.00 (2.00×) 50 % | 0.100 (20.00×) 50 % "
@@ -106,21 +107,51 @@ def test_readme(measured, tmp_path):
     readme = tmp_path / "README.md"
     for between in ("", "what stood there\n"):
         readme.write_text(f"above\n\n<!-- measured -->\n{between}<!-- /measured -->\n\nbelow\n", encoding="utf-8")
-        report.main(measured, out=tmp_path / "out", readme=readme)
+        report.main(measured, into=tmp_path / "out", readme=readme)
         text = readme.read_text(encoding="utf-8")
         assert text.startswith(f"above\n\n<!-- measured -->\n{TABLE}") and text.endswith("|\n<!-- /measured -->\n\nbelow\n")
 
 
 def test_a_copy_makes_the_same_report(measured, tmp_path):
-    report.main(measured, out=tmp_path / "one")
-    report.main(tmp_path / "one" / "bench.json", out=tmp_path / "two")
+    report.main(measured, into=tmp_path / "one")
+    report.main(tmp_path / "one" / "bench.json", into=tmp_path / "two")
     for name in ("report.md", "bench.json"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
-def test_a_folder_for_each_device():
-    assert report.slug({"machine_info": MACHINE}) == "cpu-a-cpu-r-4-threads"
-    assert report.slug({"machine_info": MACHINE | {"gpu": "NVIDIA H200"}}) == "nvidia-h200"
+def test_panels_have_every_size(measured, tmp_path, monkeypatch):
+    """A row of training and one of inference of the same number of tokens are points of a panel each."""
+    drawn = []
+    monkeypatch.setattr(figure.Figure, "savefig", lambda self, path: drawn.append((Path(path).name, self)))
+    report.main(measured, into=tmp_path)
+    for name, found in drawn[1:3]:
+        assert name in ("time.png", "limit.png") and len(found.axes) == 2
+        for axis in found.axes:
+            assert {len(line.get_xdata()) for line in axis.get_lines()} == {4}, axis.get_title()
+    (gain,) = drawn[0][1].axes
+    assert drawn[0][0] == "gain.png" and len(gain.patches) == 9
+    (_, found) = drawn[3]
+    for axis in found.axes:
+        assert axis.get_xlabel() == "batch × tokens" and axis.get_ylabel() == "model" and len(axis.texts) == 4
+    assert {text.get_color() for axis in found.axes for text in axis.texts} == {"#1f2328"}  # torch.compile's ground is pale
+
+
+def test_no_figure_of_another_run_is_left(measured, tmp_path, capsys):
+    (tmp_path / "map.png").write_text("old")
+    few = tmp_path / "few.json"
+    few.write_text(json.dumps(document(ROWS[:2])))
+    report.main(few, into=tmp_path)
+    assert (
+        not (tmp_path / "map.png").exists()
+        and f"wrote report.md, bench.json, gain.png to {tmp_path}" in capsys.readouterr().out
+    )
+
+
+def test_busy_rows_are_marked():
+    busy = row("GPT-2 small, 1 × 8", 8, 0.002, 0.001)
+    busy["variants"]["auto"]["seconds"]["forward"]["q3"] = 0.0012
+    assert "| 2.00 ~ | 1.00 ~ |" in report.readme_table(document([busy])) and " ~" not in report.readme_table(document(ROWS))
+    assert " ~ 50 % distinct" in report.times([busy], "forward")
 
 
 def test_a_gpu_says_what_it_is():
@@ -142,28 +173,28 @@ def test_wrong_files_write_nothing(measured, tmp_path):
     for text in ("no JSON", "[]", '{"a": 1}', '{"benchmarks": []}', '{"benchmarks": [{"extra_info": {"case": "old"}}]}'):
         other.write_text(text)
         with pytest.raises(BadParameter, match=r"expected what `python -m pytest bench` saved"):
-            report.main(other, out=tmp_path / "out")
+            report.main(other, into=tmp_path / "out")
     with pytest.raises(BadParameter, match="expected what"):
-        report.main(tmp_path / "missing.json", out=tmp_path / "out")
+        report.main(tmp_path / "missing.json", into=tmp_path / "out")
     with pytest.raises(BadParameter, match="lacks the lines"):
-        report.main(measured, out=tmp_path / "out", readme=readme)
+        report.main(measured, into=tmp_path / "out", readme=readme)
     other.write_text(json.dumps(document([row("a call", 1, 1, 1, suite="host")])))
     with pytest.raises(BadParameter, match="rows of the front end"):
-        report.main(other, out=tmp_path / "out", readme=ROOT / "README.md")
+        report.main(other, into=tmp_path / "out", readme=ROOT / "README.md")
     assert not (tmp_path / "out").exists()
 
 
 def test_a_part_of_the_suite(tmp_path):
     path = tmp_path / "host.json"
     path.write_text(json.dumps(document([row("a call", 1, 1e-5, 2e-5, suite="host")])))
-    report.main(path, out=tmp_path / "out")
+    report.main(path, into=tmp_path / "out")
     text = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
     assert "| a call | 9 | 10.0 µs (1.00×)" in text and "## Front end" not in text and "## Memory" not in text
     assert {found.name for found in (tmp_path / "out").iterdir()} == {"report.md", "bench.json"}
 
 
 def test_readme_shows_the_committed_results():
-    """python bench/report.py bench/results/DEVICE/bench.json --out bench/results/DEVICE --readme README.md makes it so."""
+    """python bench/report.py bench/results/DEVICE/bench.json --into bench/results/DEVICE --readme README.md makes it so."""
     section = report.SECTION.search((ROOT / "README.md").read_text(encoding="utf-8"))
     results = [json.loads(path.read_text(encoding="utf-8")) for path in ROOT.glob("bench/results/*/bench.json")]
     assert section[0] in [report.readme_table(found) for found in results]
