@@ -1,5 +1,7 @@
 """The public functions: each builds a Call and runs it."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -11,6 +13,7 @@ from .modes import TENSORS, can_read
 from .plans.choice import ZEROS, takes, why_torch
 from .reference import with_query_biases
 from .rotary import Pair, Rotary, turns
+from .rows import Rows, with_rows
 from .run import run
 from .settings import policy_of
 
@@ -136,6 +139,7 @@ def embed(
     segment_ids: Tensor | None = None,
     dropout: float = 0.0,
     id_policy: str | None = None,
+    rows: Rows | Sequence[Rows] | None = None,
 ) -> Tensor:
     """dropout(scale·token[ids] + segment[segment_ids] + position[position_ids]), each term rounded to the table's dtype.
 
@@ -143,10 +147,13 @@ def embed(
     segment (S, D), BERT's token types -> (..., T, D). position_ids, segment_ids: (T,), (1, T) or like ids; None means 0 … T−1,
     and segment 0. dropout: the probability of an element to become zero, drawn from PyTorch's generator; 0 outside of training.
     Differentiable in token, position and segment. id_policy and errors as in embedding, of positions and segments too.
+    rows: one or several vocabulary.Rows, which stand, unscaled, in place of the token rows of their placeholders. ValueError:
+    there are not as many as placeholders (on a GPU this is not looked at). With them PyTorch's operators run.
     """
     policy = settings.current.id_policy if id_policy is None else policy_of(id_policy)
     row = -1 if padding_idx is None else _row(padding_idx, token)
     terms = Terms(ids, token, position, position_ids, segment, segment_ids, None, scale, dropout, row)
+    terms = terms if rows is None else with_rows(terms, rows)
     return run(Call(terms, NO_NORM, None, NO_EPILOGUE, policy))
 
 
@@ -178,6 +185,7 @@ def embed_qkv(
     heads_first: bool = False,
     id_policy: str | None = None,
     batch_invariant: bool = False,
+    rows: Rows | Sequence[Rows] | None = None,
 ) -> HiddenQKV:
     """The front end of a transformer: gather, positional add, norm and QKV projection.
 
@@ -202,7 +210,7 @@ def embed_qkv(
     tokens, and of more as far as kernels/triton/tuning.py takes the same kernels for them, and tiles of one depth.
     RuntimeError: torch.export, or torch.compile with fullgraph, of PyTorch's operators.
     Under autocast, weight and bias are cast to its dtype, which query, key and value have, and hidden and the norm keep theirs.
-    id_policy and errors as in embed.
+    id_policy, rows and errors as in embed.
     """
     if num_kv_heads == 0:
         check_heads(num_heads, num_kv_heads)
@@ -225,4 +233,6 @@ def embed_qkv(
         check(call)
         check_query_biases(query_biases, call, call.head_dim)
         call = with_query_biases(call, *query_biases)
+    if rows is not None:
+        call = call._replace(terms=with_rows(call.terms, rows))
     return run(call)

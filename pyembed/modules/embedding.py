@@ -1,5 +1,6 @@
 """The modules without a projection: nn.Embedding, and its sum with positions."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -10,11 +11,12 @@ from torch._jit_internal import is_scripting
 import pyembed.settings as settings
 
 from ..call import NO_EPILOGUE, NO_NORM, Call, Called, Terms, pad_row, stock_forward
-from ..functional import embedding, why_no_kernel
+from ..functional import embed, embedding, why_no_kernel
 from ..ids import HasIdPolicy
 from ..modes import refuse_scripting
 from ..plans.choice import Plan, why_torch
 from ..positions import Sinusoidal, make
+from ..rows import Rows, with_rows
 from ..run import run
 from ..settings import policy_of
 from .known import COMBINES, Known, is_stock, looks_up, place_rows, table_of
@@ -29,13 +31,17 @@ class Embedding(nn.Embedding, HasIdPolicy):
     """
 
     @stock_forward
-    def forward(self, input: Tensor) -> Tensor:
-        """input: ids (...) int32 or int64 -> (..., embedding_dim). IndexError: an id outside the table. Other errors as in
-        functional.embedding, of `ids` and `weight`."""
+    def forward(self, input: Tensor, rows: Rows | Sequence[Rows] | None = None) -> Tensor:
+        """input: ids (...) int32 or int64 -> (..., embedding_dim). rows: as in functional.embed. IndexError: an id outside the
+        table. Other errors as in functional.embedding, of `ids` and `weight`."""
         if is_scripting():
             return nn.functional.embedding(
                 input, self.weight, self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse
             )
+        if rows is not None:
+            if self.max_norm is not None or self.scale_grad_by_freq or self.sparse:
+                raise ValueError("rows: expected None with max_norm, scale_grad_by_freq or sparse, got some")
+            return embed(input, self.weight, padding_idx=self.padding_idx, id_policy=self._id_policy, rows=rows)
         return embedding(
             input, self.weight, self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse,
             id_policy=self._id_policy,
@@ -100,9 +106,15 @@ class TokenPositionEmbedding(HasIdPolicy):
         own = self._id_policy or getattr(self._modules["token"], "_id_policy", None)
         return settings.current.id_policy if own is None else policy_of(own)
 
-    def forward(self, ids: Tensor, position_ids: Tensor | None = None, segment_ids: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        ids: Tensor,
+        position_ids: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        rows: Rows | Sequence[Rows] | None = None,
+    ) -> Tensor:
         """ids (..., T), position_ids and segment_ids (T,), (1, T) or like ids, None: 0 … T−1, and 0 -> hidden (..., T,
-        embedding_dim)."""
+        embedding_dim). rows: as in functional.embed."""
         modules, concat = self._modules, self.combine == "concat"
         dropout, table = modules["dropout"], self._table("token")
         positions, segments, rate = self._table("position"), self._table("segment"), 0.0
@@ -113,6 +125,7 @@ class TokenPositionEmbedding(HasIdPolicy):
         padding_idx = None if isinstance(table, Called) else modules["token"].padding_idx
         row = -1 if padding_idx is None else pad_row(padding_idx, table.shape[0])
         terms = Terms(ids, table, positions, position_ids, segments, segment_ids, None, self.scale, rate, row)
+        terms = terms if rows is None else with_rows(terms, rows)
         found = run(Call(terms, NO_NORM, None, NO_EPILOGUE, self._policy(), False, None, concat))
         return dropout(found) if concat else found
 

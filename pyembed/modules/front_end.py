@@ -1,6 +1,7 @@
 """The front end as a module: PyTorch's own submodules, so that weights, names and initial values stay, run in one pass."""
 
 import contextlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from ..plans.table import nbytes
 from ..positions import Sinusoidal, make
 from ..rotary import CosSin, Rotary
 from ..rotary_of import unlike_halves
+from ..rows import Rows, with_rows
 from ..run import run
 from . import known
 from .keeps_table import KeepsTable
@@ -226,14 +228,21 @@ class EmbeddingQKV(KeepsTable):
         rotary: CosSin | tuple[Tensor, Tensor] | None = None,
         segment_ids: Tensor | None = None,
         query_biases: tuple[Tensor, Tensor] | None = None,
+        rows: Rows | Sequence[Rows] | None = None,
     ) -> HiddenQKV:
         """ids (..., T), position_ids (T,), (1, T) or like ids, None: 0 … T−1 -> HiddenQKV(hidden (..., T, D), query
         (..., T, num_heads, head_dim), key and value (..., T, num_kv_heads, head_dim)). distinct: as a data loader gives it.
         rotary: (cos, sin) or CosSin of this call's tokens, as in functional.embed_qkv, in place of the module's own, whose
         interleaved a plain pair has too. segment_ids: as position_ids, None: all 0. query_biases: as in functional.embed_qkv.
+        rows: as in functional.embed; RuntimeError: the plan "table" is asked for, which knows the rows of the table alone.
         """
         if not isinstance(ids, Tensor):
             raise TypeError(f"ids: expected a Tensor, got {type(ids).__name__}")
+        if rows is not None:
+            if settings.current.plan == "table":
+                raise RuntimeError("plan: 'table' cannot run here: rows are not in the table")
+            call = self._call(ids, position_ids, None, rotary, segment_ids, query_biases)
+            return self._run(call._replace(terms=with_rows(call.terms, rows)))
         if self._keeps_table or settings.current.plan == "table":
             found = self._look_up(ids, position_ids, distinct, rotary, segment_ids, query_biases)
             if found is not None:

@@ -12,11 +12,16 @@ commands.py, pictures.py    the command line
 """
 
 from .cost import Cost, cost
+trainable.py    TrainableRows: a few rows train, the table stays
+"""
+
+from ..rows import Rows
 from .growth import Growth, grow
 from .head import linear_cross_entropy
 from .optimizer import grow_optimizer
 from .pieces import Piece, Trap, cost_of_languages, pieces, traps
 from .untrained import Indicator, Report, report
+from .trainable import TrainableRows
 
 __all__ = [
     "Cost",
@@ -27,6 +32,8 @@ __all__ = [
     "Trap",
     "cost",
     "cost_of_languages",
+    "Rows",
+    "TrainableRows",
     "grow",
     "grow_optimizer",
     "linear_cross_entropy",

@@ -1,0 +1,96 @@
+"""A few rows of a table that train, while the table stays frozen and uncopied: gist tokens (Mu et al. 2023), control tokens."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..call import STOCK_FORWARDS
+from ..rows import check_row_ids, slots_of, write
+
+__all__ = ["TrainableRows"]
+_STOCK = nn.Embedding.forward
+
+
+class TrainableRows(nn.Embedding):
+    """Stands where embedding stood: ids (...) -> (..., D), of which the ids `rows` take rows that train.
+
+    weight: the embedding's own parameter (V, D), not copied, and frozen from here on. rows: parameter (R, D), at first the
+    table's rows. Equal to the whole table whose other rows are frozen, without weight decay on those; gradient and optimizer
+    state are (R, D). state_dict: weight, rows and row_ids, which the module that merge() returns loads too.
+    TypeError: no nn.Embedding, or one with a forward of its own. ValueError: no ids, one twice, padding_idx among them, or an
+    embedding with max_norm, scale_grad_by_freq or sparse. IndexError: an id outside the table. The embedding then is as it was.
+    """
+
+    is_called = True  # its weight alone does not say what it computes
+    row_ids: Tensor
+    _sorted: Tensor
+    _order: Tensor
+
+    def __init__(self, embedding: nn.Embedding, rows: Any) -> None:
+        if not isinstance(embedding, nn.Embedding) or isinstance(embedding, TrainableRows):
+            raise TypeError(f"embedding: expected an nn.Embedding, got {type(embedding).__name__}")
+        own = type(embedding).forward
+        if own is not _STOCK and own not in STOCK_FORWARDS or "forward" in embedding.__dict__:
+            raise TypeError(f"embedding: expected one that only looks up rows, got a {type(embedding).__name__}")
+        if embedding.max_norm is not None or embedding.scale_grad_by_freq or embedding.sparse:
+            raise ValueError("embedding: expected one without max_norm, scale_grad_by_freq and sparse")
+        ids = check_row_ids("rows", rows, embedding.num_embeddings)
+        if embedding.padding_idx is not None and embedding.padding_idx in ids.tolist():
+            raise ValueError(f"rows: expected ids that may train, got {embedding.padding_idx}, which is padding_idx")
+        nn.Module.__init__(self)
+        self.num_embeddings, self.embedding_dim = embedding.num_embeddings, embedding.embedding_dim
+        self.padding_idx, self.max_norm, self.norm_type = embedding.padding_idx, None, embedding.norm_type
+        self.scale_grad_by_freq = self.sparse = False
+        weight = embedding.weight
+        self._required_grad, ids = weight.requires_grad, ids.to(weight.device)
+        self.weight = weight.requires_grad_(False)
+        self.rows = nn.Parameter(weight.detach().index_select(0, ids))
+        self.register_buffer("row_ids", ids)
+        ascending, order = ids.sort()
+        self.register_buffer("_sorted", ascending, persistent=False)
+        self.register_buffer("_order", order, persistent=False)
+        self.train(embedding.training)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input: ids (...) int32 or int64 -> (..., D). IndexError: an id outside the table."""
+        flat = input.reshape(-1)
+        found = F.embedding(flat, self.weight)
+        return write(found, slots_of(flat, self._sorted, self._order), self.rows).view(*input.shape, -1)
+
+    def linear(self, hidden: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The tied head: hidden (..., D), bias (V,) -> logits (..., V), by the table and, for their ids, by the rows."""
+        logits = F.linear(hidden, self.weight, bias)
+        own = F.linear(hidden, self.rows, None if bias is None else bias.index_select(0, self.row_ids))
+        return logits.index_copy(-1, self.row_ids, own)
+
+    def merge(self) -> nn.Embedding:
+        """An nn.Embedding over the same parameter, into which the rows were written; it loads this module's state_dict too."""
+        with torch.no_grad():
+            self.weight.index_copy_(0, self.row_ids, self.rows)
+        merged = nn.Embedding(self.num_embeddings, self.embedding_dim, self.padding_idx, _weight=self.weight)
+        merged.weight = self.weight.requires_grad_(self._required_grad)
+        merged.register_load_state_dict_pre_hook(_load_merged)
+        return merged.train(self.training)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *others)
+        ascending, order = self.row_ids.sort()
+        self._sorted.copy_(ascending)
+        self._order.copy_(order)
+
+    def reset_parameters(self) -> None:
+        """The rows as the table has them."""
+        with torch.no_grad():
+            self.rows.copy_(self.weight.index_select(0, self.row_ids))
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, rows={self.rows.shape[0]}"
+
+
+def _load_merged(module: nn.Module, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
+    """A state_dict of TrainableRows as one of nn.Embedding."""
+    rows, ids = state_dict.pop(f"{prefix}rows", None), state_dict.pop(f"{prefix}row_ids", None)
+    if rows is not None and ids is not None:
+        state_dict[f"{prefix}weight"] = state_dict[f"{prefix}weight"].index_copy(0, ids, rows)

@@ -1,0 +1,222 @@
+"""Rows that train beside a frozen table, and rows that are no words."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import pyembed
+from pyembed.vocabulary import Rows, TrainableRows
+
+V, D = 101, 16
+IDS = torch.tensor([[3, 99, 7, 3, 0, 100], [99, 99, 5, 100, 1, 2]])
+
+
+class Sizes(TorchDispatchMode):
+    """The largest number of elements of a result that is not one of the tensors given."""
+
+    def __init__(self):
+        super().__init__()
+        self.largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        known = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        for x in tree_leaves(found):
+            if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in known:
+                self.largest = max(self.largest, x.numel())
+        return found
+
+
+def table(dtype=torch.float32, **options):
+    torch.manual_seed(0)
+    return nn.Embedding(V, D, dtype=dtype, **options)
+
+
+def front_end(token, **options):
+    torch.manual_seed(1)
+    parts = nn.Embedding(9, D), nn.LayerNorm(D), nn.Linear(D, 3 * D)
+    parts = [part.to(token.weight.dtype) for part in parts]
+    return pyembed.EmbeddingQKV.from_modules(token, *parts[:2], qkv=parts[2], num_heads=2, **options)
+
+
+def loss_of(outputs):
+    outputs = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
+    return sum((x * torch.linspace(-1, 2, x.numel(), dtype=x.dtype).view_as(x)).sum() for x in outputs)
+
+
+@pytest.mark.parametrize("ids", [[99, 3, 100], range(98, 101), torch.tensor([3])])
+def test_trains_as_a_table_whose_other_rows_are_frozen(ids):
+    stock = table(torch.float64)
+    bias = torch.randn(V, dtype=torch.float64)
+    ours = TrainableRows(copy.deepcopy(stock), ids)
+    rows = torch.as_tensor(list(ids))
+    others = torch.ones(V, dtype=torch.bool).index_fill(0, rows, False)
+    start = stock.weight.detach().clone()
+    mine = torch.optim.AdamW(ours.parameters(), lr=0.1, weight_decay=0.1)
+    theirs = torch.optim.AdamW(stock.parameters(), lr=0.1, weight_decay=0.1)
+    for _ in range(3):
+        results = []
+        for module in (ours, stock):
+            hidden = module(IDS)
+            logits = ours.linear(hidden, bias) if module is ours else F.linear(hidden, stock.weight, bias)
+            results.append((hidden, logits))
+            loss_of((hidden, logits)).backward()
+        for x, y in zip(*results, strict=True):
+            torch.testing.assert_close(x, y)
+        torch.testing.assert_close(ours.rows.grad, stock.weight.grad[rows])
+        assert ours.weight.grad is None
+        mine.step(), theirs.step(), mine.zero_grad(), theirs.zero_grad()
+        with torch.no_grad():
+            stock.weight[others] = start[others]
+    assert not torch.equal(ours.rows, start[rows])
+    merged = ours.merge()
+    assert type(merged) is nn.Embedding and merged.weight is ours.weight and merged.weight.requires_grad
+    torch.testing.assert_close(merged.weight, stock.weight)
+
+
+def test_shares_the_table_and_makes_nothing_of_its_size():
+    embedding = nn.Embedding(5000, D)
+    ours = TrainableRows(embedding, [3, 99])
+    assert ours.weight is embedding.weight and not embedding.weight.requires_grad
+    optimizer = torch.optim.AdamW(ours.parameters())
+    with Sizes() as sizes:
+        loss_of(ours(IDS)).backward()
+        optimizer.step()
+        loss_of(ours(IDS)).backward()
+    assert ours.rows.grad.shape == (2, D) and IDS.numel() * D <= sizes.largest < 5000
+
+
+def test_front_end_and_fuse_see_the_rows():
+    token = TrainableRows(table(torch.float64), [99, 3])
+    ours = front_end(token)
+    with torch.no_grad():  # equal to the table's at first, when a proof by value could not tell them
+        before = ours(IDS)
+        token.rows.add_(1)
+    full = copy.deepcopy(token).merge()
+    stock = front_end(full)
+    outputs, expected = ours(IDS), stock(IDS)
+    for x, y in zip(outputs, expected, strict=True):
+        torch.testing.assert_close(x, y)
+    assert not torch.allclose(outputs.hidden, before.hidden)
+    loss_of(outputs).backward(), loss_of(expected).backward()
+    torch.testing.assert_close(token.rows.grad, full.weight.grad[[99, 3]])
+    assert "TrainableRows" in ours.explain(IDS).reason
+    with pytest.raises(RuntimeError, match="table"), pyembed.plan("table"):
+        ours(IDS)
+
+
+def test_state_dict_holds_the_rows_once_and_loads_into_the_merged_module():
+    ours = TrainableRows(table(), [99, 3])
+    with torch.no_grad():
+        ours.rows.normal_()
+    state = {name: x.clone() for name, x in ours.state_dict().items()}
+    assert list(state) == ["weight", "rows", "row_ids"]
+    other = TrainableRows(table(), [5, 6])
+    other.load_state_dict(state)
+    assert torch.equal(other(IDS), ours(IDS))
+    merged = TrainableRows(table(), [5, 6]).merge()
+    merged.load_state_dict(state)
+    assert torch.equal(merged(IDS), ours(IDS))
+
+
+@pytest.mark.parametrize(
+    ("ids", "kind", "text"),
+    [
+        ([4, 7, 4], ValueError, "each id once, got 4 2 times"),
+        ([4, -1], IndexError, rf"in \[0, {V}\), got -1"),
+        ([V], IndexError, rf"in \[0, {V}\), got {V}"),
+        ([], ValueError, "got none"),
+        ([0.5], TypeError, "integers"),
+        ([5, 2], ValueError, "padding_idx"),
+    ],
+)
+def test_bad_ids(ids, kind, text):
+    embedding = table(padding_idx=2)
+    with pytest.raises(kind, match=text):
+        TrainableRows(embedding, ids)
+    assert embedding.weight.requires_grad
+
+
+def scattered(ids, weight, streams, scale):
+    """What transformers' models do: scale, then masked_scatter; by id one row after the other."""
+    taken = torch.zeros_like(ids, dtype=torch.bool)
+    for _, placeholder in streams:
+        taken |= torch.isin(ids, torch.as_tensor(placeholder))
+    hidden = F.embedding(ids.masked_fill(taken, 0), weight) * (1.0 if scale is None else scale)
+    for rows, placeholder in streams:
+        if isinstance(placeholder, int):
+            hidden = hidden.masked_scatter((ids == placeholder).unsqueeze(-1), rows)
+        else:
+            for row, each in zip(rows, placeholder, strict=True):
+                hidden = torch.where((ids == each).unsqueeze(-1), row, hidden)
+    return hidden
+
+
+STREAMS = {
+    "by rank": [(3, 99)],
+    "by id": [(2, [100, 7])],
+    "both": [(3, 99), (2, [100, 7]), (1, 5)],
+    "outside the table": [(2, -200), (2, [4000, -1])],
+}
+
+
+@pytest.mark.parametrize("scale", [None, 4.0])
+@pytest.mark.parametrize("name", STREAMS)
+def test_rows_are_those_of_masked_scatter(name, scale):
+    weight = table(torch.float64).weight
+    ids = IDS
+    if name == "outside the table":
+        ids = ids.masked_fill(ids == 3, -200).masked_fill(ids == 100, 4000).masked_fill(ids == 0, -1)
+    streams = [Rows(torch.randn(n, D, dtype=torch.float64, requires_grad=True), place) for n, place in STREAMS[name]]
+    position = torch.randn(9, D, dtype=torch.float64)
+    hidden = pyembed.functional.embed(ids, weight, position, scale=scale, rows=streams)
+    expected = scattered(ids, weight, streams, scale) + position[: ids.shape[1]]
+    torch.testing.assert_close(hidden, expected)
+    leaves = [weight, *(each.rows for each in streams)]
+    for x, y in zip(*(torch.autograd.grad(loss_of(h), leaves) for h in (hidden, expected)), strict=True):
+        torch.testing.assert_close(x, y)
+
+
+def test_modules_take_rows():
+    rows = Rows(torch.randn(3, D, dtype=torch.float64, requires_grad=True), 99)
+    ours = front_end(table(torch.float64))
+    found = ours(IDS, rows=rows)
+    hidden = scattered(IDS, ours.token.weight, [rows], None) + ours.position.weight[: IDS.shape[1]]
+    query, key, value = ours.qkv(ours.norm(hidden)).chunk(3, -1)
+    for x, y in zip(found, (hidden, query, key, value), strict=True):
+        torch.testing.assert_close(x.reshape(y.shape), y)
+    module = pyembed.TokenPositionEmbedding(V, D, 9, dtype=torch.float64)
+    hidden = scattered(IDS, module.token.weight, [rows], None) + module.position.weight[: IDS.shape[1]]
+    torch.testing.assert_close(module(IDS, rows=[rows]), hidden)
+    embedding = pyembed.Embedding(V, D, dtype=torch.float64)
+    torch.testing.assert_close(embedding(IDS, rows=rows), scattered(IDS, embedding.weight, [rows], None))
+    with pytest.raises(RuntimeError, match="rows are not in the table"), pyembed.plan("table"):
+        ours(IDS, rows=rows)
+
+
+@pytest.mark.parametrize(
+    ("rows", "kind", "text"),
+    [
+        (Rows(torch.zeros(2, D), 99), ValueError, "placeholders, 3; got 2: the first without a row is in batch row 1"),
+        (Rows(torch.zeros(5, D), 99), ValueError, "placeholders, 3; got 5: batch row 0 has 1"),
+        (Rows(torch.zeros(3, D + 1), 99), ValueError, rf"\(R, {D}\), got \(3, {D + 1}\)"),
+        (Rows(torch.zeros(3, D).half(), 99), TypeError, "float32 on cpu, as the table has; got torch.float16"),
+        (Rows(torch.zeros(3, D), [99, 7]), ValueError, "as many placeholder ids as rows, 3; got 2"),
+        (Rows(torch.zeros(2, D), [7, 7]), ValueError, "each id once, got 7"),
+        ([Rows(torch.zeros(3, D), 99), Rows(torch.zeros(1, D), [99])], ValueError, r"got 99, which rows\[0\] has"),
+        (torch.zeros(3, D), TypeError, "expected a pyembed.vocabulary.Rows or several, got Tensor"),
+    ],
+)
+def test_bad_rows(rows, kind, text):
+    with pytest.raises(kind, match=text):
+        pyembed.functional.embed(IDS, table().weight, rows=rows)
+
+
+def test_other_ids_must_still_be_in_the_table():
+    with pytest.raises(IndexError, match=rf"in \[0, {V}\)"):
+        pyembed.functional.embed(IDS.masked_fill(IDS == 7, V), table().weight, rows=Rows(torch.zeros(3, D), 99))
