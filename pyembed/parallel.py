@@ -153,13 +153,17 @@ class _Colwise(EmbeddingQKV):
     _style: ColwiseQKV
     _mesh: DeviceMesh
 
-    def forward(self, ids, position_ids=None, distinct=None, rotary=None, segment_ids=None, query_biases=None) -> HiddenQKV:
+    def forward(
+        self, ids, position_ids=None, distinct=None, rotary=None, segment_ids=None, query_biases=None, rows=None
+    ) -> HiddenQKV:
         check_integers("ids", ids)
         refused = self._refuses_table() if settings.current.plan == "table" else None
         if refused:
             raise RuntimeError(f"plan: 'table' cannot run here: {refused}")
         if query_biases is not None:
             raise TypeError("query_biases: expected None under ColwiseQKV, got a pair")
+        if rows is not None:
+            raise TypeError("rows: expected None under ColwiseQKV, got some")
         foreign = self._foreign()
         if foreign:
             raise RuntimeError(f"ColwiseQKV: expected modules that are no more than their weights, but {foreign}")

@@ -78,13 +78,11 @@ def with_rows(terms: Terms, rows: Rows | Sequence[Rows]) -> Terms:
     in_table = flat.masked_fill(taken, 0).view(ids.shape)
 
     def look_up(clean: Tensor) -> Tensor:
-        if isinstance(token, Called):
-            hidden = token(clean).clone()  # of which the module may keep a view
-        else:
-            hidden = torch.embedding(token, clean, terms.padding_idx)
+        is_called = isinstance(token, Called)  # whose result may be a view of something that the module keeps
+        hidden = token(clean).clone() if is_called else torch.embedding(token, clean, terms.padding_idx)
         if scale is not None:
             hidden = hidden * scale
-        flat = hidden.view(-1, hidden.shape[-1])
+        flat = hidden.reshape(-1, hidden.shape[-1])
         for slots, own in found:
             flat = write(flat, slots, own)
         return flat.view(hidden.shape)
@@ -113,9 +111,9 @@ def _checked(rows: Any, terms: Terms) -> list[tuple[str, Rows]]:
         if not is_ranked and len(ids) != own.shape[0]:
             raise ValueError(f"{name}: expected as many placeholder ids as rows, {own.shape[0]}; got {len(ids)}")
         for each in ids:
-            if each in seen:
-                raise ValueError(f"{name}.placeholder: expected ids that no other rows have, got {each}, which {seen[each]} has")
-            seen[each] = name
+            other = seen.setdefault(each, name)
+            if other is not name:
+                raise ValueError(f"{name}.placeholder: expected ids that no other rows have, got {each}, which {other} has")
     return streams
 
 

@@ -11,7 +11,7 @@ from torch._jit_internal import is_scripting
 import pyembed.settings as settings
 
 from ..call import NO_EPILOGUE, NO_NORM, Call, Called, Terms, pad_row, stock_forward
-from ..functional import embed, embedding, why_no_kernel
+from ..functional import embedding, why_no_kernel
 from ..ids import HasIdPolicy
 from ..modes import refuse_scripting
 from ..plans.choice import Plan, why_torch
@@ -31,17 +31,13 @@ class Embedding(nn.Embedding, HasIdPolicy):
     """
 
     @stock_forward
-    def forward(self, input: Tensor, rows: Rows | Sequence[Rows] | None = None) -> Tensor:
-        """input: ids (...) int32 or int64 -> (..., embedding_dim). rows: as in functional.embed. IndexError: an id outside the
-        table. Other errors as in functional.embedding, of `ids` and `weight`."""
+    def forward(self, input: Tensor) -> Tensor:
+        """input: ids (...) int32 or int64 -> (..., embedding_dim). IndexError: an id outside the table. Other errors as in
+        functional.embedding, of `ids` and `weight`."""
         if is_scripting():
             return nn.functional.embedding(
                 input, self.weight, self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse
             )
-        if rows is not None:
-            if self.max_norm is not None or self.scale_grad_by_freq or self.sparse:
-                raise ValueError("rows: expected None with max_norm, scale_grad_by_freq or sparse, got some")
-            return embed(input, self.weight, padding_idx=self.padding_idx, id_policy=self._id_policy, rows=rows)
         return embedding(
             input, self.weight, self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse,
             id_policy=self._id_policy,

@@ -193,8 +193,6 @@ def test_modules_take_rows():
     module = pyembed.TokenPositionEmbedding(V, D, 9, dtype=torch.float64)
     hidden = scattered(IDS, module.token.weight, [rows], None) + module.position.weight[: IDS.shape[1]]
     torch.testing.assert_close(module(IDS, rows=[rows]), hidden)
-    embedding = pyembed.Embedding(V, D, dtype=torch.float64)
-    torch.testing.assert_close(embedding(IDS, rows=rows), scattered(IDS, embedding.weight, [rows], None))
     with pytest.raises(RuntimeError, match="rows are not in the table"), pyembed.plan("table"):
         ours(IDS, rows=rows)
 
