@@ -1,6 +1,6 @@
 """Rows that stand in place of token rows: patches of an image by rank, soft prompts by id.
 
-The table is looked up for all tokens and the others' rows are written over it, so the gradient of rows is (R, D), and nothing
+The table is looked up for all tokens and the other rows are written over that, so the gradient of rows is (R, D), and nothing
 of the table's size is made. On the CPU only the tokens concerned are touched; on a GPU, where their number is not known to
 the host, a row is looked up for every token and one of the two is chosen.
 """
@@ -67,7 +67,8 @@ def check_row_ids(name: str, ids: Any, size: int | None = None) -> Tensor:
 
 def with_rows(terms: Terms, rows: Rows | Sequence[Rows]) -> Terms:
     """Terms whose token rows are the table's, times scale, and these rows, unscaled, at their placeholders."""
-    streams, ids, token, scale = _checked(rows, terms), terms.ids, terms.token, terms.scale
+    token: Any = terms.token  # a Tensor or a Called
+    streams, ids, scale = _checked(rows, terms), terms.ids, terms.scale
     flat, taken, found = ids.reshape(-1), None, []
     for name, stream in streams:
         slots = _find(name, stream, ids)

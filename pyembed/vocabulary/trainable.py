@@ -23,7 +23,6 @@ class TrainableRows(nn.Embedding):
     embedding with max_norm, scale_grad_by_freq or sparse. IndexError: an id outside the table. The embedding then is as it was.
     """
 
-    is_called = True  # its weight alone does not say what it computes
     row_ids: Tensor
     _sorted: Tensor
     _order: Tensor
