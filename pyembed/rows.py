@@ -31,7 +31,8 @@ class Slots(NamedTuple):
     """For each of M tokens: whether it takes a row, and which."""
 
     taken: Tensor  # (M,) bool
-    slot: Tensor  # (M,) int64 in [0, R)
+    slot: Tensor | None  # (M,) int64 in [0, R); None: the n-th that takes a row takes row n
+    wrong: Tensor | None = None  # () bool, on the device: there are more or fewer of them than rows
 
 
 def slots_of(flat: Tensor, ids: Tensor, order: Tensor) -> Slots:
@@ -42,12 +43,14 @@ def slots_of(flat: Tensor, ids: Tensor, order: Tensor) -> Slots:
 
 def write(found: Tensor, slots: Slots, rows: Tensor) -> Tensor:
     """found (M, D), changed in place where that costs less, with rows (R, D) at the tokens that take one."""
-    if rows.shape[0] == 0:
-        return found
     if not can_read(slots.taken):
-        return torch.where(slots.taken.unsqueeze(-1), F.embedding(slots.slot, rows), found)
+        assert slots.slot is not None
+        own = F.embedding(slots.slot, rows if rows.shape[0] else rows.new_zeros(1, rows.shape[1]))
+        if slots.wrong is not None:  # which nobody waits to hear of: the tokens' results are NaN
+            own = torch.where(slots.wrong, torch.nan, own)
+        return torch.where(slots.taken.unsqueeze(-1), own, found)
     places = slots.taken.nonzero().view(-1)
-    return found.index_copy_(0, places, F.embedding(slots.slot.index_select(0, places), rows))
+    return found.index_copy_(0, places, rows if slots.slot is None else F.embedding(slots.slot.index_select(0, places), rows))
 
 
 def check_row_ids(name: str, ids: Any, size: int | None = None) -> Tensor:
@@ -129,7 +132,9 @@ def _find(name: str, stream: Rows, ids: Tensor) -> Slots:
     rank = taken.cumsum(0)
     if can_read(ids):
         _check_count(name, rank, rows.shape[0], ids)
-    return Slots(taken, (rank - 1).clamp_(0, max(rows.shape[0] - 1, 0)))
+        return Slots(taken, None)
+    wrong = taken.sum() != rows.shape[0]
+    return Slots(taken, (rank - 1).clamp(0, max(rows.shape[0] - 1, 0)), wrong)
 
 
 def _check_count(name: str, rank: Tensor, rows: int, ids: Tensor) -> None:

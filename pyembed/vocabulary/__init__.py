@@ -8,20 +8,18 @@ untrained.py    report: tokens that were never trained
 pieces.py       pieces and traps of a text; languages.py: one text in many languages
 encodings.py    what an encoding has for each id
 cost.py         what a vocabulary costs
+trainable.py    TrainableRows: a few rows train, the table stays
 commands.py, pictures.py    the command line
 """
 
-from .cost import Cost, cost
-trainable.py    TrainableRows: a few rows train, the table stays
-"""
-
 from ..rows import Rows
+from .cost import Cost, cost
 from .growth import Growth, grow
 from .head import linear_cross_entropy
 from .optimizer import grow_optimizer
 from .pieces import Piece, Trap, cost_of_languages, pieces, traps
-from .untrained import Indicator, Report, report
 from .trainable import TrainableRows
+from .untrained import Indicator, Report, report
 
 __all__ = [
     "Cost",
@@ -29,11 +27,11 @@ __all__ = [
     "Indicator",
     "Piece",
     "Report",
+    "Rows",
+    "TrainableRows",
     "Trap",
     "cost",
     "cost_of_languages",
-    "Rows",
-    "TrainableRows",
     "grow",
     "grow_optimizer",
     "linear_cross_entropy",

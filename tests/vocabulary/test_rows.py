@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import pyembed
+from pyembed import rows as rows_module
 from pyembed.vocabulary import Rows, TrainableRows
 
 V, D = 101, 16
@@ -218,3 +219,15 @@ def test_bad_rows(rows, kind, text):
 def test_other_ids_must_still_be_in_the_table():
     with pytest.raises(IndexError, match=rf"in \[0, {V}\)"):
         pyembed.functional.embed(IDS.masked_fill(IDS == 7, V), table().weight, rows=Rows(torch.zeros(3, D), 99))
+
+
+@pytest.mark.parametrize("count", [0, 2, 3, 4])
+def test_counts_that_nobody_reads(count, monkeypatch):
+    """As on a GPU: the tokens' results are NaN where there are more or fewer of them than rows, and others are right."""
+    monkeypatch.setattr(rows_module, "can_read", lambda tensor: False)
+    weight, own = table().weight, torch.randn(count, D)
+    ids = torch.tensor([[3, V, V, 4, V]])
+    found = pyembed.functional.embed(ids, weight, rows=Rows(own, V))
+    taken = ids == V
+    assert torch.equal(found[~taken], F.embedding(ids[~taken], weight))
+    assert torch.equal(found[taken], own) if count == 3 else found[taken].isnan().all()
