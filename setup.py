@@ -1,6 +1,17 @@
+import os
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.editable_wheel import editable_wheel
+
+
+class EditableWheel(editable_wheel):
+    """Puts the clone on sys.path too: Python asks setuptools' own finder last, after any folder named pyembed beside a script."""
+
+    def _run_build_commands(self, name, unpacked, *others):
+        Path(unpacked, "pyembed_clone.pth").write_bytes(os.fsencode(Path(__file__).resolve().parent) + b"\n")
+        return super()._run_build_commands(name, unpacked, *others)
+
 
 setup(
     name="pyembed",
@@ -52,5 +63,6 @@ setup(
         ],
         "bench": ["pyembed[demo]", "pytest", "pytest-benchmark"],
     },
+    cmdclass={"editable_wheel": EditableWheel},
     entry_points={"console_scripts": ["pyembed=pyembed.cli:main"]},
 )
