@@ -93,7 +93,7 @@ def demo(
     encoding: Annotated[str, typer.Option(metavar="NAME", help="A tiktoken encoding: gpt2, cl100k_base, o200k_base.")] = "gpt2",
     batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 2,
     length: Annotated[int, typer.Option(min=1, help="Tokens per sequence.")] = 64,
-    width: Annotated[int, typer.Option(min=1, max=16_384, help="Model width D.")] = 768,
+    width: Annotated[int | None, typer.Option(min=1, max=16_384, help="Model width D; default: 768, interpreted 256.")] = None,
     kv_heads: Annotated[int | None, typer.Option(min=1, help="Key and value heads; default: as many as query heads.")] = None,
     norm: Annotated[Literal["layer", "rms", "none"], typer.Option(help="LayerNorm, RMSNorm or none.")] = "layer",
     dtype: Annotated[
@@ -115,6 +115,7 @@ def demo(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     compiled = device.type == "cuda" and not triton.knobs.runtime.interpret
     dtypes = _parse_dtypes(dtype, compiled)
+    width = width or (768 if compiled else 256)  # interpreted, 768 takes a minute and a half on two cores
     heads = width // 64 if width % 64 == 0 else max(h for h in range(1, max(width // 32, 1) + 1) if width % h == 0)
     kv_heads = kv_heads or heads
     if heads % kv_heads:

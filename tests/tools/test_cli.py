@@ -83,6 +83,19 @@ def test_any_width_has_heads(report_of, width, heads):
     assert report_of("--width", str(width), "--dtype", "fp32", "--seed", seed)["shape"]["heads"] == heads
 
 
+def test_the_interpreter_has_a_smaller_model_by_default(monkeypatch):
+    """GPT-2's width takes the interpreter a minute and a half."""
+    shapes = []
+
+    def draw(shape, *_):
+        shapes.append(shape)
+        raise cli.UsageError("enough")
+
+    monkeypatch.setattr(cli, "_draw", draw)
+    assert main(["demo"]) == main(["demo", "--width", "64"]) == 2
+    assert [shape["width"] for shape in shapes] == [768 if MODE == "compiled" else 256, 64]
+
+
 def test_own_text_of_any_script(report_of, tmp_path):
     text = tmp_path / "唐诗 $x^2$ [red].txt"
     text.write_text(CHINESE + "<|endoftext|>", encoding="utf-8")
