@@ -6,7 +6,7 @@ from setuptools.command.editable_wheel import editable_wheel
 
 
 class EditableWheel(editable_wheel):
-    """Puts the clone on sys.path too: Python asks setuptools' own finder last, after any folder named pyembed beside a script."""
+    """Puts the clone on sys.path too: Python asks setuptools' own finder last, after a folder named pyembed beside a script."""
 
     def _run_build_commands(self, name, unpacked, *others):
         Path(unpacked, "pyembed_clone.pth").write_bytes(os.fsencode(Path(__file__).resolve().parent) + b"\n")
