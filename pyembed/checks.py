@@ -44,9 +44,6 @@ def check_integers(name: str, ids: Any) -> None:
     """ids of one of the dtypes that PyTorch takes."""
     if not isinstance(ids, Tensor):
         raise TypeError(f"{name}: expected a Tensor, got {type(ids).__name__}")
-    if ids.is_nested or ids.layout is not torch.strided:
-        kind = f"a nested one (layout {ids.layout})" if ids.is_nested else f"layout {ids.layout}"
-        raise TensorTypeError(f"{name}: expected a dense Tensor (pad sequences of unequal length), got {kind}")
     if ids.dtype not in (torch.int32, torch.int64):
         raise TensorTypeError(f"{name}: expected dtype torch.int32 or torch.int64, got {ids.dtype}")
 

@@ -493,11 +493,3 @@ def test_a_table_brings_its_own_policy():
     front.id_policy = sums.id_policy = "zero"
     assert not front(bad).hidden[0, 1].any()
     assert torch.equal(sums(bad)[0, 1], sums.position.weight[1])
-
-
-def test_nested_and_sparse_ids_are_refused_by_name():
-    ids = torch.ones(2, 3, dtype=torch.int64)
-    jagged = torch.nested.nested_tensor([ids[0], ids[0, :2]], layout=torch.jagged)
-    for strange in (jagged, ids.to_sparse()):
-        with pytest.raises(TypeError, match=r"^ids: expected a dense Tensor .*layout torch\.(jagged|sparse_coo)"):
-            pyembed.TokenPositionEmbedding(10, 8, 32)(strange)
