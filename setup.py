@@ -6,7 +6,7 @@ from setuptools.command.editable_wheel import editable_wheel
 
 
 class EditableWheel(editable_wheel):
-    """Puts the clone on sys.path too: Python asks setuptools' own finder last, after a folder named pyembed beside a script."""
+    """Puts the clone on sys.path too: Python asks setuptools' finder last, after any folder named pyembed beside a script."""
 
     def _run_build_commands(self, name, unpacked, *others):
         Path(unpacked, "pyembed_clone.pth").write_bytes(os.fsencode(Path(__file__).resolve().parent) + b"\n")
@@ -15,24 +15,13 @@ class EditableWheel(editable_wheel):
 
 setup(
     name="pyembed",
-    version="0.2.0",
-    description="Embedding gather, positional add, norm and QKV projection of a transformer, fused: Triton kernels and modules",
+    version="0.1.0",
+    description="Embedding gather, positional add, norm and QKV projection of a transformer in one GPU kernel",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
-    license="MIT",
-    license_files=["LICENSE"],
-    classifiers=[
-        "Development Status :: 4 - Beta",
-        "Intended Audience :: Developers",
-        "Intended Audience :: Science/Research",
-        "Operating System :: POSIX :: Linux",
-        "Programming Language :: Python :: 3",
-        "Topic :: Scientific/Engineering :: Artificial Intelligence",
-        "Typing :: Typed",
-    ],
     python_requires=">=3.10",
     # kernels/ carries no __init__.py of its own, so that Hugging Face's `kernels` package stays importable from here.
-    packages=["pyembed", *(f"pyembed.{name}" for name in ("benchmark", "fuse", "kernels", "modules", "plans", "vocabulary"))],
+    packages=["pyembed", "pyembed.fuse", "pyembed.kernels", "pyembed.modules", "pyembed.plans"],
     package_dir={"pyembed.kernels": "kernels/triton"},
     package_data={"pyembed": ["py.typed"]},
     install_requires=["torch>=2.11"],
@@ -46,7 +35,6 @@ setup(
             "rich",
             "typer",
             "matplotlib",
-            "safetensors",
         ],
         "test": [
             "pyembed[demo]",
@@ -60,6 +48,7 @@ setup(
             "transformers",
             "peft",
             "accelerate",
+            "safetensors",
         ],
         "bench": ["pyembed[demo]", "pytest", "pytest-benchmark"],
     },
