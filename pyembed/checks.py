@@ -40,10 +40,20 @@ def check(call: Call) -> None:
     check_distinct(call.distinct, call.terms.ids)
 
 
+def class_of(value: Any) -> str:
+    """Its class with the module that it comes from, since many libraries have an Embedding; PyTorch's as nn.Embedding."""
+    kind = type(value)
+    if kind.__module__.startswith("torch.nn.modules."):
+        return f"nn.{kind.__qualname__}"
+    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+
+
 def check_integers(name: str, ids: Any) -> None:
     """ids of one of the dtypes that PyTorch takes."""
     if not isinstance(ids, Tensor):
         raise TypeError(f"{name}: expected a Tensor, got {type(ids).__name__}")
+    if ids.layout not in (torch.strided, torch.jagged):
+        raise TensorTypeError(f"{name}: expected a dense Tensor, got one of layout {ids.layout}: take {name}.to_dense()")
     if ids.dtype not in (torch.int32, torch.int64):
         raise TensorTypeError(f"{name}: expected dtype torch.int32 or torch.int64, got {ids.dtype}")
 
@@ -74,8 +84,15 @@ def _check_terms(call: Call, fields: dict[str, Any]) -> None:
     """What hidden is the sum of, and all ids."""
     terms, scale, dropout = call.terms, call.terms.scale, call.terms.dropout
     for lookup in LOOKUPS:
-        if fields[lookup.ids] is not None or lookup.ids == "ids":
-            check_integers(lookup.ids_name, fields[lookup.ids])
+        ids = fields[lookup.ids]
+        if ids is not None or lookup.ids == "ids":
+            check_integers(lookup.ids_name, ids)
+            has_places = terms.position is not None or call.epilogue.cos is not None
+            if ids.is_nested and (ids.layout is not torch.jagged or has_places):
+                raise TensorTypeError(
+                    f"{lookup.ids_name}: expected a Tensor that is not nested, got sequences of different lengths: pad them "
+                    "(positions.from_attention_mask), or put them behind one another (positions.from_cu_seqlens)"
+                )
     check_shape("token", terms.token, (None, None), "(num_embeddings, embedding_dim)", optional=False)
     width = None if isinstance(terms.token, Called) else terms.token.shape[1]
     if isinstance(terms.position, Tensor) and terms.position.dtype == torch.int64:

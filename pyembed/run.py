@@ -83,7 +83,10 @@ def run(call: Call) -> Any:
         tensors += tuple([called.weight for called in modules if called.weight is not None])
         more = tuple([(called.weight is None, called.has_rows) for called in modules])
     # The second tensor is mostly the token table, of which a process may have many.
-    shapes = terms.ids.shape, tensors[1].shape
+    try:
+        shapes = terms.ids.shape, tensors[1].shape
+    except RuntimeError:  # a nested tensor has none
+        return _run_first(call, None)
     key: tuple[Any, ...] = (current, policy, invariant, concat, kept is None, shapes, kind.numbers(values), more)
     if current.backend == "triton" or not terms.ids.is_cpu:  # what kernels are compiled for, beside the guards
         try:

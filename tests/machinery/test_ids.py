@@ -493,3 +493,33 @@ def test_a_table_brings_its_own_policy():
     front.id_policy = sums.id_policy = "zero"
     assert not front(bad).hidden[0, 1].any()
     assert torch.equal(sums(bad)[0, 1], sums.position.weight[1])
+
+
+NESTED = [torch.tensor([1, 2]), torch.tensor([3])]
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors", "ignore:Sparse")
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (
+            lambda: torch.eye(3, dtype=torch.long).to_sparse(),
+            r"ids: expected a dense Tensor, .* torch.sparse_coo: take ",
+        ),
+        (lambda: torch.eye(3, dtype=torch.long).to_sparse_csr(), "ids: expected a dense Tensor, .* torch.sparse_csr"),
+        (lambda: torch.nested.nested_tensor(NESTED, layout=torch.jagged), "ids: expected a Tensor that is not nested, .*: pad"),
+        (lambda: torch.nested.nested_tensor(NESTED), "ids: expected a Tensor that is not nested, .*: pad"),
+    ],
+    ids=["coo", "csr", "jagged", "nested"],
+)
+def test_ids_of_another_layout_are_refused(make, message, backend):
+    """By our own words, whatever looks at them first."""
+    front, sums = pyembed.EmbeddingQKV(31, 16, 2).to(DEVICE), pyembed.TokenPositionEmbedding(31, 16, 12).to(DEVICE)
+    ids = make().to(DEVICE)
+    with pyembed.backend(backend):
+        for call in (front, sums, lambda ids: F.embed(ids, front.token.weight, front.position.weight)):
+            with pytest.raises(TypeError, match=message):
+                call(ids)
+        with pytest.raises(TypeError, match=f"position_{message}"):
+            front(torch.zeros(2, 2, dtype=torch.long, device=DEVICE), ids)
