@@ -11,6 +11,7 @@ from torch._jit_internal import is_scripting
 import pyembed.settings as settings
 
 from ..call import NO_EPILOGUE, NO_NORM, Call, Called, Terms, pad_row, stock_forward
+from ..checks import class_of
 from ..functional import embedding, why_no_kernel
 from ..ids import HasIdPolicy
 from ..modes import refuse_scripting
@@ -19,7 +20,7 @@ from ..positions import Sinusoidal, make
 from ..rows import Rows, with_rows
 from ..run import run
 from ..settings import policy_of
-from .known import COMBINES, Known, is_stock, looks_up, place_rows, table_of
+from .known import COMBINES, Known, check_tables, is_stock, looks_up, place_rows, table_of
 from .parts import dropout_rate
 
 
@@ -65,9 +66,9 @@ class TokenPositionEmbedding(HasIdPolicy):
     """
 
     _modules: dict[str, Any]  # read in place of attributes, which are slow
-    token: Embedding
+    token: nn.Embedding
     position: nn.Embedding | Sinusoidal | None
-    segment: Embedding | None
+    segment: nn.Embedding | None
     dropout: nn.Dropout
     _known: Known
     __prepare_scriptable__ = refuse_scripting
@@ -88,15 +89,45 @@ class TokenPositionEmbedding(HasIdPolicy):
     ) -> None:
         super().__init__()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        if combine not in COMBINES:
-            raise ValueError(f"combine: expected one of {COMBINES}, got {combine!r}")
-        if combine == "concat" and (position is None or num_segments):
-            raise ValueError("combine: expected 'sum' where there are no positions, or segments; got 'concat'")
+        _check_combine(combine, position is not None, num_segments > 0)
         self.token = Embedding(num_embeddings, embedding_dim, padding_idx, **factory)
         self.register_module("position", make(position, max_length, embedding_dim, **factory))
         self.register_module("segment", Embedding(num_segments, embedding_dim, **factory) if num_segments else None)
         self.dropout = nn.Dropout(dropout)
         self.combine, self.scale, self._known = combine, scale, Known()
+
+    @classmethod
+    def from_modules(
+        cls,
+        token: nn.Embedding,
+        position: nn.Embedding | Sinusoidal | None = None,
+        *,
+        segment: nn.Embedding | None = None,
+        dropout: nn.Dropout | None = None,
+        combine: str = "sum",
+        scale: float | None = None,
+    ) -> "TokenPositionEmbedding":
+        """The same over modules that a model already has: it holds them, copies nothing, and trains what they hold.
+
+        token, position and segment: nn.Embedding or a module around one, which is called as it is if it does more than look up
+        its rows. dropout: the model's, whose p and training mode are obeyed; None: nothing is dropped. TypeError: another
+        module; ValueError: as in the constructor.
+        """
+        check_tables(token=token, position=position, segment=segment)
+        if not isinstance(dropout, nn.Module | None):
+            raise TypeError(f"dropout: expected an nn.Dropout or None, got {class_of(dropout)}")
+        _check_combine(combine, position is not None, segment is not None)
+        self = cls.__new__(cls)
+        nn.Module.__init__(self)
+        self.combine, self.scale, self._known = combine, scale, Known()
+        parts = {"token": token, "position": position, "segment": segment}
+        for name, module in {**parts, "dropout": nn.Dropout(0.0) if dropout is None else dropout}.items():
+            self.register_module(name, module)
+        dropout_rate(self.dropout, True)  # refuses what is none
+        if position is not None:
+            self._known.way(position)  # refuses what takes no positions
+        self.training = token.training
+        return self
 
     def _policy(self) -> str:
         own = self._id_policy or getattr(self._modules["token"], "_id_policy", None)
@@ -135,3 +166,10 @@ class TokenPositionEmbedding(HasIdPolicy):
 
     def extra_repr(self) -> str:
         return f"combine={self.combine!r}" + ("" if self.scale is None else f", scale={self.scale}")
+
+
+def _check_combine(combine: str, has_position: bool, has_segment: bool) -> None:
+    if combine not in COMBINES:
+        raise ValueError(f"combine: expected one of {COMBINES}, got {combine!r}")
+    if combine == "concat" and (not has_position or has_segment):
+        raise ValueError("combine: expected 'sum' where there are no positions, or segments; got 'concat'")

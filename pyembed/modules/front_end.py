@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import pyembed.settings as settings
 
 from ..call import Call, DistinctIds, HiddenQKV, Terms, as_table, pad_row
-from ..checks import check, check_heads, check_ranges
+from ..checks import check, check_heads, check_ranges, class_of
 from ..ids import apply_policy
 from ..modes import local
 from ..plans.choice import Plan, choose, weigh
@@ -170,22 +170,21 @@ class EmbeddingQKV(KeepsTable):
         (i, i + R/2) (Cohere, GLM). TypeError: a module of another kind, or one of positions that takes something else;
         ValueError: widths that do not fit.
         """
-        for name, table in (("token", token), ("position", position), ("segment", segment)):
-            if known.table_of(table) is None and (name == "token" or table is not None):
-                raise TypeError(f"{name}: expected an nn.Embedding{' or None' * (name != 'token')}, got {type(table).__name__}")
+        known.check_tables(token=token, position=position, segment=segment)
         others = {"norm": norm, "query_norm": query_norm, "key_norm": key_norm, "embedding_transform": embedding_transform}
         for name, module in others.items():
             if module is not None and not isinstance(module, nn.Module):
-                raise TypeError(f"{name}: expected a module or None, got {type(module).__name__}")
+                raise TypeError(f"{name}: expected a module or None, got {class_of(module)}")
         if (query_norm is None) != (key_norm is None):
             raise ValueError("query_norm, key_norm: expected both or neither, got one")
         if isinstance(qkv, tuple | list):
             if len(qkv) != 3 or not all(isinstance(linear, nn.Module) for linear in qkv):
-                got = ", ".join(type(linear).__name__ for linear in qkv)
-                raise TypeError(f"qkv: expected one module or three nn.Linear (query, key, value), got ({got})")
+                raise TypeError(f"qkv: {known.LINEARS}, got ({', '.join(map(class_of, qkv))})")
             qkv = nn.ModuleList(qkv)
+        if not isinstance(qkv, nn.Module):
+            raise TypeError(f"qkv: {known.LINEARS}, got {class_of(qkv)}")
         if not isinstance(dropout, nn.Module | int | float):
-            raise TypeError(f"dropout: expected a number or an nn.Dropout, got {type(dropout).__name__}")
+            raise TypeError(f"dropout: expected a number or an nn.Dropout, got {class_of(dropout)}")
         self = cls.__new__(cls)
         nn.Module.__init__(self)
         self.num_heads, self.num_kv_heads = num_heads, check_heads(num_heads, num_kv_heads)

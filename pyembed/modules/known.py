@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
 from ..call import STOCK_FORWARDS, Norm, Projection, wide_dtype
+from ..checks import class_of
 from ..kept import Links
 from ..modes import TENSORS, autocast_dtype, brings_operators, has_process_group, is_dtensor, is_recorded
 from ..rotary import Rotary
@@ -20,6 +21,10 @@ from .proofs import PositionFinding, Proof, is_patched, prove
 NAMES = ("token", "position", "segment", "norm", "qkv", "query_norm", "key_norm")
 HEAD_NORMS = ("query_norm", "key_norm")
 COMBINES = ("sum", "concat")
+LINEARS = (
+    "expected one nn.Linear, Hugging Face Conv1D or other module with in_features and out_features, of all heads, or a "
+    "(query, key, value) tuple of these"
+)
 TRIES = 16  # of one part's module; one that changes more often is called
 # The forward of each class of PyTorch, if nothing had replaced it when this file was imported.
 FORWARDS: dict[Any, Any] = {
@@ -137,6 +142,14 @@ def table_of(module: nn.Module | None) -> Tensor | None:
         return module.weight
     tables: Any = (part for part in module.modules() if isinstance(part, nn.Embedding) or is_ours(part))
     return next((part.weight for part in tables), None)
+
+
+def check_tables(**tables: Any) -> None:
+    """TypeError: an argument of this name is no embedding, nor around one; only token must be there."""
+    for name, table in tables.items():
+        if table is None and name != "token" or isinstance(table, nn.Module) and table_of(table) is not None:
+            continue
+        raise TypeError(f"{name}: expected an nn.Embedding{' or None' * (name != 'token')}, got {class_of(table)}")
 
 
 def foreign(modules: dict[str, Any], known: Known, offset: int = 0, names: tuple[str, ...] = NAMES) -> str | None:
@@ -344,10 +357,7 @@ def _widths(linear: Any, known: Known, place: str) -> tuple[int, int]:
         return D, N
     inputs, outputs = getattr(linear, "in_features", None), getattr(linear, "out_features", None)
     if not isinstance(inputs, int) or not isinstance(outputs, int):
-        raise TypeError(
-            "qkv: expected modules with in_features and out_features, an nn.Linear, a Hugging Face Conv1D or three nn.Linear, "
-            f"got {type(linear).__name__}"
-        )
+        raise TypeError(f"qkv: {LINEARS}, got {class_of(linear)}")
     return inputs, outputs
 
 
@@ -368,7 +378,7 @@ def fitting(rotary: Any, head_dim: int, unlike_halves: str | None = None) -> Rot
     """rotary, if it may turn heads of this width, in the model of a class unlike_halves."""
     if rotary is not None and not isinstance(rotary, Rotary):
         raise TypeError(
-            f"rotary: expected a pyembed.Rotary or None, got {type(rotary).__name__}: take pyembed.Rotary.from_module(it, "
+            f"rotary: expected a pyembed.Rotary or None, got {class_of(rotary)}: take pyembed.Rotary.from_module(it, "
             "max_length), or pass its (cos, sin) at each call"
         )
     if rotary is not None and (rotary.rotary_dim > head_dim or head_dim % 2):

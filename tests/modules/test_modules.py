@@ -156,13 +156,20 @@ def test_from_modules(kind, backend):
     assert owner.weight.grad.abs().sum() > 0 and token.weight.grad.abs().sum() > 0
 
 
+class Embedding:
+    """Of a library that has its own."""
+
+
+HEAD = nn.ModuleDict({name: nn.Linear(8, 4) for name in ("query", "key", "value")})
+
+
 @pytest.mark.parametrize(
     "arguments, error, message",
     [
-        ({"token": nn.Linear(2, 2)}, TypeError, "token: expected an nn.Embedding, got Linear"),
-        ({"position": nn.Linear(2, 2)}, TypeError, "position: expected an nn.Embedding or None, got Linear"),
+        ({"token": nn.Linear(2, 2)}, TypeError, "token: expected an nn.Embedding, got nn.Linear"),
+        ({"position": nn.Linear(2, 2)}, TypeError, "position: expected an nn.Embedding or None, got nn.Linear"),
         ({"norm": "layer"}, TypeError, "norm: expected a module or None, got str"),
-        ({"qkv": nn.Conv1d(8, 24, 1)}, TypeError, "qkv: .* a Hugging Face Conv1D or three nn.Linear, got Conv1d"),
+        ({"qkv": nn.Conv1d(8, 24, 1)}, TypeError, "qkv: expected one nn.Linear, .* tuple of these, got nn.Conv1d"),
         ({"num_heads": 0}, ValueError, "num_heads: expected a positive int, got 0"),
         ({"per_head": True, "qkv": [nn.Linear(8, 8)] * 3}, ValueError, "per_head: expected False where .* three modules"),
         ({"num_kv_heads": 3}, ValueError, r"num_heads: expected a multiple of num_kv_heads \(3\), got 2"),
@@ -176,7 +183,12 @@ def test_from_modules(kind, backend):
             ValueError,
             r"qkv: expected outputs .* ratio \(2, 2, 2\), got \[4, 16, 4\]",
         ),
-        ({"qkv": [nn.Linear(8, 8)] * 2}, TypeError, r"qkv: expected one module or three .* got \(Linear, Linear\)"),
+        ({"qkv": [nn.Linear(8, 8)] * 2}, TypeError, r"qkv: .*, of all heads, or a .* got \(nn.Linear, nn.Linear\)"),
+        ({"qkv": [HEAD] * 2}, TypeError, r"qkv: .*, of all heads, or a .* got \(nn.ModuleDict, nn.ModuleDict\)"),
+        ({"qkv": [HEAD] * 3}, TypeError, "qkv: .*, of all heads, or a .* got nn.ModuleDict"),
+        ({"qkv": nn.ModuleList([HEAD] * 2)}, TypeError, "qkv: .*, of all heads, or a .* got nn.ModuleDict"),
+        ({"qkv": {"query": None}}, TypeError, "qkv: .* got dict"),
+        ({"token": Embedding()}, TypeError, f"token: expected an nn.Embedding, got {__name__}.Embedding"),
     ],
     ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
 )
