@@ -7,6 +7,7 @@ where that depends on the ids. While a compiler, tracer, mode or profiler is at 
 
 import itertools
 import operator
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -200,8 +201,24 @@ def _runner_of(call, observed):
     return _runner_of_plan(call, observed)
 
 
+def _warn_once():
+    """What was asked for by name does not run: the modules do, by themselves, which are right."""
+    plan, backend = settings.current.plan, settings.current.backend
+    asked = [f"pyembed.plan({plan!r})"] * (plan != "auto") + [f"pyembed.backend({backend!r})"] * (backend == "triton")
+    if not asked or _warned or is_compiling():
+        return
+    _warned.append(asked)
+    why = "its modules do more than apply their weights, and run by themselves; explain(ids) says which"
+    warnings.warn(f"{' and '.join(asked)} has no effect on this call: {why}", stacklevel=2)
+
+
+_warned: list[Any] = []
+
+
 def _runner_of_plan(call, observed):
     composed = why_composed(call)
+    if composed is not None and calls_modules(call):
+        _warn_once()
     one = _kernel_runner(call, observed) if composed is None else _composition_runner(call)
     if call.projection is None or call.concat or calls_modules(call):
         return one
