@@ -15,13 +15,24 @@ class EditableWheel(editable_wheel):
 
 setup(
     name="pyembed",
-    version="0.1.0",
-    description="Embedding gather, positional add, norm and QKV projection of a transformer in one GPU kernel",
+    version="0.2.0",
+    description="Embedding gather, positional add, norm and QKV projection of a transformer, fused: Triton kernels and modules",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
+    license="MIT",
+    license_files=["LICENSE"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.10",
     # kernels/ carries no __init__.py of its own, so that Hugging Face's `kernels` package stays importable from here.
-    packages=["pyembed", "pyembed.fuse", "pyembed.kernels", "pyembed.modules", "pyembed.plans"],
+    packages=["pyembed", *(f"pyembed.{name}" for name in ("benchmark", "fuse", "kernels", "modules", "plans", "vocabulary"))],
     package_dir={"pyembed.kernels": "kernels/triton"},
     package_data={"pyembed": ["py.typed"]},
     install_requires=["torch>=2.11"],
@@ -35,6 +46,7 @@ setup(
             "rich",
             "typer",
             "matplotlib",
+            "safetensors",
         ],
         "test": [
             "pyembed[demo]",
@@ -48,7 +60,6 @@ setup(
             "transformers",
             "peft",
             "accelerate",
-            "safetensors",
         ],
         "bench": ["pyembed[demo]", "pytest", "pytest-benchmark"],
     },
