@@ -18,6 +18,9 @@ torch.set_num_threads(1)  # workers share the cores, and a thread that waits for
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
+BYTES_OF_A_WORKER = (
+    2 << 30
+)  # CUDA's context and the tensors of most tests; those that take more run one at a time (test_sizes.py)
 # Triton's interpreter has no bf16 product of its own: what bf16 rounds to is a GPU's to say.
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if CUDA else [])]
 
@@ -50,6 +53,39 @@ def pytest_collection_finish(session):
                 F.embed_qkv(torch.tensor([[0, 2]]), token, weight, num_heads=1).query.sum().backward()
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
             rates.measure(torch.device("cpu"), dtype)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers():
+    """Of -n auto: as many as have room on the GPU; None: as many as xdist takes by itself, one for each core."""
+    return fitting(torch.cuda.mem_get_info()[0], len(os.sched_getaffinity(0))) if CUDA else None
+
+
+def fitting(free, cores):
+    """Workers that fit in so many free bytes, where these are fewer than cores."""
+    return max(free // BYTES_OF_A_WORKER, 1) if free < cores * BYTES_OF_A_WORKER else None
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # around what prints the last line otherwise
+def pytest_sessionfinish(session):
+    result = yield
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is not None and not (session.config.option.collectonly or hasattr(session.config, "workerinput")):
+        reporter.write_line(f"kernels: {where_kernels_ran()}")
+    return result
+
+
+def where_kernels_ran():
+    """The GPU that kernels were compiled for, or what ran them in place of one."""
+    if importlib.util.find_spec("triton") is None:
+        return "none, triton is not installed"
+    import triton
+
+    if not CUDA:
+        return "Triton's interpreter, on a CPU"
+    name, (major, minor) = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
+    architecture = torch.cuda.get_device_properties(0).gcnArchName if torch.version.hip else f"sm_{major}{minor}"
+    return f"{'interpreted on' if triton.knobs.runtime.interpret else 'compiled for'} {name}, {architecture}"
 
 
 def full(*values):

@@ -4,10 +4,13 @@ import os
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
+import conftest
 import default_run
 import pytest
+import torch
 from default_run import ALLOWED, covering, function_of
 
 TESTS = Path(__file__).parents[1]
@@ -94,3 +97,28 @@ def test_exceptions_are_few_and_of_functions_that_there_are():
         assert f"def {name}(" in (TESTS.parent / path).read_text(encoding="utf-8")
         assert seconds > default_run.LIMIT and why
     assert function_of("a/test_b.py::test_c[x=1]") == "a/test_b.py::test_c"
+
+
+def test_workers_fit_on_the_gpu():
+    GiB = 1 << 30
+    assert [conftest.fitting(free * GiB, 16) for free in (80, 32, 31, 8, 1, 0)] == [None, None, 15, 4, 1, 1]
+
+
+@pytest.mark.parametrize(
+    "card, hip, interprets, said",
+    [
+        (None, None, False, "Triton's interpreter, on a CPU"),
+        ("NVIDIA GeForce RTX 4090", None, False, "compiled for NVIDIA GeForce RTX 4090, sm_89"),
+        ("NVIDIA GeForce RTX 4090", None, True, "interpreted on NVIDIA GeForce RTX 4090, sm_89"),
+        ("AMD Instinct MI300X", "7.0", False, "compiled for AMD Instinct MI300X, gfx942"),
+    ],
+)
+def test_where_kernels_ran(card, hip, interprets, said, monkeypatch):
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr(conftest, "CUDA", card is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: card)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 9))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: types.SimpleNamespace(gcnArchName="gfx942"))
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(triton.knobs, "runtime", types.SimpleNamespace(interpret=interprets))
+    assert conftest.where_kernels_ran() == said
