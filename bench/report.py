@@ -102,8 +102,13 @@ def median(found, direction):
 
 def mark(*found, direction):
     """BUSY if the quartiles of any of these measurements are further apart than SPREAD."""
-    seconds = [each["seconds"][direction] for each in found]
-    return BUSY if any(each["q3"] > SPREAD * each["q1"] for each in seconds) else ""
+    return BUSY if any(s["q3"] > SPREAD * s["q1"] for s in (each["seconds"][direction] for each in found)) else ""
+
+
+def ratio(found, slower, faster, direction):
+    """How many times as fast the one variant is as the other, as a number and as text, which has the mark."""
+    times = median(found[slower], direction) / median(found[faster], direction)
+    return times, f"{times:.2f}{mark(found[slower], found[faster], direction=direction)}"
 
 
 def report(document):
@@ -125,12 +130,11 @@ after the other. In brackets: how many times as fast as the first column. In the
 tables, the percentage is the share of the limit that a variant reaches. The limit is the larger of two times: the bytes that
 must be moved over this machine's copy rate, and the operations over its matrix product rate
 (pyembed/benchmark/roofline.py). Each plan has its own operations; data that fits in a cache may exceed 100 %.
-`linear alone` multiplies rows that are already
-normalised: a lower bound for the time of any plan that projects every token. `table` is built before the timing starts, and
-cannot train. `auto` is followed by the plan that it chose. `~`: something else used the machine meanwhile (the third
-quartile is more than 1.25 times the first). On a GPU, forward rows replay CUDA graphs with a cold L2 cache,
-all variants of a row or none; training rows run without graphs, so for a few tokens they measure the host. Bytes saved for
-backward include ids, but neither weights nor results.
+`linear alone` multiplies rows that are already normalised: a lower bound for the time of any plan that projects every token.
+`table` is built before the timing starts, and cannot train. `auto` is followed by the plan that it chose. `~`: something else
+used the machine meanwhile (the third quartile is more than 1.25 times the first). On a GPU, forward rows replay CUDA graphs
+with a cold L2 cache, all variants of a row or none; training rows run without graphs, so for a few tokens they measure the
+host. Bytes saved for backward include ids, but neither weights nor results.
 """
 
 
@@ -212,14 +216,11 @@ def readme_table(document):
     for row in rows_of(document, "front end"):
         direction = DIRECTIONS[row["direction"] == "training"]
         found = cells(row, direction)
-        ours, eager = found["auto"], median(found["eager"], direction)
-        seconds = median(ours, direction)
-        ratios = [
-            f"{median(found[n], direction) / seconds:.2f}{mark(found[n], ours, direction=direction)}" if n in found else "–"
-            for n in ("eager", "torch.compile")
-        ]
-        table = f"{eager / median(found['table'], direction):.2f}" if "table" in found else None
-        cell = (direction, ours["plan"], *ratios, f"{100 * ours['limit'][direction] / seconds:.0f}")
+        ours = found["auto"]
+        ratios = [ratio(found, n, "auto", direction)[1] if n in found else "–" for n in ("eager", "torch.compile")]
+        table = ratio(found, "eager", "table", direction)[1] if "table" in found else None
+        percent = 100 * ours["limit"][direction] / median(ours, direction)
+        cell = (direction, ours["plan"], *ratios, f"{percent:.0f}{mark(ours, direction=direction)}")
         merged.setdefault(row["case"] + _kind(row), []).append((cell, table))
     lines = []
     for case, both in merged.items():
@@ -294,19 +295,18 @@ def draw_gain(document, path):
     gains = {}
     for row in rows_of(document, "front end"):
         direction = DIRECTIONS[row["direction"] == "training"]
-        eager, ours = (median(cells(row, direction)[name], direction) for name in ("eager", "auto"))
-        gains.setdefault(row["case"] + _kind(row), {})[direction] = eager / ours
+        gains.setdefault(row["case"] + _kind(row), {})[direction] = ratio(cells(row, direction), "eager", "auto", direction)
     figure = Figure((9.6, 1.2 + 0.36 * len(gains)), dpi=130, layout="constrained")
     axis = figure.subplots()
     for place, (direction, color) in enumerate(zip(DIRECTIONS, ("#0969da", "#8250df"), strict=True)):
         at = {y: gain[direction] for y, gain in enumerate(gains.values()) if direction in gain}
-        bars = axis.barh([y + 0.38 * (place - 0.5) for y in at], list(at.values()), 0.36, color=color, label=direction)
-        axis.bar_label(bars, [f"{gain:.2f}" for gain in at.values()], padding=3, fontsize=7)
+        bars = axis.barh([y + 0.38 * place - 0.19 for y in at], [x for x, _ in at.values()], 0.36, color=color, label=direction)
+        axis.bar_label(bars, [text for _, text in at.values()], padding=3, fontsize=7)
     axis.axvline(1, color="#1f2328", lw=1)
     axis.set_yticks(range(len(gains)), gains)
-    axis.set(ylim=(len(gains) - 0.4, -0.6), xlabel="times as fast as stock modules (1: as fast)")
+    axis.set(ylim=(len(gains) - 0.4, -0.6), xmargin=0.08, xlabel="times as fast as stock modules (1: as fast)")
     figure.legend(loc="outside lower right", ncols=2, frameon=False)
-    figure.suptitle(f'{_machine(document)}: the default, "auto"', fontsize=11)
+    figure.suptitle(f'{_machine(document)}: the default, "auto" (~: a busy machine)', fontsize=11)
     figure.savefig(path)
 
 

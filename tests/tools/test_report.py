@@ -150,7 +150,11 @@ def test_no_figure_of_another_run_is_left(measured, tmp_path, capsys):
 def test_busy_rows_are_marked():
     busy = row("GPT-2 small, 1 × 8", 8, 0.002, 0.001)
     busy["variants"]["auto"]["seconds"]["forward"]["q3"] = 0.0012
-    assert "| 2.00 ~ | 1.00 ~ |" in report.readme_table(document([busy])) and " ~" not in report.readme_table(document(ROWS))
+    assert "| 2.00 ~ | 1.00 ~ | 50 ~ | 20.00 |" in report.readme_table(document([busy]))
+    assert " ~" not in report.readme_table(document(ROWS))
+    table = row("GPT-2 small, 1 × 8", 8, 0.002, 0.001)
+    table["variants"]["table"]["seconds"]["forward"]["q3"] = 0.0002
+    assert "| 2.00 | 1.00 | 50 | 20.00 ~ |" in report.readme_table(document([table]))
     assert " ~ 50 % distinct" in report.times([busy], "forward")
 
 
