@@ -18,7 +18,7 @@ torch.set_num_threads(1)  # workers share the cores, and a thread that waits for
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
-BYTES_OF_A_WORKER = 2 << 30  # CUDA's context and the tensors of most tests; larger ones run one at a time (test_sizes.py)
+BYTES_OF_A_WORKER = 2 << 30  # an allowance, measured on no GPU; tests that need far more run one at a time (test_sizes.py)
 # Triton's interpreter has no bf16 product of its own: what bf16 rounds to is a GPU's to say.
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if CUDA else [])]
 

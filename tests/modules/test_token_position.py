@@ -15,6 +15,13 @@ class Offset(nn.Embedding):
         return super().forward(ids + 2)
 
 
+class OfLengths(nn.Embedding):
+    """What takes something else than positions."""
+
+    def forward(self, lengths, device):
+        return super().forward(torch.arange(lengths.max(), device=device))
+
+
 class Wrapper(nn.Module):
     def __init__(self, base):
         super().__init__()
@@ -65,6 +72,7 @@ def test_a_part_may_be_replaced():
         ({"token": nn.Linear(8, 8)}, TypeError, "token: expected an nn.Embedding, got nn.Linear"),
         ({"token": None}, TypeError, "token: expected an nn.Embedding, got NoneType"),
         ({"position": 9}, TypeError, "position: expected an nn.Embedding or None, got int"),
+        ({"position": OfLengths(9, 8)}, TypeError, "position: expected a module whose forward looks up rows by position"),
         ({"segment": nn.Linear(8, 8)}, TypeError, "segment: expected an nn.Embedding or None, got nn.Linear"),
         ({"dropout": 0.1}, TypeError, "dropout: expected an nn.Dropout or None, got float"),
         ({"dropout": nn.AlphaDropout()}, RuntimeError, "dropout: expected an nn.Dropout without hooks"),
