@@ -329,8 +329,7 @@ def draw_lines(document, path, label, value):
                 if points:
                     (lines[name],) = axis.loglog(*zip(*points.items(), strict=True), c=color, marker=marker, ls=style, ms=5)
             axis.set_title(f"{model}, {direction}", loc="left", fontsize=10)
-            axis.set_xlabel("tokens")
-            axis.set_ylabel(label)
+            axis.set(xlabel="tokens", ylabel=label)
             axis.set_xticks(sorted({row["tokens"] for row in rows}))
             axis.xaxis.set_minor_locator(NullLocator())
             axis.yaxis.set_minor_formatter(NullFormatter())
@@ -375,8 +374,7 @@ def draw_map(document, path):
                 axis.text(x, y, label, ha="center", va="center", fontsize=7, color="white" if best in OURS else "#1f2328")
         axis.set_xticks(range(len(columns)), [f"{B} × {T}" for B, T in columns])
         axis.set_yticks(range(len(models)), models)
-        axis.set_xlabel("batch × tokens")
-        axis.set_ylabel("model")
+        axis.set(xlabel="batch × tokens", ylabel="model")
         axis.set_title(
             f"{direction}: the fastest variant except table, and how many times as fast as eager", loc="left", fontsize=10
         )

@@ -7,7 +7,6 @@ distance to `exact`; the budget for ours is derived from eager's error.
 
 import functools
 import json
-import math
 import platform
 import statistics
 import sys
@@ -38,11 +37,13 @@ except ModuleNotFoundError as missing:
     print(f"error: the command line needs {missing.name}: pip install 'pyembed[demo]'", file=sys.stderr)
     raise SystemExit(2) from None
 
-from .vocabulary.commands import UsageError as UsageError
-from .vocabulary.commands import add_commands, check_plot
+from .benchmark.command import bench
+from .budget import judge
+from .doctor import doctor
+from .options import DTYPES, UsageError, check_writable
+from .vocabulary.commands import add_commands
 
 T = TypeVar("T")
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PARAMETERS = {  # argument of embed_qkv: parameter of EmbeddingQKV
     "token": "token.weight",
     "position": "position.weight",
@@ -58,9 +59,6 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the program. Returns its exit status: 0 success, 1 a tensor over budget, 2 a usage error, 130 interrupted."""
-    from . import doctor  # noqa: F401  registers its command, as the next does
-    from .benchmark import command  # noqa: F401
-
     try:
         arguments = sys.argv[1:] if arguments is None else arguments
         return app(arguments or ["--help"], prog_name="pyembed", standalone_mode=False) or 0
@@ -120,7 +118,7 @@ def demo(
     kv_heads = kv_heads or heads
     if heads % kv_heads:
         raise UsageError(f"--kv-heads: expected a divisor of the {heads} heads that width {width} has, got {kv_heads}")
-    _check_writable(text, json_file, plot)
+    check_writable(text, json_file, plot)
 
     ids, vocabulary, source = _read_tokens(text, encoding, batch, length)
     shape = {"batch": batch, "length": length, "tokens": ids.numel(), "distinct_tokens": ids.unique().numel()}
@@ -178,6 +176,8 @@ def fuse(
     raise typer.Exit(0 if found.why_not is None else 1)
 
 
+app.command()(doctor)
+app.command()(bench)
 add_commands(app)
 
 
@@ -191,24 +191,6 @@ def _parse_dtypes(given: list[str] | None, compiled: bool) -> list[str]:
     if "bf16" in names and not compiled:
         raise UsageError("--dtype bf16: only a GPU can run it, Triton's interpreter multiplies it wrongly; use fp32 or fp16")
     return names
-
-
-def _check_writable(text: Path | None, json_file: Path | None, plot: Path | None) -> None:
-    """Fails early, before the long computation, if a result could not be written after it."""
-    check_plot(plot)
-    resolved = [path.resolve() for path in (text, json_file, plot) if path]
-    if len(set(resolved)) < len(resolved):
-        raise UsageError("--text, --json and --plot: expected different files")
-    for option, path in (("--json", json_file), ("--plot", plot)):
-        if path is None:
-            continue
-        try:
-            existed = path.exists()
-            path.open("ab").close()
-            if not existed:
-                path.unlink()
-        except OSError as error:
-            raise UsageError(f"{option}: cannot write {path}: {error.strerror}") from error
 
 
 def _read_tokens(path: Path | None, encoding: str, batch: int, length: int) -> tuple[Tensor, int, Report]:
@@ -290,11 +272,11 @@ def _check(
     others["table"] = _look_up(ids, parameters, shape, norm)
     step(description=f"{name}: comparing")
 
-    def judge(found: dict[str, Tensor]) -> Report:
-        return {key: _judge(found[key], eager[key], exact[key], key == "hidden") for key in found}
+    def judged(found: dict[str, Tensor]) -> Report:
+        return {key: judge(found[key], eager[key], exact[key], key == "hidden") for key in found}
 
-    plans = {plan: judge(found) for plan, found in others.items()}
-    return {"tensors": judge(ours), "plans": plans, "seconds": {"ours": ours_seconds, "eager": eager_seconds}}
+    plans = {plan: judged(found) for plan, found in others.items()}
+    return {"tensors": judged(ours), "plans": plans, "seconds": {"ours": ours_seconds, "eager": eager_seconds}}
 
 
 @torch.no_grad()
@@ -339,24 +321,6 @@ def _time(call: Callable[[], T], calls: int) -> tuple[T, float]:
         synchronise()
         seconds.append(time.perf_counter() - start)
     return result, statistics.median(seconds[1:] or seconds)
-
-
-def _judge(ours: Tensor, eager: Tensor, exact: Tensor, is_hidden: bool) -> Report:
-    """Errors, budget (2 · eager's error + eps · exact, of maximum and RMS) and verdict; hidden must have eager's bits too."""
-    eps = torch.finfo(ours.dtype).eps
-    error, other, scale = _size(exact - ours), _size(exact - eager), _size(exact)
-    budget = {key: 2 * other[key] + eps * scale[key] for key in scale}
-    row: Report = {"ours": error, "eager": other, "budget": budget}
-    over = [key for key in budget if not error[key] <= budget[key] < math.inf]  # written so that NaN is over budget
-    if is_hidden:
-        row["bit_equal"] = torch.equal(ours.view(torch.uint8), eager.view(torch.uint8))
-        over += [] if row["bit_equal"] else ["bits"]
-    return {**row, "verdict": f"OVER ({', '.join(over)})" if over else "ok"}
-
-
-def _size(tensor: Tensor) -> dict[str, float]:
-    norm = torch.linalg.vector_norm
-    return {"max": norm(tensor, math.inf).item(), "rms": norm(tensor).item() / math.sqrt(tensor.numel())}
 
 
 def _show(report: Report) -> None:

@@ -22,8 +22,9 @@ from rich.table import Table
 from rich.text import Text
 
 from . import __version__, functional, reference, settings
+from .budget import judge
 from .call import Call, Epilogue, Norm, Projection, Terms
-from .cli import UsageError, _check_writable, _judge, app
+from .options import UsageError, check_writable
 from .plans import rates
 from .plot import Report
 
@@ -31,7 +32,6 @@ SIZES = ((2304, 768), (6144, 4096))  # N, D of GPT-2 small and Llama-3-8B
 TOKENS = (1, 200, 5000)
 
 
-@app.command()
 def doctor(
     arch: Annotated[
         str | None,
@@ -46,7 +46,7 @@ def doctor(
     Exit status: 0 all is well, 1 something is not, 2 a wrong argument.
     """
     to_stdout = json_file == Path("-")
-    _check_writable(None, None if to_stdout else json_file, None)
+    check_writable(None, None if to_stdout else json_file, None)
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
     target = _target(arch, cuda)
@@ -246,7 +246,7 @@ def _check(device: torch.device, dtype: torch.dtype, backend: str) -> dict[str, 
         first, second = (run(functional.embed_qkv, tensors) for _ in range(2))
     found = {}
     for name, ours in first.items():
-        found[name] = _judge(ours, eager[name], exact[name], name == "hidden")["verdict"]
+        found[name] = judge(ours, eager[name], exact[name], name == "hidden")["verdict"]
         if not torch.equal(ours.view(torch.uint8), second[name].view(torch.uint8)):
             found[name] = "a second run gives other bits"
     return found

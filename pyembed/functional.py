@@ -13,7 +13,7 @@ from .modes import TENSORS, can_read
 from .plans.choice import ZEROS, takes, why_torch
 from .reference import with_query_biases
 from .rotary import Pair, Rotary, turns
-from .rows import Rows, with_rows
+from .rows import Rows, call_with_rows, with_rows
 from .run import run
 from .settings import policy_of
 
@@ -234,5 +234,5 @@ def embed_qkv(
         check_query_biases(query_biases, call, call.head_dim)
         call = with_query_biases(call, *query_biases)
     if rows is not None:
-        call = call._replace(terms=with_rows(call.terms, rows))
+        call = call_with_rows(call, rows)
     return run(call)

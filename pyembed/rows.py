@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .call import Called, Terms
+from .call import Call, Called, Terms
 from .modes import can_read
 
 
@@ -66,6 +66,13 @@ def check_row_ids(name: str, ids: Any, size: int | None = None) -> Tensor:
     if size is not None and (values[0] < 0 or values[-1] >= size):
         raise IndexError(f"{name}: expected ids in [0, {size}), got {int(values[0] if values[0] < 0 else values[-1])}")
     return given.long()
+
+
+def call_with_rows(call: Call, rows: Rows | Sequence[Rows]) -> Call:
+    """with_rows of a call's terms. ValueError: distinct ids, which know no rows."""
+    if call.distinct is not None:
+        raise ValueError("distinct: expected None where rows stand in place of token rows, got distinct ids")
+    return call._replace(terms=with_rows(call.terms, rows))
 
 
 def with_rows(terms: Terms, rows: Rows | Sequence[Rows]) -> Terms:
@@ -129,18 +136,18 @@ def _find(name: str, stream: Rows, ids: Tensor) -> Slots:
         values, order = own.sort()
         return slots_of(flat, values.to(flat.device), order.to(flat.device))
     taken = flat == placeholder
-    rank = taken.cumsum(0)
     if can_read(ids):
-        _check_count(name, rank, rows.shape[0], ids)
+        _check_count(name, taken, rows.shape[0], ids)
         return Slots(taken, None)
     wrong = taken.sum() != rows.shape[0]
-    return Slots(taken, (rank - 1).clamp(0, max(rows.shape[0] - 1, 0)), wrong)
+    return Slots(taken, (taken.cumsum(0) - 1).clamp(0, max(rows.shape[0] - 1, 0)), wrong)
 
 
-def _check_count(name: str, rank: Tensor, rows: int, ids: Tensor) -> None:
-    count = int(rank[-1]) if rank.numel() else 0
+def _check_count(name: str, taken: Tensor, rows: int, ids: Tensor) -> None:
+    count = int(taken.sum())
     if count == rows:
         return
+    rank = taken.cumsum(0)
     length = ids.shape[-1] if ids.dim() else 1
     if count > rows:
         where = f"the first without a row is in batch row {int((rank > rows).nonzero()[0]) // length}"

@@ -208,7 +208,7 @@ def _warn_once():
     if not asked or _warned or is_compiling():
         return
     _warned.append(asked)
-    why = "its modules do more than apply their weights, and run by themselves; explain(ids) says which"
+    why = "PyTorch's operators run it, since it takes rows= or calls modules that do more than apply weights: see explain(ids)"
     warnings.warn(f"{' and '.join(asked)} has no effect on this call: {why}", stacklevel=2)
 
 

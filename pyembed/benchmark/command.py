@@ -17,8 +17,8 @@ from rich.text import Text
 from torch import Tensor, nn
 
 from .. import __version__
-from ..cli import DTYPES, UsageError, _check_writable, app
 from ..fuse.load import load_model
+from ..options import DTYPES, UsageError, check_writable
 from ..plans.table import available
 from ..plot import Report, plot_times
 from . import cases, peers, rows
@@ -26,7 +26,6 @@ from . import cases, peers, rows
 STOCK = "stock modules"  # what the benchmark's rows call eager
 
 
-@app.command()
 def bench(
     shape: Annotated[str | None, typer.Option(metavar="V,D,HEADS[,KV_HEADS],B,T", help="A front end of these sizes.")] = None,
     model: Annotated[str | None, typer.Option(metavar="NAME", help=f"One of: {', '.join(cases.MODELS)}.")] = None,
@@ -57,7 +56,7 @@ def bench(
         raise UsageError("expected one of --shape, --model and --fuse, got several")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kind = _dtype(dtype, device)
-    _check_writable(text, json_file, plot)
+    check_writable(text, json_file, plot)
     columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task("text", total=None)

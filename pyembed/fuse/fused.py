@@ -178,7 +178,7 @@ class Fused:
         fusion = self._fusion
         if fusion is None or self._undone:
             raise RuntimeError(f"build_table: expected a model whose front end is fused, got one where it is not: {self}")
-        kept = KeptTable(fusion)
+        kept = KeptTable(fusion.call_of_no_ids, {module: fusion.found.names[module] for module in fusion.found.modules})
         with torch.no_grad():
             table = kept.current(fusion.call(fusion.found.rows))
             front_end(fusion, fusion.found.rows, False, table)

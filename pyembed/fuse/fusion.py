@@ -226,6 +226,9 @@ class Fusion:
             bias = torch.cat([w.new_zeros(w.shape[0]) if b is None else b for w, b in parts])
         return Projection(torch.cat([w for w, _ in parts]), bias, 1, 0)
 
+    def call_of_no_ids(self) -> Call:
+        return self.call({role: ids[..., :0] for role, ids in self.found.rows.items()})
+
     def _run(self, rows: dict[str, Tensor]) -> Tensor:
         call = self.call(rows)
         table = None if self.trial else self._current_table(call)

@@ -2,7 +2,7 @@
 
 import threading
 import warnings
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -12,40 +12,32 @@ from ..kept import Links
 from ..plans.choice import refuses
 from ..plans.table import Table, nbytes
 
-if TYPE_CHECKING:
-    from .fusion import Fusion
-
 
 class KeptTable:
-    """Made anew by the first call after a weight has changed. torch.OutOfMemoryError: it would not fit. RuntimeError: a front
-    end, or weights, of which none can be made."""
+    """Made anew by the first call after a weight has changed. call_of_no_ids: a call of the front end, as it is then. names: of
+    its modules. torch.OutOfMemoryError: it would not fit. RuntimeError: a front end, or weights, of which none can be made."""
 
-    def __init__(self, fusion: "Fusion") -> None:
-        self._fusion, self._making, self._failed = fusion, threading.RLock(), False
+    def __init__(self, call_of_no_ids: Callable[[], Call], names: dict[nn.Module, str]) -> None:
+        self._call_of_no_ids, self._names, self._making, self._failed = call_of_no_ids, names, threading.RLock(), False
         self._table: Table | None = None
         self._make()
 
     @property
     def nbytes(self) -> int:
         """Bytes that its entries take."""
-        return nbytes(self._of_no_ids())
-
-    def _of_no_ids(self) -> Call:
-        return self._fusion.call({role: ids[..., :0] for role, ids in self._fusion.found.rows.items()})
+        return nbytes(self._call_of_no_ids())
 
     def _make(self) -> Table:
         self._table = None  # its memory comes first
-        call = self._of_no_ids()
+        call = self._call_of_no_ids()
         refused = refuses(call)
         if refused:
             raise RuntimeError(f"build_table: expected token and position rows as they are, but {refused}")
         links: Links = []
-        for module in self._fusion.found.modules:
+        for module, of in self._names.items():
             for name, p in module._parameters.items():
                 if p is not None and (type(p) is not nn.Parameter or getattr(module, "_is_fsdp_managed_module", False)):
-                    raise RuntimeError(
-                        f"build_table: expected weights that one device holds, got {self._fusion.found.names[module]}.{name}"
-                    )
+                    raise RuntimeError(f"build_table: expected weights that one device holds, got {of}.{name}")
                 links.append((module._parameters, name, p))
         with torch.no_grad():
             self._table = made = Table(links, call)

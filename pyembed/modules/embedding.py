@@ -20,7 +20,8 @@ from ..positions import Sinusoidal, make
 from ..rows import Rows, with_rows
 from ..run import run
 from ..settings import policy_of
-from .known import COMBINES, Known, check_tables, is_stock, looks_up, place_rows, table_of
+from .fits import check_tables
+from .known import COMBINES, Known, is_stock, looks_up, place_rows, table_of
 from .parts import dropout_rate
 
 

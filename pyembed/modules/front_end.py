@@ -18,9 +18,9 @@ from ..plans.table import nbytes
 from ..positions import Sinusoidal, make
 from ..rotary import CosSin, Rotary
 from ..rotary_of import unlike_halves
-from ..rows import Rows, with_rows
+from ..rows import Rows, call_with_rows
 from ..run import run
-from . import known
+from . import fits, known
 from .keeps_table import KeepsTable
 from .parts import dropout_rate
 
@@ -98,7 +98,7 @@ class EmbeddingQKV(KeepsTable):
             position, rotary = None, Rotary(head_dim, max_length, device=device) if rotary is None else rotary
         rows = max_length if max_length is None else max_length + position_offset
         self.register_module("position", make(position, rows, embedding_dim, **factory))
-        self.register_module("rotary", known.fitting(rotary, head_dim))
+        self.register_module("rotary", fits.fitting(rotary, head_dim))
         self.register_module("segment", nn.Embedding(num_segments, embedding_dim, **factory) if num_segments else None)
         self.register_module("embedding_transform", None)
         self._set(scale, combine, position_offset, heads_first, batch_invariant)
@@ -170,7 +170,7 @@ class EmbeddingQKV(KeepsTable):
         (i, i + R/2) (Cohere, GLM). TypeError: a module of another kind, or one of positions that takes something else;
         ValueError: widths that do not fit.
         """
-        known.check_tables(token=token, position=position, segment=segment)
+        fits.check_tables(token=token, position=position, segment=segment)
         others = {"norm": norm, "query_norm": query_norm, "key_norm": key_norm, "embedding_transform": embedding_transform}
         for name, module in others.items():
             if module is not None and not isinstance(module, nn.Module):
@@ -179,10 +179,10 @@ class EmbeddingQKV(KeepsTable):
             raise ValueError("query_norm, key_norm: expected both or neither, got one")
         if isinstance(qkv, tuple | list):
             if len(qkv) != 3 or not all(isinstance(linear, nn.Module) for linear in qkv):
-                raise TypeError(f"qkv: {known.LINEARS}, got ({', '.join(map(class_of, qkv))})")
+                raise TypeError(f"qkv: {fits.LINEARS}, got ({', '.join(map(class_of, qkv))})")
             qkv = nn.ModuleList(qkv)
         if not isinstance(qkv, nn.Module):
-            raise TypeError(f"qkv: {known.LINEARS}, got {class_of(qkv)}")
+            raise TypeError(f"qkv: {fits.LINEARS}, got {class_of(qkv)}")
         if not isinstance(dropout, nn.Module | int | float):
             raise TypeError(f"dropout: expected a number or an nn.Dropout, got {class_of(dropout)}")
         self = cls.__new__(cls)
@@ -196,13 +196,13 @@ class EmbeddingQKV(KeepsTable):
         self._set(scale, combine, 0, heads_first, batch_invariant)
         self._set_offset(position_offset)
         moves = embedding_transform is not None
-        self._head_dim = known.check_widths(self._modules, self._known, self.num_heads, self.num_kv_heads, combine, moves)
+        self._head_dim = fits.check_widths(self._modules, self._known, self.num_heads, self.num_kv_heads, combine, moves)
         if per_head:
             if isinstance(qkv, nn.ModuleList):
                 raise ValueError("per_head: expected False where query, key and value are three modules, got True")
             self._groups = self.num_kv_heads
         self._unlike_halves = unlike_halves(self.modules())
-        self.register_module("rotary", known.fitting(rotary, self._head_dim, self._unlike_halves))
+        self.register_module("rotary", fits.fitting(rotary, self._head_dim, self._unlike_halves))
         self.training = token.training
         if self._follows_token:
             self.dropout.train(token.training)
@@ -240,8 +240,7 @@ class EmbeddingQKV(KeepsTable):
         if rows is not None:
             if settings.current.plan == "table":
                 raise RuntimeError("plan: 'table' cannot run here: rows are not in the table")
-            call = self._call(ids, position_ids, None, rotary, segment_ids, query_biases)
-            return self._run(call._replace(terms=with_rows(call.terms, rows)))
+            return self._run(call_with_rows(self._call(ids, position_ids, distinct, rotary, segment_ids, query_biases), rows))
         if self._keeps_table or settings.current.plan == "table":
             found = self._look_up(ids, position_ids, distinct, rotary, segment_ids, query_biases)
             if found is not None:

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..fuse.load import load_model
+from ..options import DTYPES, UsageError, check_plot
 from .cost import Cost
 from .cost import cost as cost_of
 from .encodings import CATEGORIES, readable
@@ -21,9 +22,7 @@ from .pieces import Piece, Trap, count, pieces, traps
 from .untrained import Report, read_tables
 from .untrained import report as report_of
 
-UsageError: Any = typer.BadParameter.__base__  # click's, not exported by typer, whose newer versions contain a copy of click
 COLOURS = ["on blue", "on magenta", "on cyan", "on green", "on yellow"]
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LISTED = 50  # untrained tokens that the table names
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead.")]
@@ -243,17 +242,6 @@ def _pictures() -> Any:
     from . import pictures
 
     return pictures
-
-
-def check_plot(path: Path | None) -> None:
-    if path is None:
-        return
-    if path.suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise UsageError(f"--plot: expected a name that ends in .png, .svg or .pdf, got {path}")
-    try:
-        import matplotlib  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise UsageError("--plot needs matplotlib: pip install matplotlib") from error
 
 
 def _draw(path: Path | None, draw: Callable[[Path], None]) -> None:

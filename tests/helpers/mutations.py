@@ -574,7 +574,7 @@ MUTATIONS = [
     Mutation(TURNS, "@torch.inference_mode(False)", "@torch.no_grad()", ROTARY + " -k inference_mode"),
     Mutation(PARTS, "position_ids, own is not None and own.interleaved)", "position_ids)", ROTARY + " -k front_ends_own"),
     Mutation(PARTS, "own is None and self._unlike_halves and", "False and", SWAPS + " -k neighbours"),
-    Mutation(KNOWN, "unlike_halves and not rotary.is_told", "False", SWAPS + " -k neighbours"),
+    Mutation("pyembed/modules/fits.py", "unlike_halves and not rotary.is_told", "False", SWAPS + " -k neighbours"),
     Mutation(KNOWN, "version is None or ", "", SWAPS + " -k on_a_gpu"),
     Mutation(TURNS_OF, "copy.deepcopy(module), ", "module, ", SWAPS + " -k rotary_of_a_model"),
     Mutation(TURNS_OF, "if 2**i < rows), rows)", "if False), rows)", SWAPS + " -k rotary_of_a_model"),

@@ -3,6 +3,8 @@
 import contextlib
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from pyembed import reference
 from pyembed.call import Call, Norm, Projection, Terms
@@ -59,6 +61,20 @@ def guarded(tensor):
     buffer = rows.new_full((rows.shape[0] + 2 * margin, *rows.shape[1:]), guard)
     buffer[margin:-margin] = rows
     return buffer[margin:-margin].view(tensor.shape)
+
+
+class Largest(TorchDispatchMode):
+    """Within it: the elements of the largest result that is no view of what its operator was given."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        given = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        for x in tree_leaves(found):
+            if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in given:
+                self.elements = max(self.elements, x.numel())
+        return found
 
 
 class Case:

@@ -40,6 +40,8 @@ def test_devices_are_as_they_describe_themselves():
         ("gfx90a", 65_536, 64, False), ("gfx1201", 65_536, 32, False),
     ]  # fmt: skip
     assert all(each.registers == 65_536 and each.multiprocessors == 20 for each in OTHERS)
+    known = [described(arch, 49_152, warp_size=32).products for arch in (89, 90, "gfx942")]
+    assert known == [256, 2048, 1024] and {each.products for each in OTHERS} == {1024}
     assert {arch for arch, each in tuning.DEVICES.items() if each.tma} == {90, 100, 120}
     assert {each.shared_memory for arch, each in tuning.DEVICES.items() if arch in (86, 89, 120)} == {101_376}
     assert all(arch == each.arch for arch, each in tuning.DEVICES.items())

@@ -9,6 +9,7 @@ from conftest import full
 
 import pyembed
 from pyembed import cli, data, functional, settings
+from pyembed.budget import judge
 from pyembed.cli import main
 
 SMALL = ["demo", "--width", "64", "--batch", "1", "--length", "17"]
@@ -158,8 +159,8 @@ def test_wrong_gradient_is_over_budget(report_of, monkeypatch, capsys):
 def test_rms_alone_can_be_over_budget():
     exact = torch.randn(1000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     eager = exact.float()
-    assert cli._judge(eager + 3e-7, eager, exact, False)["verdict"] == "OVER (rms)"
-    assert cli._judge(eager, eager, exact, True)["verdict"] == "ok"
+    assert judge(eager + 3e-7, eager, exact, False)["verdict"] == "OVER (rms)"
+    assert judge(eager, eager, exact, True)["verdict"] == "ok"
 
 
 REFUSED = [
@@ -241,7 +242,7 @@ def test_missing_command_line_packages_are_named(monkeypatch, capsys, package):
 
 
 def test_unwritable_after_all_is_one_line(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(cli, "_check_writable", lambda *_: None)
+    monkeypatch.setattr(cli, "check_writable", lambda *_: None)
     assert main([*SMALL, "--dtype", "fp32", "--json", str(tmp_path)]) == 2
     out, err = capsys.readouterr()
     assert "none of 24 tensors over budget" in out and err == f"error: cannot write {tmp_path}: Is a directory\n"

@@ -4,8 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as nnf
 from conftest import DEVICE, full
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from numerics import Largest
 
 from pyembed.vocabulary import head, linear_cross_entropy
 
@@ -66,22 +65,6 @@ def test_replaced_rows(label_smoothing):
     found = linear_cross_entropy(hidden, weight, target, bias, replaced=(ids, rows), chunk=4, **options)
     right, (h, _, b, r) = expected([hidden, weight, bias], target, replaced=(ids, rows), **options)
     check([hidden, bias, rows], target, found, right, [h, b, r])
-
-
-class Largest(TorchDispatchMode):
-    """The most elements that any new tensor has."""
-
-    def __init__(self):
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        found = function(*args, **(kwargs or {}))
-        given = {x.untyped_storage().data_ptr() for x in tree_leaves(args) if isinstance(x, torch.Tensor)}
-        for each in tree_leaves(found):
-            if isinstance(each, torch.Tensor) and each.untyped_storage().data_ptr() not in given:
-                self.elements = max(self.elements, each.numel())
-        return found
 
 
 def test_neither_logits_nor_the_table_are_copied():

@@ -5,9 +5,8 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from numerics import Largest
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import pyembed
 from pyembed import rows as rows_module
@@ -15,22 +14,6 @@ from pyembed.vocabulary import Rows, TrainableRows
 
 V, D = 101, 16
 IDS = torch.tensor([[3, 99, 7, 3, 0, 100], [99, 99, 5, 100, 1, 2]])
-
-
-class Sizes(TorchDispatchMode):
-    """The largest number of elements of a result that is not one of the tensors given."""
-
-    def __init__(self):
-        super().__init__()
-        self.largest = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        found = func(*args, **(kwargs or {}))
-        known = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
-        for x in tree_leaves(found):
-            if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in known:
-                self.largest = max(self.largest, x.numel())
-        return found
 
 
 def table(dtype=torch.float32, **options):
@@ -85,11 +68,11 @@ def test_shares_the_table_and_makes_nothing_of_its_size():
     ours = TrainableRows(embedding, [3, 99])
     assert ours.weight is embedding.weight and not embedding.weight.requires_grad
     optimizer = torch.optim.AdamW(ours.parameters())
-    with Sizes() as sizes:
+    with Largest() as largest:
         loss_of(ours(IDS)).backward()
         optimizer.step()
         loss_of(ours(IDS)).backward()
-    assert ours.rows.grad.shape == (2, D) and IDS.numel() * D <= sizes.largest < 5000
+    assert ours.rows.grad.shape == (2, D) and IDS.numel() * D <= largest.elements < 5000
 
 
 def test_front_end_and_fuse_see_the_rows():
@@ -231,3 +214,10 @@ def test_counts_that_nobody_reads(count, monkeypatch):
     taken = ids == V
     assert torch.equal(found[~taken], F.embedding(ids[~taken], weight))
     assert torch.equal(found[taken], own) if count == 3 else found[taken].isnan().all()
+
+
+def test_distinct_ids_know_no_rows():
+    front, ids = front_end(table()), torch.tensor([[3, V]])
+    distinct = pyembed.call.DistinctIds(*ids.unique(return_inverse=True))
+    with pytest.raises(ValueError, match="distinct: expected None where rows"):
+        front(ids, distinct=distinct, rows=Rows(torch.zeros(1, D), V))
