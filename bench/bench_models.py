@@ -20,10 +20,10 @@ from pathlib import Path
 
 import torch
 import transformers
-from peers import compiler_missing
 from torch import nn
 
 import pyembed
+from pyembed.benchmark.peers import compiler_missing
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))
 from families import Own, OwnNorm, Packed

@@ -13,6 +13,7 @@ from rich.console import Console
 from pyembed.benchmark import cases, roofline
 from pyembed.benchmark.rows import as_table
 
+collect_ignore = ["bench_models.py"]  # a program of its own, which needs transformers
 ROWS = []  # of this run, to be printed
 SKIPPED = {}  # {row: why it was not measured}
 
