@@ -2,7 +2,7 @@
 
     token (+ segment) (+ position)  ->  norm  ->  linear maps that take its output
 
-The watched pass tells which modules looked up what, and whose input is whose output; proofs.py tells what a module computes.
+The watched pass tells which modules looked up what, and whose input is whose output; trials.py tells what a module computes.
 """
 
 import contextlib
@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from ..modules import known, proofs
-from ..modules.proofs import RowsFinding, is_patched, prove
+from ..modules import known, trials
+from ..modules.trials import RowsFinding
+from ..modules.proofs import is_patched, prove
 from .fusion import Found
 
 
@@ -87,7 +88,7 @@ def discover(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
             dropouts.append(call.module)
         elif call.module not in linears:
             why = why_touched(call.module)
-            finding = None if why or len(call.inputs) != 1 else _prove(proofs.linear, call.module)
+            finding = None if why or len(call.inputs) != 1 else _prove(trials.linear, call.module)
             if finding is None or not finding.casts:
                 others.append(f"{names[call.module]}, {_kind(call.module)}" + (f", which {why}" if why else ""))
             else:
@@ -95,7 +96,7 @@ def discover(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     if not linears:
         taken = f" but by {others[0]}" if others else ""
         raise Nothing(f"the output of the first norm, {names[norm.module]}, is taken by no linear map{taken}")
-    findings = [*(_finding(role, call, names) for role, call in lookups.items()), _prove(proofs.norm, norm.module)]
+    findings = [*(_finding(role, call, names) for role, call in lookups.items()), _prove(trials.norm, norm.module)]
     modules: dict[str, Any] = {role: call.module for role, call in lookups.items()}
     rows: dict[str, Any] = {role: call.ids for role, call in lookups.items()}
     path, parent = [], model
@@ -124,7 +125,7 @@ def _first_norm(seen: list[Seen], token: Seen, names: dict[nn.Module, str]) -> t
             dropouts.append(call.module)
             continue
         why = why_touched(call.module)
-        if len(call.inputs) == 1 and not why and _prove(proofs.norm, call.module) is not None:
+        if len(call.inputs) == 1 and not why and _prove(trials.norm, call.module) is not None:
             return call, found, dropouts
         takers[names[call.module]] = f"{_kind(call.module)}{' that ' if why else ''}{why or ''}"
     if takers:
@@ -162,7 +163,7 @@ def _finding(role: str, call: Seen, names: dict[nn.Module, str]) -> Any:
         why = "has max_norm, scale_grad_by_freq or sparse"
     finding = RowsFinding(None, False)
     if not why and role == "token" and not known.is_stock("token", module):
-        finding = _prove(proofs.rows, module)
+        finding = _prove(trials.rows, module)
         why = None if finding is not None else "could not be proved to return rows of its weight, multiplied by a number or not"
     if why:
         raise Nothing(f"{names[module]}, {_kind(module)}, {why}")

@@ -3,6 +3,7 @@
 import math
 import time
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,12 +12,12 @@ from torch.utils._pytree import tree_map_only
 
 from ..modules.known import is_stock
 from ..modules.proofs import Proof
-from ..plans.choice import LEAST_FLOPS, LEAST_TOKENS, refuses, weigh
+from ..plans.choice import LEAST_FLOPS, LEAST_TOKENS, refuses
 from .discover import Nothing, discover
-from .fusion import BY_TABLE, COMPILED, Found, Fusion, why_not
+from .fusion import BY_TABLE, COMPILED, SMALL, Found, Fusion, why_not
 from .sites import LinearSite, NormSite, RowsSite, TokenSite, is_site, site_class
 from .table import KeptTable
-from .verify import Difference, at_rest, compare, front_end, noisy, observe
+from .verify import Difference, at_rest, by_modules, compare, front_end, noisy, observe
 
 ROLES = ("token", "segment", "position", "norm", "linear")
 
@@ -28,7 +29,7 @@ def fuse(model: nn.Module, *args: Any, gradients: bool = True, strict: bool = Fa
     args, batch: any small batch as the model's forward takes it, with ids (..., T) int32 or int64 on the model's device. The
     model runs on it a few times in eval mode: once watched, to find which modules these are; then with and without fusing, and
     with backward unless gradients is False, and every output and gradient is compared. Modules are proved by value at random
-    parameters (modules/proofs.py), never by their class. What could not be proved is left as it is, and the handle says why.
+    parameters (modules/trials.py), never by their class. What could not be proved is left as it is, and the handle says why.
 
     Fused calls run where the planner expects a gain (a decode step does not); at other times, and for any input that was not
     foreseen (hooks, dropout, other weights, torch.func, torch.compile), the model's own modules run. Keys of state_dict, types'
@@ -124,10 +125,11 @@ class Fused:
     """A model whose front end is fused, or that could not be. print() it for a report.
 
     modules: {what it is: names in the model}; why_not: why nothing was fused, or None; error: the tensor that came nearest to
-    its budget when the model was verified, and how far it was from the model before; forward_seconds: of the model on the
-    batch, measured; saved_seconds: of them, predicted to be saved; share: of the front end in them, predicted; plan: what runs
-    for such a batch without gradients, and why; not_in_training: why it never runs fused with gradients, or None; calls: counts
-    of fused calls since, under "fused", and of each reason why one was not; where that is a compiler, of its graphs.
+    its budget when the model was verified, and its largest difference from the unfused model; forward_seconds: of the unfused
+    model on the batch, measured; share: of its front end in them, measured on a CPU; saved_seconds: of them, that fusing saves
+    there; plan: what runs for such a batch without gradients, and why; not_in_training: why it never runs fused with gradients,
+    or None; calls: counts of fused calls since, under "fused", and of each reason why one was not; where that is a compiler, of
+    its graphs.
     """
 
     def __init__(self, model: nn.Module, fusion: Fusion | None, why_not: str | None, seconds: float = 0.0) -> None:
@@ -177,7 +179,9 @@ class Fused:
         """
         fusion = self._fusion
         if fusion is None or self._undone:
-            raise RuntimeError(f"build_table: expected a model whose front end is fused, got one where it is not: {self}")
+            raise RuntimeError(
+                f"build_table: expected a model whose front end is fused, got one where it is not: {self._state()}"
+            )
         kept = KeptTable(fusion.call_of_no_ids, {module: fusion.found.names[module] for module in fusion.found.modules})
         with torch.no_grad():
             table = kept.current(fusion.call(fusion.found.rows))
@@ -223,43 +227,64 @@ class Fused:
         why: str | None
         if fusion.is_small(ids):
             least = LEAST_TOKENS if ids.is_cuda else math.ceil(LEAST_FLOPS / (2.0 * sum(fusion.rows) * D))
-            why = refused if ids.is_cpu and refused else f"fusing is considered from {least:,} tokens on"
+            too_few = f"{SMALL} ({ids.numel():,}; plans are compared from {least:,} on)"
+            why = refused if ids.is_cpu and refused else too_few
         else:
             why = why_not(call)
         self.plan = "fused" if why is None else f"the model's own modules: {why}"
         if refused or not ids.is_cpu:
             return
-        seconds = weigh(call, ids.unique().numel()).seconds
-        self.share = min(1.0, seconds["one_pass"] / self.forward_seconds)
+        stock = _least_seconds(lambda: by_modules(fusion.found, rows, fusion.factor()))
+        self.share = min(1.0, stock / self.forward_seconds)
         if self.plan == "fused":
-            self.saved_seconds = max(0.0, min(seconds["one_pass"], self.forward_seconds) - seconds["distinct"])
+            self.saved_seconds = max(0.0, min(stock, self.forward_seconds) - _least_seconds(lambda: fusion.parts(rows)))
 
-    def __str__(self) -> str:
+    def _state(self) -> str:
+        """In one line, what was done to the model."""
         name = type(self.model).__name__
         if self.why_not is not None:
             return f"{name}: nothing is fused: {self.why_not}"
+        return f"{name}: the front end {'was fused and is undone' if self._undone else 'is fused'}"
+
+    def __str__(self) -> str:
         fusion = self._fusion
-        assert fusion is not None
+        if fusion is None:
+            return self._state()
         size = " x ".join(map(str, fusion.found.rows["token"].shape))
         tensor, error = self.error
-        lines = [f"{name}: the front end {'was fused and is undone' if self._undone else 'is fused'}"]
+        lines = [self._state()]
         lines += [f"  {role:10}{', '.join(self.modules[role])}" for role in ROLES if role in self.modules]
-        lines += [f"  verified  hidden bit for bit; nearest to its budget: {tensor}, {error:.1e} from the model before"]
+        lines += [f"  verified  hidden has the unfused model's bits; nearest to its error budget: {tensor}, off by {error:.1e}"]
         lines += [f"  ids {size}: {self.plan}"]
         if self.share:
             gain = self.saved_seconds / self.forward_seconds
-            expect = f"expect {gain:.1%} less time for a forward" if gain else "no more than that can be gained"
-            lines += [
-                f"  the front end is about {self.share:.1%} of a forward of {self.forward_seconds * 1e3:.3g} ms: {expect}"
-            ]
+            expect = f"fusing saves about {gain:.1%} of it" if gain else "no more than that can be gained"
+            milliseconds = self.forward_seconds * 1e3
+            lines += [f"  the front end takes about {self.share:.1%} of a forward of {milliseconds:.3g} ms: {expect}"]
         if self.not_in_training:
-            lines += [f"  in training the model's own modules run: {self.not_in_training}"]
+            lines += [f"  with gradients the model's own modules run: {self.not_in_training}"]
+        for module in fusion.found.dropouts:
+            if module.p > 0:
+                lines += [
+                    f"  in training the model's own modules run: {fusion.found.names[module]} is a dropout of p={module.p:g}"
+                ]
         lines += ["  under a compiler (torch.compile, torch.export) the model's own modules run"]
         if fusion.table is not None:
             lines += [f"  a table of {fusion.table.nbytes:,} bytes serves calls without gradients"]
         for why, count in self.calls.items():
             what = why if why in ("fused", BY_TABLE) else f"not fused: {why}"
-            lines += [f"  {count:6,} {'graphs' if why == COMPILED else 'calls'} {what}"]
+            unit = ("graph" if why == COMPILED else "call") + "s" * (count > 1)
+            lines += [f"  {count:6,} {unit} {what}"]
         return "\n".join(lines)
 
     __repr__ = __str__
+
+
+def _least_seconds(call: Callable[[], Any], repeats: int = 3) -> float:
+    """Of a few calls, the fastest: other processes slow some down."""
+    seconds = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - began)
+    return min(seconds)

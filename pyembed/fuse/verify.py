@@ -143,7 +143,7 @@ def front_end(fusion: Fusion, rows: dict[str, Tensor], gradients: bool, table: T
     results = []
     for fused in (False, True):
         with torch.inference_mode(False), torch.set_grad_enabled(gradients):
-            hidden, *outs = fusion.parts(rows, table) if fused else _modules(found, rows, fusion.factor())
+            hidden, *outs = fusion.parts(rows, table) if fused else by_modules(found, rows, fusion.factor())
             tensors = {"hidden": hidden} | {found.names[m]: out for m, out in zip(found.linears, outs, strict=True)}
             reached = [(x, _random(x, i)) for i, x in enumerate(tensors.values()) if x.requires_grad]
             grads = _gradients(reached, [*wanted.values()])
@@ -157,7 +157,7 @@ def front_end(fusion: Fusion, rows: dict[str, Tensor], gradients: bool, table: T
     compare(ours, stock)
 
 
-def _modules(found: Found, rows: dict[str, Tensor], scale: float | None) -> list[Tensor]:
+def by_modules(found: Found, rows: dict[str, Tensor], scale: float | None) -> list[Tensor]:
     """Hidden and the projections by the modules."""
     looked_up = {
         role: F.embedding(ids, found.lookups[role].weight, found.lookups[role].padding_idx) for role, ids in rows.items()

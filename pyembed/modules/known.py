@@ -13,8 +13,9 @@ from torch.nn.modules import module as _module
 from ..call import STOCK_FORWARDS, Norm, Projection, wide_dtype
 from ..kept import Links
 from ..modes import TENSORS, autocast_dtype, brings_operators, has_process_group, is_dtensor, is_recorded
-from . import proofs
-from .proofs import PositionFinding, Proof, is_patched, prove
+from . import trials
+from .proofs import Proof, is_patched, prove
+from .trials import PositionFinding
 
 NAMES = ("token", "position", "segment", "norm", "qkv", "query_norm", "key_norm")
 HEAD_NORMS = ("query_norm", "key_norm")
@@ -26,8 +27,8 @@ FORWARDS: dict[Any, Any] = {
     for kind in (nn.Embedding, nn.LayerNorm, nn.RMSNorm, nn.Linear, nn.Dropout)
 }
 _PROVERS: dict[str, Callable[[nn.Module], Any]] = {
-    "token": proofs.rows, "position": proofs.positions, "norm": proofs.norm, "qkv": proofs.linear,
-    "query_norm": proofs.norm, "key_norm": proofs.norm,
+    "token": trials.rows, "position": trials.positions, "norm": trials.norm, "qkv": trials.linear,
+    "query_norm": trials.norm, "key_norm": trials.norm,
 }  # fmt: skip
 _KINDS: dict[str, tuple[type[nn.Module], ...]] = {
     **dict.fromkeys(("token", "position", "segment"), (nn.Embedding,)),

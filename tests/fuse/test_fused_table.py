@@ -36,7 +36,7 @@ def test_same_results(name):
     assert torch.equal(run(model, ids), want) and not fused.calls["fused"]
     size = fused.build_table()
     assert close(run(model, ids), want) and fused.calls["fused"] == fused.calls["fused by the table"] == 1
-    assert f"a table of {size:,} bytes" in str(fused) and "1 calls fused by the table" in str(fused)
+    assert f"a table of {size:,} bytes" in str(fused) and "1 call fused by the table" in str(fused)
     logits(model, ids).sum().backward()
     assert fused.calls["fused by the table"] == 1
     with pyembed.plan("distinct"):

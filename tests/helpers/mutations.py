@@ -39,7 +39,7 @@ TUNING, AHEAD = (f"tests/kernels/test_{name}.py" for name in ("tuning", "ahead_o
 RUN, ONE_PASS, OPERATORS = (f"pyembed/{name}.py" for name in ("run", "plans/one_pass", "plans/operators"))
 CHOICE, PARTS = "pyembed/plans/choice.py", "pyembed/modules/parts.py"
 KNOWN, KEEPS = "pyembed/modules/known.py", "pyembed/modules/keeps_table.py"
-PROOFS = "pyembed/modules/proofs.py"
+PROOFS, TRIALS = (f"pyembed/modules/{name}.py" for name in ("proofs", "trials"))
 SWAPS, PLACES = (f"tests/modules/test_{name}.py" for name in ("swaps", "positions"))
 TURNS, TURNS_OF = "pyembed/rotary.py", "pyembed/rotary_of.py"
 BENCH, DATA, COMMAND, DOCTOR = (f"tests/tools/test_{name}.py" for name in ("bench", "data", "bench_command", "doctor"))
@@ -321,17 +321,17 @@ MUTATIONS = [
     Mutation(KNOWN, "    if query.weight.shape != (head_dim,):\n", "    if False:\n", TAKEN + " -k kernels_lack"),
     Mutation(PROOFS, "if getattr(kind, name, None) is not function:", "if False:", TAKEN + " -k after_the_proof"),
     Mutation(PROOFS, "if now is not value and (type(now)", "if False and (type(now)", TAKEN + " -k after_the_proof"),
-    Mutation(PROOFS, "            for training in (True, False):\n", "            for training in (False,):\n", TAKEN),
-    Mutation(PROOFS, "found.append((out, *grads,", "found.append((out,", TAKEN + " -k what_they_compute"),
-    Mutation(PROOFS, "    if before.keys() != after.keys() or any(", "    if any(", TAKEN + " -k less_than"),
-    Mutation(PROOFS, "for size in (1.0, 60.0, 0.02)):", "for size in (1.0,)):", TAKEN + " -k less_than"),
-    Mutation(PROOFS, "for eps in (3e-5, 2e-9, 0.7)]", "for eps in (3e-5,)]", TAKEN + " -k less_than"),
-    Mutation(PROOFS, "if not _same_ranks(ranks[0], ranks[1], x, 1e-4):", "if False:", TAKEN + " -k less_than"),
+    Mutation(TRIALS, "            for training in (True, False):\n", "            for training in (False,):\n", TAKEN),
+    Mutation(TRIALS, "found.append((out, *grads,", "found.append((out,", TAKEN + " -k what_they_compute"),
+    Mutation(TRIALS, "    if before.keys() != after.keys() or any(", "    if any(", TAKEN + " -k less_than"),
+    Mutation(TRIALS, "for size in (1.0, 60.0, 0.02)):", "for size in (1.0,)):", TAKEN + " -k less_than"),
+    Mutation(TRIALS, "for eps in (3e-5, 2e-9, 0.7)]", "for eps in (3e-5,)]", TAKEN + " -k less_than"),
+    Mutation(TRIALS, "if not _same_ranks(ranks[0], ranks[1], x, 1e-4):", "if False:", TAKEN + " -k less_than"),
     Mutation(
         "pyembed/run.py", " or torch._C._len_torch_dispatch_stack() > 0", "", "tests/machinery/test_machinery.py -k selective"
     ),
     Mutation(PROOFS, "[device.index for device in devices]", "[], enabled=False", TAKEN + " -k leave"),
-    Mutation(PROOFS, "if torch.equal(straight.flip(0), turned) and", "if", TAKEN + " -k no_positions"),
+    Mutation(TRIALS, "if torch.equal(straight.flip(0), turned) and", "if", TAKEN + " -k no_positions"),
     Mutation("pyembed/call.py", "isinstance(table, Called) and not table.has_rows", "False", TAKEN + " -k which_ids"),
     Mutation("pyembed/checks.py", "token is None or _brings_weights(fields", "token is None and _brings_weights(fields", TAKEN),
     Mutation(CHOICE, "refused = refuses(call) or _why_strange(call)", "refused = refuses(call)", TAKEN + " -k as_an_argument"),

@@ -10,7 +10,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 import pyembed
 from pyembed import EmbeddingQKV
-from pyembed.modules import proofs
+from pyembed.modules import proofs, trials
 
 BACKENDS = pytest.mark.parametrize("backend", ["torch", "triton"])
 IDS = torch.tensor([[1, 5, 5, 2], [0, 3, 8, 1]], device=DEVICE)
@@ -395,14 +395,14 @@ def test_proofs_leave_the_module_and_the_generator_alone():
     norm = LlamaRMSNorm(16)
     norm.register_forward_hook(lambda *args: pytest.fail("a hook ran"))
     state, before = torch.get_rng_state(), copy.deepcopy(norm.state_dict())
-    finding = proofs.prove(proofs.norm, norm).finding
+    finding = proofs.prove(trials.norm, norm).finding
     assert finding == ("rms", "weight", None, False, "variance_epsilon") and norm.weight.grad is None
     assert torch.equal(norm.weight, before["weight"]) and torch.equal(torch.get_rng_state(), state)
     draws = Draws(16)
     state = torch.get_rng_state()
-    assert proofs.prove(proofs.norm, draws).finding is not None and torch.equal(torch.get_rng_state(), state)
+    assert proofs.prove(trials.norm, draws).finding is not None and torch.equal(torch.get_rng_state(), state)
     with torch.device("meta"):
-        assert proofs.prove(proofs.norm, LlamaRMSNorm(16)).finding == finding
+        assert proofs.prove(trials.norm, LlamaRMSNorm(16)).finding == finding
 
 
 def test_a_table_follows_what_a_proof_found(monkeypatch):

@@ -12,7 +12,7 @@ import pyembed
 from pyembed import Rotary
 from pyembed.call import Epilogue
 from pyembed.modules.known import OwnScale
-from pyembed.modules.proofs import RowsFinding
+from pyembed.modules.trials import RowsFinding
 from pyembed.reference import rotate
 from pyembed.rotary import turns
 
