@@ -18,7 +18,7 @@ import typer
 
 from pyembed.benchmark import roofline
 from pyembed.benchmark.cases import MODELS
-from pyembed.benchmark.rows import SPREAD
+from pyembed.benchmark.rows import is_busy
 
 SECTION = re.compile(r"(?<=^<!-- measured -->\n).*?(?=^<!-- /measured -->$)", re.M | re.S)
 DIRECTIONS = ("forward", "forward+backward")
@@ -101,8 +101,8 @@ def median(found, direction):
 
 
 def mark(*found, direction):
-    """BUSY if the quartiles of any of these measurements are further apart than SPREAD."""
-    return BUSY if any(s["q3"] > SPREAD * s["q1"] for s in (each["seconds"][direction] for each in found)) else ""
+    """BUSY if another program used the machine during any of these measurements."""
+    return BUSY if any(is_busy(each, direction) for each in found) else ""
 
 
 def ratio(found, slower, faster, direction):

@@ -198,7 +198,7 @@ def _read_tokens(path: Path | None, encoding: str, batch: int, length: int) -> t
     if path is None:
         import pydoc_data.topics
 
-        name, text = "pydoc_data.topics", "\n".join(pydoc_data.topics.topics.values())
+        name, text = "Python's manual (pydoc_data.topics)", "\n".join(pydoc_data.topics.topics.values())
     else:
         name = str(path).encode(errors="replace").decode()  # a file name may be invalid UTF-8
         try:

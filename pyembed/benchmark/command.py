@@ -228,7 +228,7 @@ def conclusions(report: Report) -> list[str]:
     if report["busy"]:
         which = "this row" if len(report["busy"]) == 1 else "these rows"
         said.append(
-            f"The machine was too busy to believe {which}, whose quartiles are more than 25 % apart, also when measured again: "
-            f"{', '.join(report['busy'])}."
+            f"The machine was too busy to believe {which}, also when measured again (quartiles more than 25 % apart, or "
+            f"threads that waited for a core): {', '.join(report['busy'])}."
         )
     return said

@@ -14,6 +14,7 @@ from .peers import PLANS, capture_all, check, compiler_missing, front_ends, grad
 from .timing import Variant, clock, compare, peak_bytes, saved_bytes
 
 SPREAD = 1.25  # third quartile over first: beyond it, something else used the machine meanwhile
+WAITED = 0.1  # share of a variant's time for which threads waited for a core: as much, even if all times are alike
 
 
 def front_end(model, ids, dtype, trains, wanted, seconds, graphs, tell=lambda what, done=None: None):
@@ -80,7 +81,7 @@ def fused_model(model, ids, trains, seconds, tell=lambda what, done=None: None):
         if plan == "auto" or fused.calls["fused"]:
             variants[plan] = variant
         else:
-            left_out[plan] = f"the model's own modules ran: {next(iter(fused.calls), 'they always do')}"
+            left_out[plan] = f"the model's own modules ran instead: {next(iter(fused.calls), 'they always do')}"
     rows, more = measure(variants, trains, False, ids.device, seconds, False, tell)
     return rows, left_out | more
 
@@ -113,8 +114,14 @@ def measure(variants, trains, checks_gradients, device, seconds, graphs, tell=la
 
 
 def busy(found):
-    """Whether the quartiles of a variant's times, in any direction, are further apart than SPREAD."""
-    return any(times["q3"] > SPREAD * times["q1"] for times in found["seconds"].values())
+    """Whether another program used the machine meanwhile, in any direction."""
+    return any(is_busy(found, direction) for direction in found["seconds"])
+
+
+def is_busy(found, direction):
+    """Whether the quartiles of a variant's times are further apart than SPREAD, or its threads waited for more than WAITED."""
+    times = found["seconds"][direction]
+    return times["q3"] > SPREAD * times["q1"] or found.get("waited", 0.0) > WAITED
 
 
 def needed_bytes(model, M, itemsize, trains):
@@ -132,7 +139,7 @@ def lines(variants, reference="eager"):
             limit = found.get("limit", {}).get(direction)
             share = f"{1e5 * limit / median:.0f}" if limit else ""
             ratio = f"{first['seconds'][direction]['median'] * 1e3 / median:.2f}" if direction in first["seconds"] else ""
-            mark = " busy" if q3 > SPREAD * q1 else ""
+            mark = " busy" if is_busy(found, direction) else ""
             yield name, direction, digits(median), f"{digits(q1)} … {digits(q3)}{mark}", ratio, share
             name = ""
 

@@ -2,7 +2,8 @@
 
 CPU: wall-clock, a quick call right after an untimed one of its own. CUDA: events around the work, the L2 cache overwritten
 before each, forward passes replayed from a CUDA graph (peers.capture_all; all of a row, or none). A row goes on until its
-seconds are spent; median and quartiles are over rounds.
+seconds are spent; median and quartiles are over rounds. "waited" is the share of a variant's time in which threads of this
+process were ready and another program had the core: where that is much, even times that hardly spread mean nothing.
 """
 
 import contextlib
@@ -10,9 +11,11 @@ import ctypes
 import dataclasses
 import gc
 import itertools
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -116,24 +119,40 @@ def capture(variant, pool):
 
 
 def compare(variants, grads, timer, seconds, tell=lambda done: None):
-    """{variant: {"rounds": of each, "seconds": {direction: {"median", "q1", "q3"}}}}, in turn; each has run before.
+    """{variant: {"rounds": of each, "waited": share, "seconds": {direction: {"median", "q1", "q3"}}}}, in turn; each has run
+    before.
 
     grads: {variant: gradients of its outputs}; None: a forward without them. seconds: in all. tell(done): is called with the
     share of them that is spent."""
     directions = ["forward"] if grads is None else ["training forward", "backward", "forward+backward"]
     grads = dict.fromkeys(variants) if grads is None else grads
-    found = {name: [] for name in variants}
+    found, waits = {name: [] for name in variants}, dict.fromkeys(variants, 0.0)
     rounds, end = 0, time.perf_counter() + seconds
     while rounds < ROUNDS[0] or rounds < ROUNDS[1] and time.perf_counter() < end:
         for name, variant in variants.items():
             if isinstance(timer, Wall) and found[name] and found[name][-1][-1] < QUICK:
                 step(variant, grads[name], timer)
+            before = waiting_seconds()
             parts = timer.seconds(step(variant, grads[name], timer))
+            waits[name] += max(0.0, waiting_seconds() - before)
             found[name].append(parts if len(parts) == 1 else [*parts, sum(parts)])
         rounds += 1
         tell(min(1.0, max(1 - (end - time.perf_counter()) / seconds if seconds else 1.0, rounds / ROUNDS[1])))
     columns = {name: zip(directions, zip(*rows, strict=True), strict=True) for name, rows in found.items()}
-    return {name: {"rounds": rounds, "seconds": {d: _quartiles(c) for d, c in those}} for name, those in columns.items()}
+    waited = {name: waits[name] / sum(row[-1] for row in rows) for name, rows in found.items()}
+    return {
+        name: {"rounds": rounds, "waited": waited[name], "seconds": {d: _quartiles(column) for d, column in those}}
+        for name, those in columns.items()
+    }
+
+
+def waiting_seconds():
+    """For which threads of this process were ready and had no core, in sum, since they began; 0: this system does not say."""
+    try:
+        threads = [f"/proc/self/task/{thread}/schedstat" for thread in os.listdir("/proc/self/task")]
+        return sum(int(Path(thread).read_text().split()[1]) for thread in threads) / 1e9
+    except (OSError, IndexError, ValueError):  # another system, or a thread that ended
+        return 0.0
 
 
 def _quartiles(seconds):

@@ -135,7 +135,7 @@ def settle(call: Call) -> Plan | None:
     RuntimeError: a forced plan cannot run."""
     plan, token, ids = settings.current.plan, call.terms.token, call.terms.ids
     if plan == "one_pass":
-        return Plan("one_pass", "forced", {})
+        return Plan("one_pass", "pyembed.plan('one_pass') is set", {})
     if plan == "table":
         raise RuntimeError("plan: 'table' needs a module to keep it: expected an EmbeddingQKV, got a function call")
     refused = refuses(call) or _why_strange(call)
@@ -151,13 +151,24 @@ def settle(call: Call) -> Plan | None:
                 f"plan: 'distinct' cannot run here: on {token.device} it needs the kernels"
                 + ("" if token.is_cuda else ", or no compiler, exporter, torch.func or forward-mode AD")
             )
-        return Plan("distinct", "forced", {})
+        return Plan("distinct", "pyembed.plan('distinct') is set", {})
     compiles = torch.compiler.is_compiling() or is_recorded()  # whose graph shall serve any number of tokens
     if not compiles and _is_small(call, kernels):
         return Plan("one_pass", f"{ids.numel()} tokens are too few for another plan to save time", {})
     if not runs or kernels != token.is_cuda or compiles:
-        return Plan("one_pass", "distinct and table do not run here", {})
+        return Plan("one_pass", _why_not_weighed(token, compiles, kernels), {})
     return None
+
+
+def _why_not_weighed(token: Tensor, compiles: bool, kernels: bool) -> str:
+    """Why "auto" takes one_pass without a look at the ids."""
+    if compiles:
+        return "the graph of a compiler or tracer serves any ids, so that none are counted"
+    if token.is_cuda and not kernels:
+        return f"on a GPU the other plans need the kernels, which do not run: {why_torch(token)}"
+    if kernels and not token.is_meta:
+        return "in Triton's interpreter the other plans run only where pyembed.plan asks for them"
+    return "tensors have no values (meta), or a transform (torch.func, forward-mode AD) is at work"
 
 
 def choose(call: Call) -> Plan:

@@ -89,11 +89,12 @@ def test_plan_follows_what_repeats(steady):
         assert chosen(unlike, trains=trains).name == "one_pass"
     assert chosen(repeats[:1, :1]).name == "one_pass"
     with pyembed.plan("one_pass"):
-        assert chosen(repeats) == ("one_pass", "forced", {})
+        assert chosen(repeats) == ("one_pass", "pyembed.plan('one_pass') is set", {})
     with pyembed.plan("distinct"):
         assert chosen(unlike).name == "distinct"
     with pyembed.backend("triton"):
-        assert chosen(repeats).name == "one_pass"  # in the interpreter "auto" shows the one kernel
+        plan = chosen(repeats)  # in the interpreter "auto" shows the one kernel
+        assert plan.name == "one_pass" and "run only where pyembed.plan asks" in plan.reason
 
 
 def test_each_batch_runs_by_the_plan_for_its_ids(steady, monkeypatch):

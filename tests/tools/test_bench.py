@@ -128,6 +128,24 @@ def test_medians(bench, trains):
     assert timing._quartiles([1, 2, 3, 4, 9]) == {"median": 3, "q1": 2, "q3": 4}
 
 
+@pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="this system does not say how long threads wait")
+def test_waiting_for_a_core_is_seen(bench):
+    """Of two programs on one core each has it for half the time, and all times of the one may be alike."""
+    timing, rows = bench("timing"), bench("rows")
+    cores = os.sched_getaffinity(0)
+    rival = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        for process in (0, rival.pid):
+            os.sched_setaffinity(process, {min(cores)})
+        work = timing.Variant(lambda: (sum(range(1_000_000)),), [])
+        found = timing.compare({"one": work}, None, timing.Wall(), seconds=0.3)["one"]
+    finally:
+        os.sched_setaffinity(0, cores)
+        rival.kill()
+        rival.wait()
+    assert found["waited"] > rows.WAITED and rows.busy(found)
+
+
 def test_a_run_saves_its_rows(tmp_path):
     """The command of README for the smallest rows, and what stands in the JSON; a budget that is spent starts no row."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}

@@ -110,14 +110,21 @@ def test_a_wrong_result_raises(monkeypatch):
 
 
 @pytest.mark.parametrize(("spreads", "marked"), [([1.0], False), ([1.5, 1.2], False), ([1.3, 1.3], True)])
-def test_a_busy_row_is_measured_again(report_of, monkeypatch, tmp_path, spreads, marked):
-    """As often as spreads says: third quartiles over first, of `distinct`, in one measurement after the other."""
+@pytest.mark.parametrize("by", ["spread", "waited"])
+def test_a_busy_row_is_measured_again(report_of, monkeypatch, tmp_path, spreads, marked, by):
+    """As often as spreads says: of `distinct`, third quartiles over first in one measurement after the other, or 1 + the share
+    of its time in which it waited for a core."""
     left = list(spreads)
 
     def compare(variants, grads, timer, seconds, tell):
         times = {name: {"q1": 1.0, "median": 1.0, "q3": 1.0} for name in variants}
-        times["distinct"]["q3"] = left.pop(0)
-        return {name: {"rounds": 3, "seconds": {"forward": found}} for name, found in times.items()}
+        found = {name: {"rounds": 3, "waited": 0.0, "seconds": {"forward": each}} for name, each in times.items()}
+        spread = left.pop(0)
+        if by == "spread":
+            times["distinct"]["q3"] = spread
+        else:
+            found["distinct"]["waited"] = (spread - 1) / 2.5  # 0.2, 0.08, 0.12
+        return found
 
     monkeypatch.setattr(rows, "compare", compare)
     report, printed = report_of(*SHAPE, "--plot", str(tmp_path / "times.svg"))

@@ -50,7 +50,11 @@ def test_report_holds_every_number(report_of, tmp_path):
         assert all(row["verdict"] == "ok" for tensors in result["plans"].values() for row in tensors.values())
     assert report["passed"] is True
     assert report["mode"] == MODE
-    assert report["text"] == {"name": "pydoc_data.topics", "encoding": "gpt2", "tokens": report["text"]["tokens"]}
+    assert report["text"] == {
+        "name": "Python's manual (pydoc_data.topics)",
+        "encoding": "gpt2",
+        "tokens": report["text"]["tokens"],
+    }
     assert report["shape"]["tokens"] == 17 >= report["shape"]["distinct_tokens"]
     assert report["shape"]["vocabulary"] == 50257
     assert report["versions"]["torch"] == torch.__version__
