@@ -258,7 +258,8 @@ class Fused:
         lines += [f"  ids {size}: {self.plan}"]
         if self.share:
             gain = self.saved_seconds / self.forward_seconds
-            expect = f"fusing saves about {gain:.1%} of it" if gain else "no more than that can be gained"
+            nothing = "fusing saved none of it here" if self.plan == "fused" else "no more than that can be gained"
+            expect = f"fusing saves about {gain:.1%} of it" if gain else nothing
             milliseconds = self.forward_seconds * 1e3
             lines += [f"  the front end takes about {self.share:.1%} of a forward of {milliseconds:.3g} ms: {expect}"]
         if self.not_in_training:
