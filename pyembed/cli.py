@@ -344,6 +344,8 @@ def _show(report: Report) -> None:
     facts = Table.grid(padding=(0, 2))
     facts.add_column(style="bold", no_wrap=True)
     facts.add_column()
+    facts.add_row("ours", "the fused kernels, by the plan one_pass (other plans: below)")
+    facts.add_row("eager", "PyTorch's operators")
     facts.add_row("budget", "2 x eager's error + eps x the largest value; likewise for the RMS")
     for key, value in describe(report).items():
         facts.add_row(key, Text(value.encode(console.encoding, "backslashreplace").decode(console.encoding)))
