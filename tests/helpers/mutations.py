@@ -330,6 +330,9 @@ MUTATIONS = [
     Mutation(
         "pyembed/run.py", " or torch._C._len_torch_dispatch_stack() > 0", "", "tests/machinery/test_machinery.py -k selective"
     ),
+    Mutation("pyembed/fuse/fused.py", "if module.p > 0:", "if False:", "tests/fuse/test_handle.py -k dropout"),
+    Mutation("pyembed/benchmark/rows.py", ' or found.get("waited", 0.0) > WAITED', "", COMMAND + " -k busy"),
+    Mutation("pyembed/benchmark/timing.py", "waiting_seconds() - before)", "0.0)", BENCH + " -k waiting"),
     Mutation(PROOFS, "[device.index for device in devices]", "[], enabled=False", TAKEN + " -k leave"),
     Mutation(TRIALS, "if torch.equal(straight.flip(0), turned) and", "if", TAKEN + " -k no_positions"),
     Mutation("pyembed/call.py", "isinstance(table, Called) and not table.has_rows", "False", TAKEN + " -k which_ids"),
