@@ -5,6 +5,7 @@ discover.py  which modules are the front end: one watched forward
 fusion.py    when a fused front end runs, and what it computes
 sites.py     the classes that its modules have meanwhile
 waiting.py   the tensors that pass between them
+traced.py    the same within a graph of torch.compile
 table.py     its table, for calls without gradients
 verify.py    whether the model still computes what it did
 load.py      a model by name, for the command line

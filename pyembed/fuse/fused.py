@@ -10,11 +10,13 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
+from .. import settings
 from ..modules.known import is_stock
 from ..modules.proofs import Proof
 from ..plans.choice import LEAST_FLOPS, LEAST_TOKENS, refuses
 from .discover import Nothing, discover
-from .fusion import BY_TABLE, COMPILED, SMALL, Found, Fusion, why_not
+from . import traced
+from .fusion import BY_TABLE, SMALL, Found, Fusion, why_not
 from .sites import LinearSite, NormSite, RowsSite, TokenSite, is_site, site_class
 from .table import KeptTable
 from .verify import Difference, at_rest, by_modules, compare, front_end, noisy, observe
@@ -32,10 +34,13 @@ def fuse(model: nn.Module, *args: Any, gradients: bool = True, strict: bool = Fa
     parameters (modules/trials.py), never by their class. What could not be proved is left as it is, and the handle says why.
 
     Fused calls run where the planner expects a gain (a decode step does not); at other times, and for any input that was not
-    foreseen (hooks, dropout, other weights, torch.func, torch.compile), the model's own modules run. Keys of state_dict, types'
-    names and attributes stay; a copy or a pickle of the model is not fused. Errors where the unfused model has none: the
-    gradient of hidden_states[0] by itself, since projections do not pass through it; gradients of gradients; a tensor between
-    lookups and projections that is read after what it depends on was changed, or by C++ code that Python does not see.
+    foreseen (hooks, dropout, other weights, torch.func), the model's own modules run. torch.compile takes the fused front end
+    into its graphs where kernels run it: on a GPU for at most 32 tokens without gradients and one projection, where a gain is
+    predicted, not measured; within pyembed.backend("triton") always. torch.export takes the model's own modules. Keys of
+    state_dict, types' names and attributes stay; a copy or a pickle of the model is not fused. Errors where the unfused model
+    has none: the gradient of hidden_states[0] by itself, since projections do not pass through it; gradients of gradients; a
+    tensor between lookups and projections that is read after what it depends on was changed, or by C++ code that Python does
+    not see.
 
     strict: ValueError where there is nothing to fuse. TypeError: no nn.Module, or no tensor. ValueError: it is fused already.
     RuntimeError (verify.Difference): a result differs by more than rounding explains; the model is then as it was. Errors of
@@ -216,6 +221,15 @@ class Fused:
         if not self._undone:
             self.undo()
 
+    def _in_graphs(self) -> str:
+        assert self._fusion is not None
+        with torch.no_grad():
+            why = "the fusing is undone" if self._undone else traced.why_not(self._fusion)
+        if why is not None:
+            return f"the model's own modules into its graphs: {why}"
+        forced = settings.current.backend == "triton"
+        return "the fused front end into its graphs" + ("" if forced else f" of at most {traced.FEW} tokens without gradients")
+
     def _forecast(self) -> None:
         """Fills plan, saved_seconds and share for the batch that was given."""
         fusion = self._fusion
@@ -269,13 +283,13 @@ class Fused:
                 lines += [
                     f"  in training the model's own modules run: {fusion.found.names[module]} is a dropout of p={module.p:g}"
                 ]
-        lines += ["  under a compiler (torch.compile, torch.export) the model's own modules run"]
+        lines += [f"  torch.compile takes {self._in_graphs()}"]
         if fusion.table is not None:
             lines += [f"  a table of {fusion.table.nbytes:,} bytes serves calls without gradients"]
         for why, count in self.calls.items():
-            what = why if why in ("fused", BY_TABLE) else f"not fused: {why}"
-            unit = ("graph" if why == COMPILED else "call") + "s" * (count > 1)
-            lines += [f"  {count:6,} {unit} {what}"]
+            is_graph = why == traced.FUSED or why.startswith(traced.COMPILED)
+            what = why if why in ("fused", BY_TABLE, traced.FUSED) else f"not fused: {why}"
+            lines += [f"  {count:6,} {'graph' if is_graph else 'call'}{'s' * (count > 1)} {what}"]
         return "\n".join(lines)
 
     __repr__ = __str__

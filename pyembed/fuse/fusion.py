@@ -31,7 +31,6 @@ from .table import KeptTable
 from .waiting import Hidden, Tag, Waiting, state_of
 
 BY_TABLE = "fused by the table"  # of calls
-COMPILED = "a compiler (torch.compile, torch.export) takes the model's own modules into its graphs"
 SMALL = "too few tokens to gain anything"
 MISSED = "projections that were computed before were not taken: what lies between asks for hidden itself"
 MISSES = 3  # results in a row that nobody took, after which fusing is tried at every RETRY-th call
@@ -104,6 +103,10 @@ class Fusion:
         for parent, name, child in self.found.path:  # a compiler that begins there takes no tensor of another class
             if parent._modules.get(name) is not child or child._compiled_call_impl is not None:
                 raise Stock(f"{self.found.names[child]} is compiled, or was replaced")
+        self.check_modules(ids.device)
+
+    def check_modules(self, device: torch.device) -> None:
+        """Stock: as above, whatever runs them."""
         token = self.token._parameters["weight"]
         for module, kind, proof in zip(self.found.modules, self.classes, self.proofs, strict=True):
             name, own = self.found.names[module], module.__dict__
@@ -116,7 +119,7 @@ class Fusion:
             for p in module._parameters.values():
                 if p is not None and (type(p) is not nn.Parameter or p.is_inference() or p.is_meta):
                     raise Stock(f"{name} has weights of another kind")
-                if p is not None and (p.device != ids.device or token is None or p.dtype != token.dtype):
+                if p is not None and (p.device != device or token is None or p.dtype != token.dtype):
                     raise Stock("weights have several dtypes or devices")
         for role, module in self.found.lookups.items():
             trains = torch.is_grad_enabled() and module.weight.requires_grad
@@ -164,22 +167,15 @@ class Fusion:
     def add(self, a: Waiting, b: Waiting) -> Tensor | None:
         """The sum of waiting rows: waiting too, or hidden where all are in it; None: it is another sum than was proved."""
         assert a.tag is not None and b.tag is not None
-        one, other, roles = a.tag.rows, b.tag.rows, self.found.lookups
-        rows = {role: (one | other)[role] for role in roles if role in one or role in other}
-        if one.keys() & other.keys() or "token" not in rows or a.dtype != b.dtype:
+        rows, roles = self.joined(a.tag.rows, b.tag.rows), self.found.lookups
+        if rows is None or a.dtype != b.dtype:
             return None
         ids = rows["token"]
-        if any(x.shape not in (ids.shape, ids.shape[-1:], (1,) * (ids.dim() - 1) + ids.shape[-1:]) for x in rows.values()):
-            return None
         if len(rows) < len(roles):
-            if "position" in rows:  # which embed_qkv adds last
-                return None
             first, second = a.compute, b.compute
             anchors = [roles[role].weight for role in rows]
             with _counted():
                 return Waiting.make((*ids.shape, a.shape[-1]), a, a.dtype, lambda: first() + second(), Tag(self, rows), anchors)
-        if len(rows) == 3 and not (len(one) == 2 or len(other) == 2):
-            return None
         try:
             self.check(ids)
             with _counted():
@@ -187,6 +183,19 @@ class Fusion:
         except Stock as why:
             self.calls[str(why)] += 1
             return None
+
+    def joined(self, one: dict[str, Tensor], other: dict[str, Tensor]) -> dict[str, Tensor] | None:
+        """{role: ids} of a sum of rows with these; None: embed_qkv adds in another order, or shapes are others."""
+        roles = self.found.lookups
+        rows = {role: (one | other)[role] for role in roles if role in one or role in other}
+        if one.keys() & other.keys() or "token" not in rows:
+            return None
+        shape = rows["token"].shape
+        if any(x.shape not in (shape, shape[-1:], (1,) * (len(shape) - 1) + shape[-1:]) for x in rows.values()):
+            return None
+        if len(rows) < len(roles):
+            return None if "position" in rows else rows  # which embed_qkv adds last
+        return rows if len(rows) < 3 or len(one) == 2 or len(other) == 2 else None
 
     def factor(self) -> float | None:
         """By which rows of tokens are multiplied; None: by 1, as BART's are."""
@@ -236,7 +245,7 @@ class Fusion:
         if why is not None:
             raise Stock(why)
         hidden, *outs = self._computed(call, table)
-        parameters = self._parameters()
+        parameters = self.parameters()
         versions = [p._version for p in parameters]
         hidden.tag = Tag(self, None, outs, (parameters, versions), state_of(hidden.device.type), table is not None)
         hidden.version, hidden.taken, hidden.pending = hidden._version, False, None
@@ -248,7 +257,7 @@ class Fusion:
         """That shall serve a call; None: another plan, or the model's own modules."""
         if self.table is None or settings.current.plan in ("one_pass", "distinct") or refuses(call):
             return None
-        if torch.is_grad_enabled() and any(p.requires_grad for p in self._parameters()) or is_captured(call.terms.token):
+        if torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()) or is_captured(call.terms.token):
             return None
         check_ranges(call)
         return self.table.current(call)
@@ -277,7 +286,7 @@ class Fusion:
             return settings.plan("auto")
         return settings.plan("one_pass" if refuses(call) or why_composed(call) is None else "distinct")
 
-    def _parameters(self) -> list[Any]:
+    def parameters(self) -> list[Any]:
         return [p for module in self.found.modules for p in module._parameters.values() if p is not None]
 
     def holds(self, tag: Tag, device: str) -> bool:
@@ -286,7 +295,7 @@ class Fusion:
 
     def _has(self, weights: tuple[list[Any], list[int]]) -> bool:
         """Whether these are its parameters, at these versions."""
-        parameters = self._parameters()
+        parameters = self.parameters()
         if len(parameters) != len(weights[0]):
             return False
         return all(p is q and p._version == v for p, q, v in zip(parameters, *weights, strict=True))

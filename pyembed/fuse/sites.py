@@ -3,25 +3,17 @@ computed. Each module has one to itself, so that neither its attributes nor its 
 is the module as it was before."""
 
 import copyreg
-import weakref
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..modules import known
-from .fusion import COMPILED, SMALL, Fusion
+from . import traced
+from .fusion import SMALL, Fusion
 from .waiting import Hidden, Waiting
 
-_compiling = torch.compiler.is_compiling  # a compiler sees the model's own modules
-_fusions = weakref.WeakValueDictionary[int, Fusion]()
-
-
-@torch.compiler.assume_constant_result
-def _count_graph(key: int) -> None:
-    """Once for each graph, when it is traced."""
-    if key in _fusions:
-        _fusions[key].calls[COMPILED] += 1
+_compiling = torch.compiler.is_compiling
 
 
 class Site:
@@ -30,7 +22,6 @@ class Site:
     _pyembed_fusion: Any
     _pyembed_base: Any
     _pyembed_place: Any
-    _pyembed_key: int
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         found: Any = super().__reduce_ex__(protocol)
@@ -41,8 +32,8 @@ class TokenSite(Site):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         stock: Any = super().forward  # type: ignore[misc]
         if _compiling():
-            _count_graph(self._pyembed_key)
-            return stock(*args, **kwargs)
+            rows = stock(*args, **kwargs)
+            return rows if kwargs or len(args) != 1 else traced.look_up(self._pyembed_fusion, "token", args[0], rows)
         if kwargs or len(args) != 1 or type(args[0]) is not Tensor:
             return stock(*args, **kwargs)
         fusion = self._pyembed_fusion
@@ -61,7 +52,7 @@ class RowsSite(nn.Embedding):
     def forward(self, input: Tensor) -> Any:
         stock: Any = super().forward
         if _compiling():
-            return stock(input)
+            return traced.look_up(self._pyembed_fusion, self._pyembed_place, input, stock(input))  # type: ignore[arg-type]
         fusion: Fusion = self._pyembed_fusion  # type: ignore[assignment]
         role: str = self._pyembed_place  # type: ignore[assignment]
         if not (fusion.hint or fusion.trial) or fusion.found.lookups[role] is not self:
@@ -72,6 +63,8 @@ class RowsSite(nn.Embedding):
 class NormSite(Site):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         stock: Any = super().forward  # type: ignore[misc]
+        if _compiling() and not kwargs and len(args) == 1 and type(args[0]) is traced.Rows:
+            return traced.normed(self._pyembed_fusion, args[0], stock(traced.plain(args[0])))
         if (
             _compiling()
             or kwargs
@@ -87,6 +80,9 @@ class NormSite(Site):
 class LinearSite(Site):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         stock: Any = super().forward  # type: ignore[misc]
+        if _compiling() and not kwargs and len(args) == 1 and type(args[0]) is traced.Rows:
+            own = stock(traced.plain(args[0]))
+            return traced.projected(self._pyembed_fusion, args[0], self._pyembed_place, own)
         if _compiling() or kwargs or len(args) != 1 or type(args[0]) is not Waiting:
             return stock(*args, **kwargs)
         fusion, place = self._pyembed_fusion, self._pyembed_place
@@ -103,8 +99,8 @@ def site_class(module: nn.Module, site: type, fusion: Fusion, place: Any) -> typ
         if known.is_ours(module):
             bases = (Site, RowsSite, base)
     own = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-    _fusions[fusion.key] = fusion
-    more = {"_pyembed_fusion": fusion, "_pyembed_base": base, "_pyembed_place": place, "_pyembed_key": fusion.key}
+    traced.register(fusion)
+    more = {"_pyembed_fusion": fusion, "_pyembed_base": base, "_pyembed_place": place}
     return type(base.__name__, bases, own | more)
 
 

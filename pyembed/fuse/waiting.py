@@ -128,7 +128,7 @@ class Waiting(Tensor):
                 if func in ADDS_IN_PLACE and isinstance(args[0], Waiting):
                     args[0].settled, args[0].version, args[0].tag = found, None, None  # as other names of it see the sum
                 return found
-        if args and type(args[0]) is Waiting and _is_identity(func, args, kwargs or {}):
+        if args and type(args[0]) is Waiting and is_identity(func, args, kwargs or {}):
             return args[0]
         if func is Tensor.__getitem__ and type(args[0]) is Waiting:
             found = _view(*args)
@@ -162,10 +162,11 @@ def _view(x: Waiting, index: Any) -> Waiting | None:
     return Waiting.make(part.shape, x, dtype, lambda: x.value()[index], Tag(x.tag.fusion), [x])
 
 
-def _is_identity(func: Any, args: Any, kwargs: Any) -> bool:
+def is_identity(func: Any, args: Any, kwargs: Any) -> bool:
     """Whether a call returns its very input: dropout that does nothing, a move to where it is."""
     if func is F.dropout:
-        return not (kwargs.get("training", True) and kwargs.get("p", 0.5) > 0)
+        given = dict(zip(("p", "training"), args[1:3], strict=False)) | kwargs
+        return not (given.get("training", True) and given.get("p", 0.5) > 0)
     if func is Tensor.to and kwargs.keys() <= {"device", "dtype"}:
         wanted = [*args[1:], *kwargs.values()]
         return bool(wanted) and all(x == args[0].device or x is args[0].dtype for x in wanted)
@@ -202,7 +203,7 @@ class Hidden(Tensor):
             if func in ASKS_GRADIENT:
                 _refuse_gradient(func, args, kwargs)
             hidden = [x for x in tree_leaves((args, kwargs)) if type(x) is Hidden]
-            if not (hidden and _is_identity(func, args, kwargs)):
+            if not (hidden and is_identity(func, args, kwargs)):
                 may_change = bool(kwargs) or func not in ADDS and func not in READERS  # or alias it
                 for x in hidden:
                     if type(x) is Hidden:  # it may stand there twice
