@@ -3,9 +3,9 @@
 Of each model a stock and a fused one with the same weights take turns over a text in GPT-2's tokens: training step (forward,
 backward), prefill and decode without gradients, and prefill by a table (fused.build_table). A ratio above 1 means that the
 fused one is faster; it is the median over pairs of runs, and beside it stand the quartiles. "fused calls" says in how many of
-the calls the front end ran fused: where it cannot gain, the model's own modules run, and so they do under torch.compile, of
-which the rows follow (both models compiled). Last, both are trained from one seed, every step fused, and the largest difference
-of losses is printed.
+the calls the front end ran fused: where it cannot gain, the model's own modules run, as they do in graphs of torch.compile on a
+CPU, whose rows follow (both models compiled). Last, both are trained from one seed, every step fused, and the largest
+difference of losses is printed.
 """
 
 import argparse
