@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._dynamo.comptime import comptime
+from torch.utils._pytree import tree_leaves
 
 from .. import settings
 from ..modes import autocast_dtype
@@ -30,7 +31,7 @@ KEPT = 256  # traces of which something is remembered
 
 
 class Note(NamedTuple):
-    """number: of a trace of a front end; versions: of the ids of rows, or of the weights of outs."""
+    """number: of a trace of a front end; versions: of the ids of rows, or of the weights of outs; version: of the tensor."""
 
     number: int
     fusion: Any
@@ -39,6 +40,7 @@ class Note(NamedTuple):
     outs: Any = None  # projections of hidden
     is_normed: bool = False
     mode: Any = None  # in which outs were computed
+    version: Any = None
 
 
 class Rows(Tensor):
@@ -51,7 +53,7 @@ class Rows(Tensor):
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
             if not torch.compiler.is_dynamo_compiling():
-                _forget_in_eager((*args, *kwargs.values()))
+                _make_plain((args, kwargs))
                 return func(*args, **kwargs)
             if func not in METADATA:
                 if len(args) == 2 and not kwargs and func in ADDS and type(args[0]) is Rows and type(args[1]) is Rows:
@@ -60,19 +62,19 @@ class Rows(Tensor):
                         return found
                 if type(args[0]) is Rows and is_identity(func, args, kwargs):
                     return args[0]
-                if func not in ADDS and func not in READERS or kwargs:
-                    for x in (*args, *kwargs.values()):
+                if func not in ADDS and func not in READERS or kwargs:  # it may change what it is given
+                    for x in tree_leaves((args, kwargs)):
                         if type(x) is Rows and x.note is not None:
                             _forget(x.note.number)
             return func(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        _forget_in_eager((self,))
+        _make_plain(self)
         return self.__reduce_ex__(protocol)
 
 
-def _forget_in_eager(values: Any) -> None:
-    for x in values:
+def _make_plain(values: Any) -> None:
+    for x in tree_leaves(values):
         if type(x) is Rows:
             x.note = None
             x.__class__ = Tensor  # type: ignore[assignment]
@@ -122,7 +124,7 @@ def plain(x: Any) -> Tensor:
 
 def _noted(x: Tensor, note: Note) -> Any:
     found: Any = x.as_subclass(Rows)
-    found.note = note
+    found.note = note if note.outs is None else note._replace(version=_versions(note.number, [x]))
     return found
 
 
@@ -154,6 +156,8 @@ def _run(fusion: Fusion, number: int, rows: dict[str, Tensor]) -> Any:
 def _holds(fusion: Fusion, note: Note, x: Any) -> bool:
     """Whether outs still are what the modules would compute here."""
     if note.fusion is not fusion or note.mode != _mode(x) or not _is_here(note.number):
+        return False
+    if note.version != _versions(note.number, [x]):
         return False
     return not _is_forgotten(note.number) and _versions(note.number, fusion.parameters()) == note.versions
 

@@ -92,7 +92,7 @@ def whole(m, ids):
 
 def changed(m, ids):
     x = front(m, ids)
-    x.add_(1)
+    x[0].mul_(2)
     return rest(m, x)
 
 
@@ -105,6 +105,12 @@ def changed_by_another_name(m, ids):
 def changed_by_data(m, ids):
     x = front(m, ids)
     x.data.mul_(2)
+    return rest(m, x)
+
+
+def changed_in_a_list(m, ids):
+    x = front(m, ids)
+    torch._foreach_mul_([x[0]], 2.0)
     return rest(m, x)
 
 
@@ -184,7 +190,8 @@ HARD = [
     (all_in_a_checkpoint, 1, 1),
     (asked_twice, 1, 1),
     (lookups_without_gradients, 1, 0),
-    *((f, 0, 0) for f in (changed, changed_by_another_name, changed_by_data, norm_changed, detached)),
+    *((f, 0, 0) for f in (changed, changed_by_another_name, changed_by_data, changed_in_a_list)),
+    *((f, 0, 0) for f in (norm_changed, detached)),
     *((f, 0, 0) for f in (block_in_a_checkpoint, graph_break)),
     (only_hidden, 0, None),  # weights that nothing uses have gradients of zeros then, not None
     (weight_changed, 0, None),  # autograd refuses a backward through what was changed, as in eager mode
