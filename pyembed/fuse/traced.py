@@ -33,7 +33,7 @@ KEPT = 256  # traces of which something is remembered
 class Note(NamedTuple):
     """number: of a trace of a front end; versions: of the ids of rows, or of the weights of outs; version: of the tensor."""
 
-    number: int
+    number: str  # no int, which Dynamo might take for one that varies
     fusion: Any
     versions: tuple[int, ...]
     rows: Any = None  # {role: ids} of looked-up rows and their sums
@@ -44,7 +44,7 @@ class Note(NamedTuple):
 
 
 class Rows(Tensor):
-    """See above. Any operator but a proved one takes it as a plain tensor; in eager mode it becomes one."""
+    """See above. Any operator but a proved one takes it as a plain tensor, as all do in eager mode."""
 
     note: Note | None
 
@@ -53,7 +53,11 @@ class Rows(Tensor):
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
             if not torch.compiler.is_dynamo_compiling():
-                _make_plain((args, kwargs))
+                for x in tree_leaves((args, kwargs)):
+                    if type(x) is Rows:
+                        x.note = None  # gives its projections back
+                if func in (Tensor.__deepcopy__, Tensor.__repr__):
+                    args = (args[0].as_subclass(Tensor), *args[1:])
                 return func(*args, **kwargs)
             if func not in METADATA:
                 if len(args) == 2 and not kwargs and func in ADDS and type(args[0]) is Rows and type(args[1]) is Rows:
@@ -64,20 +68,14 @@ class Rows(Tensor):
                     return args[0]
                 if func not in ADDS and func not in READERS or kwargs:  # it may change what it is given
                     for x in tree_leaves((args, kwargs)):
-                        if type(x) is Rows and x.note is not None:
-                            _forget(x.note.number)
+                        if type(x) is Rows and _note_of(x) is not None:
+                            _forget(x.note.number)  # type: ignore[union-attr]
             return func(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        _make_plain(self)
-        return self.__reduce_ex__(protocol)
-
-
-def _make_plain(values: Any) -> None:
-    for x in tree_leaves(values):
-        if type(x) is Rows:
-            x.note = None
-            x.__class__ = Tensor  # type: ignore[assignment]
+        self.note = None
+        with torch._C.DisableTorchFunctionSubclass():
+            return self.as_subclass(Tensor).__reduce_ex__(protocol)
 
 
 def look_up(fusion: Fusion, role: str, ids: Any, rows: Tensor) -> Tensor:
@@ -102,7 +100,7 @@ def look_up(fusion: Fusion, role: str, ids: Any, rows: Tensor) -> Tensor:
 
 def normed(fusion: Fusion, x: Any, found: Tensor) -> Tensor:
     """The norm of x, which its own forward has found, with what was computed before."""
-    note = x.note
+    note = _note_of(x)
     if note is None or note.outs is None or note.is_normed or not _holds(fusion, note, x):
         return found
     x.note = None
@@ -111,7 +109,7 @@ def normed(fusion: Fusion, x: Any, found: Tensor) -> Tensor:
 
 def projected(fusion: Fusion, x: Any, place: int, found: Tensor) -> Tensor:
     """A projection of x, which its own forward has found: the one that was computed before, once."""
-    note = x.note
+    note = _note_of(x)
     if note is None or not note.is_normed or not _holds(fusion, note, x) or not _take(note.number, fusion.key, place):
         return found
     return note.outs[place]
@@ -122,6 +120,12 @@ def plain(x: Any) -> Tensor:
         return x.view(x.shape)
 
 
+def _note_of(x: Any) -> Note | None:
+    """None: it comes from another graph, whose notes are not looked at, lest their values be guarded."""
+    comptime(_look_at_origin)
+    return None if _was_input() else x.note
+
+
 def _noted(x: Tensor, note: Note) -> Any:
     found: Any = x.as_subclass(Rows)
     found.note = note if note.outs is None else note._replace(version=_versions(note.number, [x]))
@@ -130,7 +134,7 @@ def _noted(x: Tensor, note: Note) -> Any:
 
 def _add(a: Any, b: Any) -> Any:
     """The sum of rows, if it is the proved one; else None."""
-    one, other = a.note, b.note
+    one, other = _note_of(a), _note_of(b)
     if one is None or other is None or one.rows is None or other.rows is None or one.number != other.number:
         return None
     fusion = one.fusion
@@ -145,7 +149,7 @@ def _add(a: Any, b: Any) -> Any:
     return _run(fusion, one.number, rows)
 
 
-def _run(fusion: Fusion, number: int, rows: dict[str, Tensor]) -> Any:
+def _run(fusion: Fusion, number: str, rows: dict[str, Tensor]) -> Any:
     versions = _versions(number, fusion.parameters())
     if UNKNOWN in versions:
         return None
@@ -173,15 +177,22 @@ def _mode(x: Any) -> Any:
 class _Trace:
     scope: Any = None  # a weak reference to the graph, or part of one (a checkpoint's), that was traced
     is_here = is_forgotten = False
+    is_input = False  # of the class: whether the tensor that was looked at last is one of its graph
 
     def __init__(self) -> None:
         self.versions, self.taken = list[int](), set[int]()
 
 
-_traces, _numbers = dict[int, _Trace](), itertools.count()
+_traces, _numbers = dict[str, _Trace](), itertools.count()
 _fusions = weakref.WeakValueDictionary[int, Fusion]()
-_last = dict[int, int | None]()  # by fusion
+_last = dict[int, str | None]()  # by fusion
 _missed = Counter[int]()  # by fusion, since projections were taken
+
+
+def _trace(number: str) -> _Trace:
+    if number not in _traces and len(_traces) >= KEPT:
+        del _traces[next(iter(_traces))]
+    return _traces.setdefault(number, _Trace())
 
 
 def register(fusion: Fusion) -> None:
@@ -225,7 +236,7 @@ def _serves_few(key: int) -> bool:
 
 
 @torch.compiler.assume_constant_result
-def _begin(key: int, is_few: bool) -> int | None:
+def _begin(key: int, is_few: bool) -> str | None:
     """The number of a new trace; None: the model's own modules are taken."""
     why = why_not(_fusions[key]) if is_few else f"it has more than {FEW} tokens"
     if _missed[key] >= MISSES:
@@ -235,20 +246,19 @@ def _begin(key: int, is_few: bool) -> int | None:
         _last[key] = None
         return None
     _missed[key] += 1
-    _last[key] = number = next(_numbers)
-    _traces[number] = _Trace()
-    _traces.pop(number - KEPT, None)
+    _last[key] = number = str(next(_numbers))
+    _trace(number)
     return number
 
 
 @torch.compiler.assume_constant_result
-def _latest(key: int) -> int | None:
+def _latest(key: int) -> str | None:
     return _last.get(key)
 
 
 @torch.compiler.assume_constant_result
-def _take(number: int, key: int, place: int) -> bool:
-    trace, fusion = _traces[number], _fusions[key]
+def _take(number: str, key: int, place: int) -> bool:
+    trace, fusion = _trace(number), _fusions[key]
     if place in trace.taken:
         return False
     trace.taken.add(place)
@@ -258,52 +268,60 @@ def _take(number: int, key: int, place: int) -> bool:
 
 
 @torch.compiler.assume_constant_result
-def _forget(number: int) -> None:
-    if number in _traces:
-        _traces[number].is_forgotten = True
+def _forget(number: str) -> None:
+    _trace(number).is_forgotten = True
 
 
 @torch.compiler.assume_constant_result
-def _is_forgotten(number: int) -> bool:
-    return number not in _traces or _traces[number].is_forgotten
+def _is_forgotten(number: str) -> bool:
+    return _trace(number).is_forgotten
 
 
 @torch.compiler.assume_constant_result
-def _seen(number: int) -> tuple[int, ...]:
-    trace = _traces[number]
+def _seen(number: str) -> tuple[int, ...]:
+    trace = _trace(number)
     found, trace.versions = tuple(trace.versions), []
     return found
 
 
 @torch.compiler.assume_constant_result
-def _was_here(number: int) -> bool:
-    return _traces[number].is_here
+def _was_here(number: str) -> bool:
+    return _trace(number).is_here
 
 
-def _versions(number: int, tensors: list[Tensor]) -> tuple[int, ...]:
+@torch.compiler.assume_constant_result
+def _was_input() -> bool:
+    return _Trace.is_input
+
+
+def _versions(number: str, tensors: list[Tensor]) -> tuple[int, ...]:
     """How often each was changed in place, at this line of the trace."""
     for x in tensors:  # noqa: B007  read by _look_at_version
         comptime(_look_at_version)
     return _seen(number)
 
 
-def _begin_scope(number: int) -> None:
+def _begin_scope(number: str) -> None:
     comptime(_look_at_scope)
 
 
-def _is_here(number: int) -> bool:
+def _is_here(number: str) -> bool:
     """Whether the part of the graph that is traced is the one where the trace began."""
     comptime(_compare_scope)
     return _was_here(number)
 
 
 def _trace_of(ctx: Any) -> _Trace:
-    return _traces[ctx.get_local("number").as_python_constant()]
+    return _trace(ctx.get_local("number").as_python_constant())
 
 
 def _look_at_version(ctx: Any) -> None:
     fake = ctx.get_local("x").as_fake()
     _trace_of(ctx).versions.append(UNKNOWN if fake.is_inference() else fake._version)
+
+
+def _look_at_origin(ctx: Any) -> None:
+    _Trace.is_input = ctx.get_local("x").as_proxy().node.op == "placeholder"
 
 
 def _look_at_scope(ctx: Any) -> None:
@@ -313,4 +331,4 @@ def _look_at_scope(ctx: Any) -> None:
 
 def _compare_scope(ctx: Any) -> None:
     trace = _trace_of(ctx)
-    trace.is_here = trace.scope() is ctx.graph()
+    trace.is_here = trace.scope is not None and trace.scope() is ctx.graph()

@@ -259,6 +259,24 @@ def _undo(m, fused):
     fused.undo()
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_graph_breaks(dynamic):
+    """What one graph knew of its results is of no use to another, and makes no more graphs of it."""
+    model, ids, counts = own(), tokens(), []
+    twin = copy.deepcopy(model)
+    fuse(model, ids)
+    for each in (model, twin):
+        torch._dynamo.reset()
+        graphs = []
+        compiled = torch.compile(graph_break, backend=lambda g, i, graphs=graphs: graphs.append(g) or g, dynamic=dynamic)
+        with torch.no_grad():
+            for length in (9, 8, 7, 5):
+                assert close(compiled(each, ids[:, :length]), graph_break(twin, ids[:, :length]))
+        counts.append(len(graphs))
+    assert counts[0] == counts[1]
+
+
 @pytest.mark.parametrize("change", [_undo, *map(full, (_replace_weight, _change_weight, _replace_linear, _replace_forward))])
 def test_changes_after_compiling(change):
     model, ids = own(), tokens()
@@ -274,14 +292,17 @@ def test_changes_after_compiling(change):
 
 
 def test_returned_tensors():
-    """Become plain tensors as soon as anything is asked of them, and hold no projections then; so do pickles of them."""
+    """Hold no projections as soon as anything is asked of them; what is made of them, copies too, are plain tensors."""
     model, ids = own(), tokens()
     fuse(model, ids)
     compiled = torch.compile(lambda i: (front(model, i), front(model, i.flip(0))), fullgraph=True, backend="eager")
     with torch.no_grad():
         one, other = compiled(ids)
     assert type(pickle.loads(pickle.dumps(one))) is torch.Tensor and one.note is None
-    assert torch.equal(other, front(model, ids.flip(0))) and type(other) is torch.Tensor and other.note is None
+    assert torch.equal(other, front(model, ids.flip(0))) and other.note is None
+    assert {type(x) for x in (other + 1, other.view(-1), copy.deepcopy(other), other.data)} == {torch.Tensor}
+    before = other.clone()
+    assert torch.equal(other.add_(1), before + 1) and torch.equal(other, before + 1) and repr(other).startswith("tensor(")
 
 
 def test_backs_off(monkeypatch):
@@ -331,5 +352,13 @@ def test_on_a_gpu(monkeypatch):
         with torch.no_grad():
             assert reason(own()) == FUSED and reason(own(), tokens(3)) == "it has more than 18 tokens"
             assert "would be copied together" in reason(own(Three))
-            fused = fuse(own(), tokens())
-            assert "the fused front end into its graphs of at most 18 tokens without gradients" in str(fused)
+
+
+def test_report():
+    model = own()
+    fused = fuse(model, tokens())
+    assert "torch.compile takes the fused front end into its graphs\n" in str(fused) + "\n"
+    with pyembed.backend("auto"):
+        assert "takes the model's own modules into its graphs: kernels are for GPUs" in str(fused)
+    fused.undo()
+    assert "into its graphs: the fusing is undone" in str(fused)
