@@ -15,8 +15,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from ..modules import known, trials
-from ..modules.trials import RowsFinding
 from ..modules.proofs import is_patched, prove
+from ..modules.trials import RowsFinding
 from .fusion import Found
 
 

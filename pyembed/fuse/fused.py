@@ -14,8 +14,8 @@ from .. import settings
 from ..modules.known import is_stock
 from ..modules.proofs import Proof
 from ..plans.choice import LEAST_FLOPS, LEAST_TOKENS, refuses
-from .discover import Nothing, discover
 from . import traced
+from .discover import Nothing, discover
 from .fusion import BY_TABLE, SMALL, Found, Fusion, why_not
 from .sites import LinearSite, NormSite, RowsSite, TokenSite, is_site, site_class
 from .table import KeptTable

@@ -40,7 +40,7 @@ _keys = itertools.count()
 
 
 class Found(NamedTuple):
-    """What discovery proved. names: of modules in the model, by what they are; findings: of proofs.py."""
+    """What discovery proved. names: of modules in the model, by what they are; findings: of trials.py."""
 
     lookups: dict[str, Any]  # nn.Embedding: "token", and "segment" and "position" if there are any
     norm: Any

@@ -198,8 +198,9 @@ def _norm(x: Tensor, finding: NormFinding, eps: float, weights: dict[str, Tensor
 
 
 def _close(found: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
-    """Whether a result is the expected one but for three roundings, at least of float32."""
-    error, eps = (found.to(expected.dtype) - expected).abs(), max(torch.finfo(dtype).eps, 1e-5)
+    """Whether a result is the expected one but for three roundings; what is meant for float32 may lose more of it."""
+    error, eps = (found.to(expected.dtype) - expected).abs(), torch.finfo(dtype).eps
+    eps = max(eps, 1e-5) if dtype != torch.float64 else 16 * eps
     return found.dtype == dtype and bool((error <= 3 * eps * (expected.abs() + 0.1)).all())
 
 
@@ -245,7 +246,9 @@ def linear(module: nn.Module) -> LinearFinding | None:
             error = (found(*used).to(exact.dtype) - exact).abs() if found(*used).dtype == dtype else torch.inf
             with torch.autocast("cpu", torch.bfloat16):
                 casts = _near(found(x, *weights), formula(x, *weights), 0.1)
-        near = bool((torch.as_tensor(error) <= 4 * max(torch.finfo(dtype).eps, 1e-6) * sizes).all())
+        eps = torch.finfo(dtype).eps
+        eps = max(eps, 1e-6) if dtype != torch.float64 else 16 * eps
+        near = bool((torch.as_tensor(error) <= 4 * eps * sizes).all())
         return LinearFinding(transposed, casts) if near else None
     return None
 

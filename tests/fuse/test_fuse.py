@@ -373,6 +373,21 @@ def test_other_dtypes(dtype):
     assert (found - want).abs().max() <= 8 * torch.finfo(dtype).eps * want.abs().max() and fused.calls == {"fused": 1}
 
 
+class NarrowNorm(nn.RMSNorm):
+    """As transformers' RMSNorms are: in float32, whatever the dtype."""
+
+    def forward(self, x):
+        return self.weight * nn.functional.rms_norm(x.float(), x.shape[-1:], None, self.eps).to(x.dtype)
+
+
+def test_float64_is_not_what_computes_in_float32():
+    norm = lambda width: NarrowNorm(width, eps=1e-5)  # noqa: E731
+    for dtype, proved in ((torch.float32, True), (torch.float64, False)):
+        fused = pyembed.fuse(Own(norm, Packed).to(dtype), tokens(), gradients=False)
+        assert (fused.why_not is None) is proved and (proved or "could be proved" in fused.why_not)
+    assert pyembed.fuse(Own(HandNorm, Packed).double(), tokens(), gradients=False).why_not is None
+
+
 def test_small_calls_are_the_models_own(model):
     """Without a forced plan nothing happens at sizes that cannot gain."""
     fused = pyembed.fuse(model, tokens())
