@@ -32,8 +32,9 @@ class TokenSite(Site):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         stock: Any = super().forward  # type: ignore[misc]
         if _compiling():
-            rows = stock(*args, **kwargs)
-            return rows if kwargs or len(args) != 1 else traced.look_up(self._pyembed_fusion, "token", args[0], rows)
+            rows, fusion = stock(*args, **kwargs), self._pyembed_fusion
+            is_other = kwargs or len(args) != 1 or fusion.token is not self
+            return rows if is_other else traced.look_up(fusion, "token", args[0], rows)
         if kwargs or len(args) != 1 or type(args[0]) is not Tensor:
             return stock(*args, **kwargs)
         fusion = self._pyembed_fusion
@@ -51,11 +52,13 @@ class RowsSite(nn.Embedding):
 
     def forward(self, input: Tensor) -> Any:
         stock: Any = super().forward
-        if _compiling():
-            return traced.look_up(self._pyembed_fusion, self._pyembed_place, input, stock(input))  # type: ignore[arg-type]
         fusion: Fusion = self._pyembed_fusion  # type: ignore[assignment]
         role: str = self._pyembed_place  # type: ignore[assignment]
-        if not (fusion.hint or fusion.trial) or fusion.found.lookups[role] is not self:
+        if fusion.found.lookups[role] is not self:
+            return stock(input)
+        if _compiling():
+            return traced.look_up(fusion, role, input, stock(input))
+        if not (fusion.hint or fusion.trial):
             return stock(input)
         return fusion.look_up(role, self, input, stock)
 
@@ -63,30 +66,26 @@ class RowsSite(nn.Embedding):
 class NormSite(Site):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         stock: Any = super().forward  # type: ignore[misc]
-        if _compiling() and not kwargs and len(args) == 1 and type(args[0]) is traced.Rows:
-            return traced.normed(self._pyembed_fusion, args[0], stock(traced.plain(args[0])))
-        if (
-            _compiling()
-            or kwargs
-            or len(args) != 1
-            or type(args[0]) is not Hidden
-            or self._pyembed_fusion.found.norm is not self
-        ):
+        fusion, compiling = self._pyembed_fusion, _compiling()
+        kind = traced.Rows if compiling else Hidden
+        if kwargs or len(args) != 1 or type(args[0]) is not kind or fusion.found.norm is not self:
             return stock(*args, **kwargs)
-        found = self._pyembed_fusion.normed(args[0], stock)
+        if compiling:
+            return traced.normed(fusion, args[0], stock(traced.plain(args[0])))
+        found = fusion.normed(args[0], stock)
         return stock(*args) if found is None else found
 
 
 class LinearSite(Site):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         stock: Any = super().forward  # type: ignore[misc]
-        if _compiling() and not kwargs and len(args) == 1 and type(args[0]) is traced.Rows:
-            own = stock(traced.plain(args[0]))
-            return traced.projected(self._pyembed_fusion, args[0], self._pyembed_place, own)
-        if _compiling() or kwargs or len(args) != 1 or type(args[0]) is not Waiting:
+        fusion, place, compiling = self._pyembed_fusion, self._pyembed_place, _compiling()
+        kind = traced.Rows if compiling else Waiting
+        if kwargs or len(args) != 1 or type(args[0]) is not kind or fusion.found.linears[place] is not self:
             return stock(*args, **kwargs)
-        fusion, place = self._pyembed_fusion, self._pyembed_place
-        found = fusion.projected(args[0], place) if fusion.found.linears[place] is self else None
+        if compiling:
+            return traced.projected(fusion, args[0], place, stock(traced.plain(args[0])))
+        found = fusion.projected(args[0], place)
         return stock(*args) if found is None else found
 
 

@@ -9,6 +9,7 @@ reads their results, so the compiler drops them. Nothing of this module runs whe
 import itertools
 import weakref
 from collections import Counter
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -20,12 +21,12 @@ from .. import settings
 from ..modes import autocast_dtype
 from ..plans.choice import NO_BF16, why_torch
 from .fusion import MISSED, Fusion, Stock
-from .waiting import ADDS, METADATA, READERS, is_identity
+from .waiting import ADDS, INDICES, METADATA, READERS, is_identity
 
 FUSED = "fused in a compiler's graph"  # counts graphs, as does the next
 COMPILED = "a compiler's graph takes the model's own modules"
 FEW = 32  # tokens up to which a GPU's kernel is one launch
-MISSES = 8  # traces in a row whose projections nobody took, more than Dynamo begins anew by itself, after which none is tried
+MISSES = 8  # frames in a row whose projections nobody took, after which none is tried
 UNKNOWN = -1  # version of a tensor of inference mode, whose changes are not counted
 KEPT = 256  # traces of which something is remembered
 
@@ -66,16 +67,42 @@ class Rows(Tensor):
                         return found
                 if type(args[0]) is Rows and is_identity(func, args, kwargs):
                     return args[0]
+                if func is Tensor.__getitem__ and type(args[0]) is Rows and _is_view(args[1]):
+                    note = _note_of(args[0])
+                    if note is not None and note.rows is not None:  # BART looks at the shape of a part of its rows
+                        return _noted(func(*args), note._replace(rows=None))
                 if func not in ADDS and func not in READERS or kwargs:  # it may change what it is given
                     for x in tree_leaves((args, kwargs)):
                         if type(x) is Rows and _note_of(x) is not None:
                             _forget(x.note.number)  # type: ignore[union-attr]
+                if isinstance(func, FunctionType):  # which Dynamo calls of plain tensors only
+                    args = [plain(x) if type(x) is Rows else x for x in args]
+                    kwargs = {name: plain(x) if type(x) is Rows else x for name, x in kwargs.items()}
             return func(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         self.note = None
         with torch._C.DisableTorchFunctionSubclass():
             return self.as_subclass(Tensor).__reduce_ex__(protocol)
+
+
+def _is_view(index: Any) -> bool:
+    return all(type(i) in INDICES for i in (index if type(index) is tuple else (index,)))
+
+
+def _method(name: str) -> Any:
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_dynamo_compiling():
+            return getattr(Tensor, name)(self, *args, **kwargs)
+        if _note_of(self) is not None:
+            _forget(self.note.number)
+        return getattr(plain(self), name)(*args, **kwargs)
+
+    return method
+
+
+for _name in ("dim_order", "istft", "lu", "norm", "split", "stft", "unflatten", "unique", "unique_consecutive"):
+    setattr(Rows, _name, _method(_name))  # methods in Python, which Dynamo does not find in a subclass of Tensor
 
 
 def look_up(fusion: Fusion, role: str, ids: Any, rows: Tensor) -> Tensor:
@@ -128,7 +155,7 @@ def _note_of(x: Any) -> Note | None:
 
 def _noted(x: Tensor, note: Note) -> Any:
     found: Any = x.as_subclass(Rows)
-    found.note = note if note.outs is None else note._replace(version=_versions(note.number, [x]))
+    found.note = note._replace(version=_versions(note.number, [x]))
     return found
 
 
@@ -139,10 +166,10 @@ def _add(a: Any, b: Any) -> Any:
         return None
     fusion = one.fusion
     rows = fusion.joined(one.rows, other.rows)
-    if rows is None or a.dtype != b.dtype or not _is_here(one.number):
+    if rows is None or a.dtype != b.dtype or not _is_here(one.number) or _is_forgotten(one.number):
         return None
-    versions = _versions(one.number, [*one.rows.values(), *other.rows.values()])
-    if versions != one.versions + other.versions:
+    versions = _versions(one.number, [a, b, *one.rows.values(), *other.rows.values()])
+    if versions != one.version + other.version + one.versions + other.versions:
         return None
     if len(rows) < len(fusion.found.lookups):
         return _noted(a + b, Note(one.number, fusion, _versions(one.number, [*rows.values()]), rows))
@@ -179,6 +206,8 @@ class _Trace:
     is_here = is_forgotten = False
     is_input = False  # of the class: whether the tensor that was looked at last is one of its graph
 
+    attempt: Any = None  # of Dynamo's, which began it
+
     def __init__(self) -> None:
         self.versions, self.taken = list[int](), set[int]()
 
@@ -186,7 +215,14 @@ class _Trace:
 _traces, _numbers = dict[str, _Trace](), itertools.count()
 _fusions = weakref.WeakValueDictionary[int, Fusion]()
 _last = dict[int, str | None]()  # by fusion
-_missed = Counter[int]()  # by fusion, since projections were taken
+_missed = Counter[int]()  # by fusion, frames since projections were taken
+_tried = dict[int, tuple[Any, int]]()  # by fusion: the last frame, and what was missed before it
+
+
+def _attempt() -> tuple[Any, int]:
+    """Which frame Dynamo traces, and how often it has begun anew."""
+    context = torch._guards.CompileContext.get()
+    return weakref.ref(context), context.attempt
 
 
 def _trace(number: str) -> _Trace:
@@ -212,6 +248,8 @@ def why_not(fusion: Fusion) -> str | None:
         return why
     if token.is_cpu and autocast_dtype(token) is not None:
         return NO_BF16
+    if torch.is_grad_enabled() and getattr(torch._dynamo.config, "trace_autograd_ops", False):
+        return "torch.autograd.grad may be called in graphs, and would give too small a gradient of hidden"
     if settings.current.plan not in ("auto", "one_pass"):
         return f"pyembed.plan({settings.current.plan!r}) is set"
     if finding is not None and isinstance(getattr(fusion.token, finding.scale or "", None), Tensor):
@@ -238,22 +276,26 @@ def _serves_few(key: int) -> bool:
 @torch.compiler.assume_constant_result
 def _begin(key: int, is_few: bool) -> str | None:
     """The number of a new trace; None: the model's own modules are taken."""
+    frame, attempt = _attempt()
+    if _tried.get(key, (None, 0))[0] != frame:  # Dynamo may trace it anew, and must find the same then
+        _tried[key] = frame, _missed[key]
+        _missed[key] += 1
     why = why_not(_fusions[key]) if is_few else f"it has more than {FEW} tokens"
-    if _missed[key] >= MISSES:
+    if why is None and _tried[key][1] >= MISSES:
         why = MISSED
     if why is not None:
         count(key, why)
         _last[key] = None
         return None
-    _missed[key] += 1
     _last[key] = number = str(next(_numbers))
-    _trace(number)
+    _trace(number).attempt = frame, attempt
     return number
 
 
 @torch.compiler.assume_constant_result
 def _latest(key: int) -> str | None:
-    return _last.get(key)
+    number = _last.get(key)
+    return None if number is None or _trace(number).attempt != _attempt() else number
 
 
 @torch.compiler.assume_constant_result

@@ -114,6 +114,26 @@ def changed_in_a_list(m, ids):
     return rest(m, x)
 
 
+def rows_changed(m, ids):
+    rows = m.tok(ids)
+    rows.mul_(2)
+    x = rows + m.pos(torch.arange(ids.shape[1]))
+    return x, rest(m, x)
+
+
+def part_changed(m, ids):
+    rows = m.tok(ids)
+    rows[:, 1:].data.mul_(2)
+    x = rows + m.pos(torch.arange(ids.shape[1]))
+    return x, rest(m, x)
+
+
+def methods_in_python(m, ids):
+    x = front(m, ids)
+    found = [*x.split(16, -1), x**2, 1 - x, x.norm(), x.unflatten(-1, (4, 8)), nn.functional.pad(x, (1, 1))]
+    return *found, rest(m, x)
+
+
 def norm_changed(m, ids):
     normed = m.blocks[0].norm1(front(m, ids))
     normed[0] = 0
@@ -190,6 +210,7 @@ HARD = [
     (all_in_a_checkpoint, 1, 1),
     (asked_twice, 1, 1),
     (lookups_without_gradients, 1, 0),
+    *((f, 0, 0) for f in (rows_changed, methods_in_python, part_changed)),
     *((f, 0, 0) for f in (changed, changed_by_another_name, changed_by_data, changed_in_a_list)),
     *((f, 0, 0) for f in (norm_changed, detached)),
     *((f, 0, 0) for f in (block_in_a_checkpoint, graph_break)),
@@ -295,14 +316,16 @@ def test_returned_tensors():
     """Hold no projections as soon as anything is asked of them; what is made of them, copies too, are plain tensors."""
     model, ids = own(), tokens()
     fuse(model, ids)
-    compiled = torch.compile(lambda i: (front(model, i), front(model, i.flip(0))), fullgraph=True, backend="eager")
+    compiled = torch.compile(lambda i: front(model, i), fullgraph=True, backend="eager")
     with torch.no_grad():
-        one, other = compiled(ids)
+        one, other, third, fourth = (compiled(ids) for _ in range(4))
     assert type(pickle.loads(pickle.dumps(one))) is torch.Tensor and one.note is None
-    assert torch.equal(other, front(model, ids.flip(0))) and other.note is None
+    assert torch.equal(other, front(model, ids)) and other.note is None
     assert {type(x) for x in (other + 1, other.view(-1), copy.deepcopy(other), other.data)} == {torch.Tensor}
     before = other.clone()
     assert torch.equal(other.add_(1), before + 1) and torch.equal(other, before + 1) and repr(other).startswith("tensor(")
+    assert torch.equal(torch.stack([third])[0], third) and third.note is None
+    assert torch.equal(fourth.split(16, -1)[0], third[..., :16]) and fourth.note is None
 
 
 def test_backs_off(monkeypatch):
@@ -314,6 +337,44 @@ def test_backs_off(monkeypatch):
         torch._dynamo.reset()
         torch.compile(lambda i: front(model, i), fullgraph=True, backend="eager")(ids)
     assert [why for why in fused.calls if "were not taken" in why] == [*fused.calls] and fused.calls.total() == 1
+
+
+def positions_first(m, ids):
+    positions = m.pos(torch.arange(ids.shape[1]))
+    x = m.tok(ids) + positions
+    torch._dynamo.graph_break()
+    return rest(m, x)
+
+
+def test_begins_anew(monkeypatch):
+    """What is decided for a frame is the same when Dynamo traces it again, also where it is the last that is tried."""
+    monkeypatch.setattr(traced, "MISSES", 1)
+    model, ids = own(), tokens()
+    fuse(model, ids)
+    compiled = torch.compile(lambda i: positions_first(model, i), backend="eager", dynamic=False)
+    with torch.no_grad():
+        for length in (9, 8):
+            assert close(compiled(ids[:, :length]), positions_first(model, ids[:, :length]))
+
+
+@pytest.mark.parametrize("role", ["token", full("position"), full("norm"), full("linear")])
+def test_other_modules_of_its_class(role):
+    """Made by type(module)(...), they are not of the fusion."""
+    model, ids = own(), tokens()
+    fused = fuse(model, ids)
+    block = model.blocks[0]
+    if role in ("token", "position"):
+        name = {"token": "tok", "position": "pos"}[role]
+        setattr(model, name, type(getattr(model, name))(*getattr(model, name).weight.shape))
+    elif role == "norm":
+        block.norm1 = type(block.norm1)(32)
+    else:
+        block.attention.c_attn = type(block.attention.c_attn)(32, 96)
+    with torch.no_grad():
+        found = torch.compile(lambda i: rest(model, front(model, i)), fullgraph=True, backend="eager")(ids)
+        with pyembed.backend("auto"):
+            assert close(found, rest(model, front(model, ids)))
+    assert not fused.calls[FUSED]
 
 
 def reason(model, ids=None, mode=None):
@@ -328,6 +389,8 @@ def reason(model, ids=None, mode=None):
 
 def test_reasons():
     assert reason(own(), mode=pyembed.backend("auto")) == "kernels are for GPUs, and the table is on cpu"
+    with torch._dynamo.config.patch(trace_autograd_ops=True):
+        assert reason(own()).startswith("torch.autograd.grad may be called in graphs")
     assert reason(own(), mode=pyembed.plan("distinct")) == "pyembed.plan('distinct') is set"
     assert reason(own(), mode=torch.autocast("cpu", torch.bfloat16)).startswith("Triton's interpreter has no bfloat16")
 
