@@ -338,10 +338,11 @@ def rows_of(table: Tensor | Called) -> int | None:
     return weight.shape[0] if weight.is_floating_point() else 2**31 - 1
 
 
-def as_table(rows: Tensor) -> tuple[Tensor, Tensor, DistinctIds]:
-    """Rows (..., D) -> a table of them, ids (...) that name each row once, and the same as DistinctIds."""
+def as_table(rows: Tensor, index: Tensor | None = None) -> tuple[Tensor, Tensor, DistinctIds]:
+    """Rows (..., D) -> a table of them, ids that name them, and the same as DistinctIds. index: the row of each token; None:
+    each row once, in order."""
     flat = torch.arange(rows.shape[:-1].numel(), device=rows.device)
-    index = flat.view(rows.shape[:-1])
+    index = flat.view(rows.shape[:-1]) if index is None else index
     return rows.reshape(-1, rows.shape[-1]), index, DistinctIds(flat, index)
 
 

@@ -235,7 +235,11 @@ class _Colwise(EmbeddingQKV):
         rows = rows.masked_fill(others[..., None], 0)
         return _Sum.apply(rows, None, group, True)
 
-    def explain(self, ids: Tensor, position_ids: Tensor | None = None, distinct: DistinctIds | None = None) -> Plan:
+    def explain(
+        self, ids: Tensor, position_ids: Tensor | None = None, distinct: DistinctIds | None = None, rows: Any = None
+    ) -> Plan:
+        if rows is not None:
+            raise TypeError("rows: expected None under ColwiseQKV, got some")
         if self._style.shard_vocabulary and settings.current.plan not in ("distinct", "table"):
             self._check_whole(self._read_weights(ids, position_ids, None))
             return Plan("one_pass", "the vocabulary is sharded: rows are all-reduced, then each token is projected", {})

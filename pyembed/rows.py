@@ -2,7 +2,8 @@
 
 The table is looked up for all tokens and the other rows are written over that, so the gradient of rows is (R, D), and nothing
 of the table's size is made. On the CPU only the tokens concerned are touched; on a GPU, where their number is not known to
-the host, a row is looked up for every token and one of the two is chosen.
+the host, a row is looked up for every token and one of the two is chosen. By the plan `distinct` the same is done for the
+distinct rows alone, which then are a table of their own.
 """
 
 from collections.abc import Sequence
@@ -12,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .call import Call, Called, Terms
+from .call import Call, Called, Terms, as_table
+from .checks import check_integers
 from .modes import can_read
 
 
@@ -27,30 +29,75 @@ class Rows(NamedTuple):
     placeholder: int | Sequence[int]
 
 
-class Slots(NamedTuple):
-    """For each of M tokens: whether it takes a row, and which."""
-
-    taken: Tensor  # (M,) bool
-    slot: Tensor | None  # (M,) int64 in [0, R); None: the n-th that takes a row takes row n
-    wrong: Tensor | None = None  # () bool, on the device: there are more or fewer of them than rows
+OWN_ROWS = list[Any]()  # forwards of token modules some of whose ids take rows of the module's own, beside its weight
 
 
-def slots_of(flat: Tensor, ids: Tensor, order: Tensor) -> Slots:
-    """flat (M,); ids (R,) ascending, R > 0; order (R,): the row of each."""
+def own_rows(forward: Any) -> Any:
+    """Marks the forward of such a module: own() gives the ids, ascending, the row of each, and the rows (R, D)."""
+    OWN_ROWS.append(forward)
+    return forward
+
+
+def slots_of(flat: Tensor, ids: Tensor, order: Tensor) -> Tensor:
+    """Which row each of flat (M,) takes, (M,) int64, −1: none. ids (R,) ascending, R > 0; order (R,): the row of each."""
     place = torch.searchsorted(ids, flat.to(ids.dtype)).clamp_(max=ids.numel() - 1)
-    return Slots(ids.index_select(0, place) == flat, order.index_select(0, place))
+    return torch.where(ids.index_select(0, place) == flat, order.index_select(0, place), -1)
 
 
-def write(found: Tensor, slots: Slots, rows: Tensor) -> Tensor:
-    """found (M, D), changed in place where that costs less, with rows (R, D) at the tokens that take one."""
-    if not can_read(slots.taken):
-        assert slots.slot is not None
-        own = F.embedding(slots.slot, rows if rows.shape[0] else rows.new_zeros(1, rows.shape[1]))
-        if slots.wrong is not None:  # which nobody waits to hear of: the tokens' results are NaN
-            own = torch.where(slots.wrong, torch.nan, own)
-        return torch.where(slots.taken.unsqueeze(-1), own, found)
-    places = slots.taken.nonzero().view(-1)
-    return found.index_copy_(0, places, rows if slots.slot is None else F.embedding(slots.slot.index_select(0, places), rows))
+def write(found: Tensor, slot: Tensor, own: Tensor, in_order: bool = False) -> Tensor:
+    """found (M, D), changed in place where that costs less, with the row of own (R, D) that slot (M,) names, where it is not
+    negative. in_order: the n-th that takes a row takes row n."""
+    taken = slot >= 0
+    if not can_read(slot):
+        chosen = F.embedding(slot.clamp(min=0), own if own.shape[0] else own.new_zeros(1, own.shape[1]))
+        return torch.where(taken.unsqueeze(-1), chosen, found)
+    places = taken.nonzero().view(-1)
+    return found.index_copy_(0, places, own if in_order else F.embedding(slot.index_select(0, places), own))
+
+
+class Extended(Called):
+    """In a Call in place of a token table: rows of the table and, for some tokens, of own, in the table's place."""
+
+    def __init__(self, terms: Terms, own: Tensor, slot: Tensor, in_order: bool) -> None:
+        """own (R, D), slot (M,): as in write. terms: of the table or module beside it, its scale and padding_idx."""
+        token: Any = terms.token
+        is_called = isinstance(token, Called)
+        self.table = None if is_called else token  # (V, D)
+        self.own, self.slot, self.in_order = own, slot, in_order
+        self._token, self._scale, self._padding_idx = token, terms.scale, terms.padding_idx
+        weight = token.weight if is_called else token
+        module, has_rows = (token.module, token.has_rows) if is_called else (nn.Module(), True)
+        super().__init__(module, self._of_all, weight, has_rows)
+
+    def _of_all(self, ids: Tensor) -> Tensor:
+        """Rows (..., D) of all tokens. ids: of the table, any for tokens that take a row of own."""
+        return self._rows_at(ids, self.slot, self.in_order)
+
+    def _rows_at(self, ids: Tensor, slot: Tensor, in_order: bool = False) -> Tensor:
+        # A module's result may be a view of something that it keeps.
+        found = self._token(ids).clone() if self.table is None else torch.embedding(self.table, ids, self._padding_idx)
+        found = found if self._scale is None else found * self._scale
+        return write(found.reshape(-1, found.shape[-1]), slot, self.own, in_order).view(found.shape)
+
+    def plain(self, call: Call) -> Call:
+        """The call as if all rows were the table's, by which plans are chosen as far as values do not matter."""
+        token: Any = self.table
+        return call._replace(terms=call.terms._replace(token=token, scale=None))
+
+    def small(self, call: Call) -> Call:
+        """The call over a table (U, D) of the distinct rows that it uses, whose ids lie in the table where they count."""
+        assert self.table is not None
+        ids, V = call.terms.ids, self.table.shape[0]
+        if call.distinct is None:
+            keys = torch.where(self.slot < 0, ids.reshape(-1), self.slot + V)
+            keys, index = torch.unique(keys, return_inverse=True)
+            used, slot = keys.masked_fill(keys >= V, 0), torch.where(keys < V, -1, keys - V)
+        else:  # by id: the same ids take the same rows
+            used, index = call.distinct.ids, call.distinct.inverse.reshape(-1)
+            slot = self.slot.new_full((used.numel(),), -1).scatter_(0, index.long(), self.slot)
+        table, index, distinct = as_table(self._rows_at(used, slot), index.view(ids.shape))
+        terms = call.terms._replace(ids=index, token=table, scale=None, padding_idx=-1)
+        return call._replace(terms=terms, distinct=distinct)
 
 
 def check_row_ids(name: str, ids: Any, size: int | None = None) -> Tensor:
@@ -68,40 +115,35 @@ def check_row_ids(name: str, ids: Any, size: int | None = None) -> Tensor:
     return given.long()
 
 
-def call_with_rows(call: Call, rows: Rows | Sequence[Rows]) -> Call:
+def call_with_rows(call: Call, rows: "Rows | Sequence[Rows] | None", module: Any = None) -> Call:
     """with_rows of a call's terms. ValueError: distinct ids, which know no rows."""
-    if call.distinct is not None:
+    if call.distinct is not None and rows is not None:
         raise ValueError("distinct: expected None where rows stand in place of token rows, got distinct ids")
-    return call._replace(terms=with_rows(call.terms, rows))
+    return call._replace(terms=with_rows(call.terms, rows, module))
 
 
-def with_rows(terms: Terms, rows: Rows | Sequence[Rows]) -> Terms:
-    """Terms whose token rows are the table's, times scale, and these rows, unscaled, at their placeholders."""
-    token: Any = terms.token  # a Tensor or a Called
-    streams, ids, scale = _checked(rows, terms), terms.ids, terms.scale
-    flat, taken, found = ids.reshape(-1), None, []
+def with_rows(terms: Terms, rows: "Rows | Sequence[Rows] | None", module: Any = None) -> Terms:
+    """Terms whose token rows are the table's and those of module, a token with rows of its own, times scale, and these rows,
+    unscaled, at their placeholders."""
+    check_integers("ids", terms.ids)
+    flat, parts = terms.ids.reshape(-1), list[Tensor]()
+    slot = torch.full_like(flat, -1, dtype=torch.long)
+    if module is not None:
+        ids, order, mine = module.own()
+        slot, parts = slots_of(flat, ids, order), [mine if terms.scale is None else mine * terms.scale]
+    streams = [] if rows is None else _checked(rows, terms)
+    in_table, start = flat, sum(map(len, parts))
     for name, stream in streams:
-        slots = _find(name, stream, ids)
-        taken = slots.taken if taken is None else taken | slots.taken
-        found.append((slots, stream.rows))
-    if taken is None:
+        found, mine = _find(name, stream, terms.ids)
+        slot, in_table = torch.where(found < 0, slot, found + start), in_table.masked_fill(found >= 0, 0)
+        parts.append(mine)
+        start += mine.shape[0]
+    if not parts:
         return terms
-    in_table = flat.masked_fill(taken, 0).view(ids.shape)
-
-    def look_up(clean: Tensor) -> Tensor:
-        is_called = isinstance(token, Called)  # whose result may be a view of something that the module keeps
-        hidden = token(clean).clone() if is_called else torch.embedding(token, clean, terms.padding_idx)
-        if scale is not None:
-            hidden = hidden * scale
-        flat = hidden.reshape(-1, hidden.shape[-1])
-        for slots, own in found:
-            flat = write(flat, slots, own)
-        return flat.view(hidden.shape)
-
-    weight = token.weight if isinstance(token, Called) else token
-    module = token.module if isinstance(token, Called) else nn.Module()
-    called: Any = Called(module, look_up, weight, token.has_rows if isinstance(token, Called) else True)
-    return terms._replace(ids=in_table, token=called, scale=None, padding_idx=-1)
+    own = parts[0] if len(parts) == 1 else torch.cat(parts)
+    in_order = module is None and len(streams) == 1 and isinstance(streams[0][1].placeholder, int)
+    token: Any = Extended(terms, own, slot, in_order)
+    return terms._replace(ids=in_table.view(terms.ids.shape), token=token, scale=None, padding_idx=-1)
 
 
 def _checked(rows: Any, terms: Terms) -> list[tuple[str, Rows]]:
@@ -128,19 +170,23 @@ def _checked(rows: Any, terms: Terms) -> list[tuple[str, Rows]]:
     return streams
 
 
-def _find(name: str, stream: Rows, ids: Tensor) -> Slots:
+def _find(name: str, stream: Rows, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """(slot (M,), rows) of a stream, as write takes them."""
     rows, placeholder = stream
     flat = ids.reshape(-1)
     if not isinstance(placeholder, int):
         own = check_row_ids(f"{name}.placeholder", placeholder)
         values, order = own.sort()
-        return slots_of(flat, values.to(flat.device), order.to(flat.device))
+        return slots_of(flat, values.to(flat.device), order.to(flat.device)), rows
     taken = flat == placeholder
+    rank = taken.cumsum(0) - 1
     if can_read(ids):
         _check_count(name, taken, rows.shape[0], ids)
-        return Slots(taken, None)
-    wrong = taken.sum() != rows.shape[0]
-    return Slots(taken, (taken.cumsum(0) - 1).clamp(0, max(rows.shape[0] - 1, 0)), wrong)
+    else:  # nobody waits to hear of it: the tokens' results are NaN
+        wrong = taken.sum() != rows.shape[0]
+        rows = torch.where(wrong, torch.nan, rows if rows.shape[0] else rows.new_zeros(1, rows.shape[1]))
+        rank = rank.clamp(max=rows.shape[0] - 1)
+    return torch.where(taken, rank, -1), rows
 
 
 def _check_count(name: str, taken: Tensor, rows: int, ids: Tensor) -> None:

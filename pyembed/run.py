@@ -24,9 +24,10 @@ from .checks import check, check_distinct, check_ranges, compare_ranges
 from .ids import apply_policy, look, report_of, write_out
 from .modes import TENSORS, autocast_dtype, can_read, has_process_group, is_dtensor, is_recorded, unrecorded
 from .plans import distinct, one_pass
-from .plans.choice import NO_BF16, calls_modules, settle, weigh_now, why_composed
+from .plans.choice import NO_BF16, calls_modules, extended, settle, weigh_now, why_composed
 from .plans.operators import is_compiled, is_observed, is_profiled, is_strange, kernels
 from .reference import compose, compose_hidden
+from .rows import Extended
 
 Runner = Callable[[Call], Any]
 SIGNATURES = 4096  # that are kept: more than a training run has shapes
@@ -34,12 +35,15 @@ UNDER_ONE_KEY = 16  # of them, which are gone through one by one
 NUMBERS = (bool, int, float, str)
 
 
+_CALLED = frozenset((Called, Extended))
+
+
 class _Kind:
     """Calls whose fields have the same classes: which fields are tensors, and what runs calls of the signatures seen so far."""
 
     def __init__(self, classes: tuple[type, ...]) -> None:
         self.tensors = _getter(classes, TENSORS)
-        self.called = _getter(classes, (Called,)) if Called in classes else None
+        self.called = _getter(classes, _CALLED) if not _CALLED.isdisjoint(classes) else None
         self.numbers = _getter(classes, NUMBERS)
         # Under a key that is cheap to hash: guards, which compare the rest, and the runner.
         self.runners: dict[tuple[Any, ...], list[tuple[TensorGuards | _Repeated, GlobalStateGuard, Runner]]] = {}
@@ -112,7 +116,7 @@ def _is_watched():
     return is_profiled() or forward_ad._current_level >= 0 or torch._C._len_torch_dispatch_stack() > 0
 
 
-_TABLES = frozenset((*TENSORS, Called))
+_TABLES = _CALLED.union(TENSORS)
 _KNOWN = _TABLES.union((*NUMBERS, type(None)))
 
 
@@ -217,6 +221,8 @@ _warned: list[Any] = []
 
 def _runner_of_plan(call, observed):
     composed = why_composed(call)
+    if extended(call) is not None:
+        return _extended_runner(call, settle(call), observed)
     if composed is not None and calls_modules(call):
         _warn_once()
     one = _kernel_runner(call, observed) if composed is None else _composition_runner(call)
@@ -231,6 +237,22 @@ def _runner_of_plan(call, observed):
     if plan is not None:
         return other
     return lambda call: (other if weigh_now(call).name == "distinct" else one)(call)
+
+
+def _extended_runner(call, plan, observed):
+    """Of rows of two tables: the composition, or `distinct` over the rows in use. plan: as settle has it."""
+    one = _composition_runner(call)
+    if plan is not None and plan.name == "one_pass":
+        return one
+
+    def runner(call):
+        compare_ranges(call)  # beyond the table's ids are those of other rows
+        small = call.terms.token.small(call)
+        if plan is None and weigh_now(small).name != "distinct":
+            return one(call)
+        return distinct.front_end(small, kernels=False, observed=observed, grads=small.wants_grad())
+
+    return runner if call.distinct is None else _checked(runner, False)
 
 
 def _composition_runner(call):

@@ -13,16 +13,18 @@ from ..call import Call, DistinctIds, HiddenQKV, Terms, as_table, pad_row
 from ..checks import check, check_heads, check_ranges, class_of
 from ..ids import apply_policy
 from ..modes import local
-from ..plans.choice import Plan, choose, weigh
+from ..plans.choice import Plan, choose, extended, weigh
 from ..plans.table import nbytes
 from ..positions import Sinusoidal, make
 from ..rotary import CosSin, Rotary
 from ..rotary_of import unlike_halves
-from ..rows import Rows, call_with_rows
+from ..rows import Rows
 from ..run import run
 from . import fits, known
 from .keeps_table import KeepsTable
 from .parts import dropout_rate
+
+NO_TABLE = "rows are not in the table"
 
 
 class EmbeddingQKV(KeepsTable):
@@ -239,8 +241,8 @@ class EmbeddingQKV(KeepsTable):
             raise TypeError(f"ids: expected a Tensor, got {type(ids).__name__}")
         if rows is not None:
             if settings.current.plan == "table":
-                raise RuntimeError("plan: 'table' cannot run here: rows are not in the table")
-            return self._run(call_with_rows(self._call(ids, position_ids, distinct, rotary, segment_ids, query_biases), rows))
+                raise RuntimeError(f"plan: 'table' cannot run here: {NO_TABLE}")
+            return self._run(self._call(ids, position_ids, distinct, rotary, segment_ids, query_biases, rows))
         if self._keeps_table or settings.current.plan == "table":
             found = self._look_up(ids, position_ids, distinct, rotary, segment_ids, query_biases)
             if found is not None:
@@ -262,21 +264,30 @@ class EmbeddingQKV(KeepsTable):
         table, index, distinct = as_table(transform(run(Call(call.terms, id_policy=call.id_policy, concat=call.concat))))
         return run(call._replace(terms=Terms(index, table), concat=False, id_policy="trust", distinct=distinct))
 
-    def explain(self, ids: Tensor, position_ids: Tensor | None = None, distinct: DistinctIds | None = None) -> Plan:
+    def explain(
+        self,
+        ids: Tensor,
+        position_ids: Tensor | None = None,
+        distinct: DistinctIds | None = None,
+        rows: Rows | Sequence[Rows] | None = None,
+    ) -> Plan:
         """Which plan a call with these arguments would run now, why, and the seconds predicted for each that could run it.
 
         No call runs and no table is built; its str() is a line to read. On a GPU it waits for the ids to be counted. Errors as
         in forward.
         """
         ids, position_ids, forced = local(ids), local(position_ids), settings.current.plan
-        call, transforms = self._call(ids, position_ids, distinct), self._modules["embedding_transform"] is not None
+        call = self._call(ids, position_ids, distinct, rows=rows)
+        transforms, token = self._modules["embedding_transform"] is not None, extended(call)
         check(Call(call.terms) if transforms else call)
         if call.id_policy == "raise":
             check_ranges(call)
-        refused = self._refuses_table()
+        refused = self._refuses_table() if rows is None else NO_TABLE
         if refused and forced == "table":
             raise RuntimeError(f"plan: 'table' cannot run here: {refused}")
-        foreign = self._foreign()
+        if token is not None and not transforms:
+            return choose(apply_policy(call) if call.id_policy in ("clamp", "zero") else call)
+        foreign = self._foreign(token is not None)
         if foreign:
             return Plan("one_pass", f"by the modules themselves, since {foreign}", {})
         if self._packing_costs_more(ids) and not self._keeps_table:

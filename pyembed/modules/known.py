@@ -13,6 +13,7 @@ from torch.nn.modules import module as _module
 from ..call import STOCK_FORWARDS, Norm, Projection, wide_dtype
 from ..kept import Links
 from ..modes import TENSORS, autocast_dtype, brings_operators, has_process_group, is_dtensor, is_recorded
+from ..rows import OWN_ROWS
 from . import trials
 from .proofs import Proof, is_patched, prove
 from .trials import PositionFinding
@@ -59,6 +60,15 @@ def is_ours(module: nn.Module) -> bool:
 def is_ours_forward(own: Any) -> bool:
     """Whether a class's forward is that of one of them."""
     return any(own is forward for forward in STOCK_FORWARDS)  # a compiler does not find a function in a set
+
+
+def has_own_rows(module: nn.Module) -> bool:
+    """Whether it is a token of ours with rows of its own beside its weight, and nothing else happens."""
+    own: Any = type(module).forward
+    if not any(own is forward for forward in OWN_ROWS) or is_patched(module):
+        return False
+    has_hooks = module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks
+    return not has_hooks and all(type(weight) in TENSORS for weight in module._parameters.values())
 
 
 class Known:

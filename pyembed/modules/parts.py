@@ -15,6 +15,7 @@ from ..ids import HasIdPolicy
 from ..plans.choice import why_torch
 from ..reference import with_query_biases
 from ..rotary import CosSin, Rotary, Turns, turns
+from ..rows import call_with_rows
 from ..settings import policy_of
 from . import known
 from .known import FORWARDS, HEAD_NORMS, NAMES, Known, OwnScale
@@ -57,12 +58,16 @@ class HoldsParts(HasIdPolicy):
         rotary: Any = None,
         segment_ids: Tensor | None = None,
         query_biases: Any = None,
+        rows: Any = None,
     ) -> Call:
         """What forward(...) is to compute."""
         if distinct is None and segment_ids is None and query_biases is None and self._is_plain():
-            return self._read_plain(ids, position_ids, rotary)
-        if self._foreign() or self._packing_costs_more(ids):
-            call = self._read_modules(ids, position_ids, segment_ids)
+            call = self._read_plain(ids, position_ids, rotary)
+            return call if rows is None else call_with_rows(call, rows)
+        token = self._modules["token"]
+        own = token if known.has_own_rows(token) else None
+        if self._foreign(own is not None) or self._packing_costs_more(ids):
+            call, own = self._read_modules(ids, position_ids, segment_ids), None
         else:
             call = self._read_weights(ids, position_ids, segment_ids)
         if distinct is not None:
@@ -75,7 +80,7 @@ class HoldsParts(HasIdPolicy):
             check(call)
             check_query_biases(query_biases, call, self._head_dim)
             call = with_query_biases(call, *query_biases)
-        return call
+        return call if rows is None and own is None else call_with_rows(call, rows, own)
 
     def _with_turns(self, call: Call, rotary: Any) -> Call:
         """rotary: a CosSin or (cos, sin) of this call; None: the front end's own."""
@@ -216,10 +221,10 @@ class HoldsParts(HasIdPolicy):
         token = self._modules["token"]
         return policy_of(self._id_policy or (token._id_policy if isinstance(token, HasIdPolicy) else None))
 
-    def _foreign(self) -> str | None:
-        """Why the modules must be called; None: their weights say all."""
+    def _foreign(self, but_token: bool = False) -> str | None:
+        """Why the modules must be called; None: their weights say all, or all but token does."""
         found = "positions stand beside token rows" if self.combine == "concat" else None
-        names = tuple(name for name in NAMES if name not in HEAD_NORMS)
+        names = tuple(name for name in NAMES if name not in HEAD_NORMS and not (but_token and name == "token"))
         found = found or known.foreign(self._modules, self._known, self.position_offset, names)
         own = None if found or self.scale is None else self._known.found("token")
         if own is not None and own.scale is not None:

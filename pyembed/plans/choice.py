@@ -16,7 +16,17 @@ import pyembed.settings as settings
 
 from ..call import TABLES, Call, Called
 from ..memory import SMALL_BYTES
-from ..modes import autocast_dtype, brings_operators, is_plain_eager, is_recorded, is_traced, is_transformed
+from ..modes import (
+    autocast_dtype,
+    brings_operators,
+    has_process_group,
+    is_dtensor,
+    is_plain_eager,
+    is_recorded,
+    is_traced,
+    is_transformed,
+)
+from ..rows import Extended
 from .operators import launcher
 from .rates import measure, product_dtype
 
@@ -67,6 +77,15 @@ def why_composed(call: Call) -> str | None:
 def calls_modules(call: Call) -> bool:
     """Whether a module is called in place of a weight; one that follows the projection does not count."""
     return any(isinstance(value, Called) for value in (*call.terms, *call.norm, *(call.projection or ())))
+
+
+def extended(call: Call) -> Extended | None:
+    """Its token, where that is a table beside other rows, and nothing else is called in place of a weight."""
+    token = call.terms.token
+    if not isinstance(token, Extended) or token.table is None or call.projection is None or call.concat:
+        return None
+    is_distributed = has_process_group() and is_dtensor(token.table)
+    return None if is_distributed or calls_modules(token.plain(call)) else token
 
 
 def _why_strange(call: Call) -> str | None:
@@ -133,6 +152,8 @@ def settle(call: Call) -> Plan | None:
     """The Plan of a call as far as it does not depend on the values of ids; None: it does, so weigh the plans at each call.
 
     RuntimeError: a forced plan cannot run."""
+    own = extended(call)
+    call = call if own is None else own.plain(call)
     plan, token, ids = settings.current.plan, call.terms.token, call.terms.ids
     if plan == "one_pass":
         return Plan("one_pass", "pyembed.plan('one_pass') is set", {})
@@ -178,6 +199,8 @@ def choose(call: Call) -> Plan:
 
 def weigh_now(call: Call) -> Plan:
     """The cheapest plan for these ids, of a call that settle leaves open."""
+    own = extended(call)
+    call = call if own is None else own.small(call)
     ids, token = call.terms.ids, call.terms.token
     distinct = None if call.distinct is None else call.distinct.ids.numel()
     if distinct is None and not token.is_cuda:

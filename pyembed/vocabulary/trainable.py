@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..call import STOCK_FORWARDS
-from ..rows import check_row_ids, slots_of, write
+from ..rows import check_row_ids, own_rows, slots_of, write
 
 __all__ = ["TrainableRows"]
 _STOCK = nn.Embedding.forward
@@ -52,11 +52,16 @@ class TrainableRows(nn.Embedding):
         self.register_buffer("_order", order, persistent=False)
         self.train(embedding.training)
 
+    @own_rows
     def forward(self, input: Tensor) -> Tensor:
         """input: ids (...) int32 or int64 -> (..., D). IndexError: an id outside the table."""
         flat = input.reshape(-1)
         found = F.embedding(flat, self.weight)
         return write(found, slots_of(flat, self._sorted, self._order), self.rows).view(*input.shape, -1)
+
+    def own(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Its ids (R,), ascending, the row of each (R,), and rows (R, D)."""
+        return self._sorted, self._order, self.rows
 
     def linear(self, hidden: Tensor, bias: Tensor | None = None) -> Tensor:
         """The tied head: hidden (..., D), bias (V,) -> logits (..., V), by the table and, for their ids, by the rows."""

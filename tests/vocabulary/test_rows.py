@@ -89,7 +89,6 @@ def test_front_end_and_fuse_see_the_rows():
     assert not torch.allclose(outputs.hidden, before.hidden)
     loss_of(outputs).backward(), loss_of(expected).backward()
     torch.testing.assert_close(token.rows.grad, full.weight.grad[[99, 3]])
-    assert "TrainableRows" in ours.explain(IDS).reason
     with pytest.raises(RuntimeError, match="table"), pyembed.plan("table"):
         ours(IDS)
 
