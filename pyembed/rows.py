@@ -79,6 +79,13 @@ class Extended(Called):
         found = found if self._scale is None else found * self._scale
         return write(found.reshape(-1, found.shape[-1]), slot, self.own, in_order).view(found.shape)
 
+    def arguments(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, float | None, int]:
+        """ids, slot, table, own, of at least one row, scale and padding_idx, as the operator pyembed::gather takes them."""
+        assert self.table is not None
+        own = self.own if self.own.shape[0] else self.own.new_zeros(1, self.own.shape[1])
+        scale = None if self._scale is None else float(self._scale)
+        return ids, self.slot, self.table, own, scale, self._padding_idx
+
     def plain(self, call: Call) -> Call:
         """The call as if all rows were the table's, by which plans are chosen as far as values do not matter."""
         token: Any = self.table

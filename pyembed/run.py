@@ -23,7 +23,7 @@ from .call import LOOKUPS, NO_EPILOGUE, SCHEMA, Call, Called, DistinctIds, Hidde
 from .checks import check, check_distinct, check_ranges, compare_ranges
 from .ids import apply_policy, look, report_of, write_out
 from .modes import TENSORS, autocast_dtype, can_read, has_process_group, is_dtensor, is_recorded, unrecorded
-from .plans import distinct, one_pass
+from .plans import distinct, gathered, one_pass
 from .plans.choice import NO_BF16, calls_modules, extended, settle, weigh_now, why_composed
 from .plans.operators import is_compiled, is_observed, is_profiled, is_strange, kernels
 from .reference import compose, compose_hidden
@@ -212,7 +212,7 @@ def _warn_once():
     if not asked or _warned or is_compiling():
         return
     _warned.append(asked)
-    why = "PyTorch's operators run it, since it takes rows= or calls modules that do more than apply weights: see explain(ids)"
+    why = "PyTorch's operators run it, since it calls modules that do more than apply their weights: see explain(ids)"
     warnings.warn(f"{' and '.join(asked)} has no effect on this call: {why}", stacklevel=2)
 
 
@@ -222,7 +222,7 @@ _warned: list[Any] = []
 def _runner_of_plan(call, observed):
     composed = why_composed(call)
     if extended(call) is not None:
-        return _extended_runner(call, settle(call), observed)
+        return _extended_runner(call, observed)
     if composed is not None and calls_modules(call):
         _warn_once()
     one = _kernel_runner(call, observed) if composed is None else _composition_runner(call)
@@ -239,10 +239,16 @@ def _runner_of_plan(call, observed):
     return lambda call: (other if weigh_now(call).name == "distinct" else one)(call)
 
 
-def _extended_runner(call, plan, observed):
-    """Of rows of two tables: the composition, or `distinct` over the rows in use. plan: as settle has it."""
+def _extended_runner(call, observed):
+    """Of rows of two tables: by kernels over a table of all tokens' rows, which a kernel gathers; else the composition, or
+    `distinct` over a table of the rows in use."""
+    token = call.terms.token
+    if why_composed(token.plain(call)) is None:
+        by_kernels, checks = partial(_run_gathered, observed), _must_check(call)
+        return _checked(by_kernels, checks) if checks or call.distinct is not None else by_kernels
     one = _composition_runner(call)
-    if plan is not None and plan.name == "one_pass":
+    plan = None if call.projection is None or call.concat else settle(call)
+    if call.projection is None or call.concat or plan is not None and plan.name == "one_pass":
         return one
 
     def runner(call):
@@ -253,6 +259,13 @@ def _extended_runner(call, plan, observed):
         return distinct.front_end(small, kernels=False, observed=observed, grads=small.wants_grad())
 
     return runner if call.distinct is None else _checked(runner, False)
+
+
+def _run_gathered(observed, call):
+    terms = call.terms
+    rows = gathered.rows_of(call, terms.token, observed)
+    is_all = call.projection is None and terms.position is None and terms.segment is None and not terms.dropout
+    return rows if is_all else run(gathered.over(call, rows))
 
 
 def _composition_runner(call):

@@ -21,7 +21,7 @@ from ..rows import Rows, with_rows
 from ..run import run
 from ..settings import policy_of
 from .fits import check_tables
-from .known import COMBINES, Known, is_stock, looks_up, place_rows, table_of
+from .known import COMBINES, Known, has_own_rows, is_stock, looks_up, place_rows, table_of
 from .parts import dropout_rate
 
 
@@ -153,14 +153,15 @@ class TokenPositionEmbedding(HasIdPolicy):
         padding_idx = None if isinstance(table, Called) else modules["token"].padding_idx
         row = -1 if padding_idx is None else pad_row(padding_idx, table.shape[0])
         terms = Terms(ids, table, positions, position_ids, segments, segment_ids, None, self.scale, rate, row)
-        terms = terms if rows is None else with_rows(terms, rows)
+        own = modules["token"] if has_own_rows(modules["token"]) else None
+        terms = terms if rows is None and own is None else with_rows(terms, rows, own)
         found = run(Call(terms, NO_NORM, None, NO_EPILOGUE, self._policy(), False, None, concat))
         return dropout(found) if concat else found
 
     def _table(self, name: str) -> Any:
         """The weight of a part that only looks up its rows; else the part, which is called."""
         module = self._modules[name]
-        if module is None or looks_up(name, module):
+        if module is None or looks_up(name, module) or name == "token" and has_own_rows(module):
             return None if module is None else module.weight
         function = None if name != "position" else partial(place_rows, module, self._known.way(module), offset=0)
         return Called(module, function, table_of(module), has_rows=is_stock(name, module))

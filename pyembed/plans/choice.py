@@ -27,6 +27,7 @@ from ..modes import (
     is_transformed,
 )
 from ..rows import Extended
+from .gathered import over
 from .operators import launcher
 from .rates import measure, product_dtype
 
@@ -82,7 +83,7 @@ def calls_modules(call: Call) -> bool:
 def extended(call: Call) -> Extended | None:
     """Its token, where that is a table beside other rows, and nothing else is called in place of a weight."""
     token = call.terms.token
-    if not isinstance(token, Extended) or token.table is None or call.projection is None or call.concat:
+    if not isinstance(token, Extended) or token.table is None:
         return None
     is_distributed = has_process_group() and is_dtensor(token.table)
     return None if is_distributed or calls_modules(token.plain(call)) else token
@@ -200,7 +201,8 @@ def choose(call: Call) -> Plan:
 def weigh_now(call: Call) -> Plan:
     """The cheapest plan for these ids, of a call that settle leaves open."""
     own = extended(call)
-    call = call if own is None else own.small(call)
+    if own is not None:
+        call = _over_all(call, own) if why_composed(own.plain(call)) is None else own.small(call)
     ids, token = call.terms.ids, call.terms.token
     distinct = None if call.distinct is None else call.distinct.ids.numel()
     if distinct is None and not token.is_cuda:
@@ -210,6 +212,13 @@ def weigh_now(call: Call) -> Plan:
     if distinct is None:
         return Plan("one_pass", "how many ids are distinct is not known yet", {})
     return weigh(call, distinct)
+
+
+def _over_all(call: Call, own: Extended) -> Call:
+    """The call as kernels run it: over a table of all tokens' rows, here without values."""
+    trains = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (own.table, own.own))
+    rows = own.own.new_empty(*call.terms.ids.shape, own.own.shape[1])
+    return over(call, rows.requires_grad_(trains))
 
 
 def backward_products(call: Call) -> int | None:

@@ -3,7 +3,7 @@
 import itertools
 
 import torch
-from pyembed.kernels import distinct, distinct_grad, embed, embed_grad, embed_qkv, expand, rotary
+from pyembed.kernels import distinct, distinct_grad, embed, embed_grad, embed_qkv, expand, gather, rotary
 
 from pyembed.call import Call, Epilogue, Norm, Projection, Terms
 
@@ -122,6 +122,13 @@ def terms(dtype, M, norm):
             embed.drop_again(rows, each)
 
 
+def gathered(dtype, M, D, scale):
+    """Rows of two tables, of some vocabulary and of the patches of images."""
+    ids, slot, token, own = meta(2, M // 2), meta(M), meta(50257, D, dtype=dtype), meta(M // 2, D, dtype=dtype)
+    gather.gather(ids, slot, token, own, scale, reported(2, M // 2))
+    gather.gather_backward(token.new_empty(2, M // 2, D), ids, slot, scale, -1, [50257, M // 2])
+
+
 def ends(dtype, M, head_dim, norms, second, interleaved, first, norm="rms"):
     """Epilogues: heads normalised, a second query, turns and heads before tokens, as they may come together."""
     cos, head = meta(8192, head_dim // 2, dtype=torch.float32), meta(head_dim, dtype=dtype) if norms else None
@@ -197,6 +204,8 @@ def every_call():
     for dtype, M in itertools.product((torch.bfloat16, torch.float32), (2, 4098, FOLDED)):
         calls += [(False, terms, dtype, M, norm) for norm in ("layer", "rms", "none")]
     calls.append((False, terms, torch.bfloat16, 200, "layer"))
+    for dtype, D in itertools.product((torch.bfloat16, torch.float32), (64, 768, 771, 4096)):
+        calls += [(False, gathered, dtype, 4098, D, scale) for scale in (None, 27.7)]
     for M in (1, 17, 199, 513, 4097):
         calls += [(False, mixed, torch.float32, M, norm) for norm in ("layer", "rms", "none")]
         calls.append((False, mixed, torch.float32, M, "rms", True))

@@ -13,7 +13,7 @@ from numerics import tf32
 
 pytest.importorskip("triton")
 from aot import DTYPES, Report, faults, record, report
-from every_call import FOLDED, backward, distinct_rows, ends, every_call, front_end, look_up, mixed, terms, turned
+from every_call import FOLDED, backward, distinct_rows, ends, every_call, front_end, gathered, look_up, mixed, terms, turned
 from machine_code import Instruction, Loop
 from pyembed.kernels import distinct_grad, expand, tuning
 from triton.runtime.jit import JITFunction
@@ -39,6 +39,7 @@ ON_HOPPER = [  # every kernel; test_the_sample_has_every_kernel holds it to that
     (False, look_up, FLOAT, 4098, 768, 2304, "layer", True, HALF),
     (False, turned, torch.float16, 513, 64, False, True),
     (False, terms, HALF, 2, "none"),
+    (False, gathered, HALF, 4098, 768, 27.7),
     (False, ends, HALF, 514, 64, True, False, False, True),
 ]
 
