@@ -258,7 +258,7 @@ def _extended_runner(call, observed):
             return one(call)
         return distinct.front_end(small, kernels=False, observed=observed, grads=small.wants_grad())
 
-    return runner if call.distinct is None else _checked(runner, False)
+    return _checked(runner, False)
 
 
 def _run_gathered(observed, call):

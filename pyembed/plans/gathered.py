@@ -1,4 +1,4 @@
-"""Rows of a table and, for some tokens, of another, by one kernel, as pyembed::gather: a table of their own for calls by kernels.
+"""Rows of a table and, for some tokens, of another, by one kernel, as pyembed::gather; they are a table of their own then.
 
 Differentiable any number of times.
 """

@@ -50,7 +50,27 @@ GROWTH, GROWN, TABLES, UNTRAINED, PIECES = (
 TO_GROW, TO_STEP, TO_REPORT, TO_CUT = (
     f"tests/vocabulary/test_{name}.py" for name in ("growth", "grown_optimizer", "untrained", "pieces")
 )
+ROWS, GATHER, TO_ROW, TO_GATHER = (
+    "pyembed/rows.py",
+    KERNELS + "gather.py",
+    "tests/vocabulary/test_rows_distinct.py",
+    "tests/kernels/test_gather.py",
+)
 MUTATIONS = [
+    Mutation(GATHER, "tl.where((place >= 0)[:, None], y, x)", "x + y", TO_GATHER + " -k equals"),
+    Mutation(GATHER, "torch.where(slot < 0, ids.reshape(-1), -1)", "ids.reshape(-1)", TO_GATHER + " -k gradients"),
+    Mutation(GATHER, "ids, slot, token, own, scale, report, rows", "ids, slot, token, own, scale, None, rows", TO_GATHER),
+    Mutation(ROWS, "else mine * terms.scale", "else mine", TO_ROW + " -k train"),
+    Mutation(ROWS, "torch.where(found < 0, slot, found + start)", "torch.where(found < 0, slot, found)", TO_ROW),
+    Mutation(ROWS, "found if self._scale is None else found * self._scale", "found", TO_ROW),
+    Mutation(
+        "pyembed/run.py",
+        "        compare_ranges(call)  # beyond the table's ids are those of other rows\n",
+        "",
+        TO_ROW + " -k beyond",
+    ),
+    Mutation(CHOICE, "rows.requires_grad_(trains)", "rows", TO_GATHER),
+    Mutation("pyembed/plans/gathered.py", "elif padding_idx >= 0", "elif padding_idx > 99", TO_GATHER + " -k second"),
     Mutation(
         KERNELS + "tiles.py",
         "known = (row >= 0) & (row < size)",

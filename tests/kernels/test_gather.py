@@ -7,7 +7,10 @@ from numerics import assert_no_worse, guarded
 from torch.library import opcheck
 
 import pyembed
-from pyembed.plans import gathered, one_pass
+from pyembed.call import Call, Projection, Terms
+from pyembed.plans import choice, gathered
+from pyembed.rows import with_rows
+from pyembed.run import run
 from pyembed.vocabulary import Rows, TrainableRows
 
 pytestmark = pytest.mark.usefixtures("triton")
@@ -60,13 +63,14 @@ def test_gradients(dtype, padding_idx, frozen):
 def test_second_gradients(frozen):
     """Of what the gradient of a square's sum gives."""
     ids, slot, *tables = inputs(torch.float64, 3, (2, 4))
-    found = []
+    ids, slot[1], found = torch.full_like(ids, 2), -1, []  # the row without a gradient
     for function in (lambda *x: gathered.gather(*x, True), expected):
         leaves = [x.detach().requires_grad_() for name, x in zip(("token", "own"), tables, strict=True) if name != frozen]
         given = iter(leaves)
         both = [x if name == frozen else next(given) for name, x in zip(("token", "own"), tables, strict=True)]
         grads = torch.autograd.grad(function(ids, slot, *both, 3.3, 2).pow(3).sum(), leaves, create_graph=True)
-        found.append(torch.autograd.grad(sum(grad.pow(2).sum() for grad in grads), leaves))
+        factors = (torch.linspace(1, 2, x.numel(), dtype=x.dtype, device=DEVICE).view_as(x) for x in grads)
+        found.append(torch.autograd.grad(sum((x * y).sum() for x, y in zip(grads, factors, strict=True)), leaves))
     for x, y in zip(*found, strict=True):
         torch.testing.assert_close(x, y)
 
@@ -79,22 +83,6 @@ def test_operators(name):
         "gather_backward": (torch.randn(1, 3, 2, device=DEVICE), ids, slot, 2.0, 1, [V, R]),
     }
     opcheck(getattr(gathered, name).op, arguments[name])
-
-
-@pytest.fixture
-def launched(monkeypatch):
-    """Names of the operators that ran."""
-    names = []
-    for operator in (gathered.gather, one_pass.embed, one_pass.embed_qkv):
-        run = operator.forward if hasattr(operator, "forward") else operator
-        original, name = run._run, run.op._schema.name
-
-        def noted(*arguments, original=original, name=name):
-            names.append(name.removeprefix("pyembed::"))
-            return original(*arguments)
-
-        monkeypatch.setattr(run, "_run", noted)
-    return names
 
 
 @pytest.mark.sample
@@ -124,12 +112,27 @@ def test_front_end(plan, module):
         assert_no_worse(str(n), ours, eager, oracle)
 
 
-def test_hidden_alone_is_one_launch(launched):
+@pytest.mark.parametrize("trains", [False, True])
+def test_what_the_planner_weighs(trains, monkeypatch):
+    """On a GPU: a table of all tokens' rows, which has gradients where either of the two has."""
+    seen, weight, own = [], torch.randn(V, 16, device=DEVICE), torch.randn(2, 16, device=DEVICE, requires_grad=trains)
+    monkeypatch.setattr(choice, "weigh", lambda call, distinct: seen.append((call.terms.token, distinct)))
+    terms = with_rows(Terms(torch.tensor([[3, V, V]], device=DEVICE), weight), Rows(own, V))
+    choice.weigh_now(Call(terms, projection=Projection(weight, None, 1, 1)))
+    ((table, distinct),) = seen
+    assert table.shape == (3, 16) and distinct == 3 and table.requires_grad == trains
+
+
+def test_hidden_alone(monkeypatch):
+    """By one kernel where nothing is added."""
+    alone = []
+    monkeypatch.setattr("pyembed.run.run", lambda call: alone.append(call) or run(call))
     weight, own = torch.randn(V, 16, device=DEVICE), torch.randn(2, 16, device=DEVICE)
     ids, position = torch.tensor([[3, V, V]], device=DEVICE), torch.randn(9, 16, device=DEVICE)
     found = pyembed.functional.embed(ids, weight, rows=Rows(own, V))
-    assert torch.equal(found, torch.stack([weight[3], *own])[None])
+    assert torch.equal(found, torch.stack([weight[3], *own])[None]) and not alone
     assert torch.equal(pyembed.functional.embed(ids, weight, position, rows=Rows(own, V)), found + position[:3])
+    assert len(alone) == 1
     token = TrainableRows(torch.nn.Embedding(V, 16, device=DEVICE), [3])
     module = pyembed.TokenPositionEmbedding.from_modules(token, scale=2.0)
     with torch.no_grad():

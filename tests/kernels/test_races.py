@@ -14,6 +14,7 @@ from pyembed import functional as F
 from pyembed import positions
 from pyembed.plans import operators
 from pyembed.rotary import Rotary
+from pyembed.rows import Rows
 
 tl = pytest.importorskip("triton.language")
 interpreter = pytest.importorskip("triton.runtime.interpreter")
@@ -248,6 +249,11 @@ def embeddings():
     F.embed(ids, token, table, ids, segment=table, segment_ids=ids, dropout=0.5).backward(torch.randn(1, 6, 20))
 
 
+def two_tables():
+    ids, weight, own = torch.arange(40).view(2, 20) % 24, rows(23, 40).requires_grad_(), rows(2, 40).requires_grad_()
+    F.embed(ids, weight, rows=Rows(own, [5, 23]), scale=2.0).sum().backward()
+
+
 def sines():
     F.embed(torch.randint(5, (2, 6)), torch.randn(5, 20), positions.sinusoidal_steps(20))
 
@@ -290,6 +296,7 @@ SHIPPED = [
     (90, "few", numbering, {}, "mark number"),
     (90, "few", table, {}, "expand"),
     (90, "few", embeddings, {}, "embed drop segment join"),
+    (90, "few", two_tables, {}, "gather segment"),
     (90, "few", sines, {}, "embed"),
     (90, "few", split_weights, {}, "embed_qkv norm_backward"),
     (90, "few", absent, {}, "embed_qkv expand"),

@@ -10,7 +10,7 @@ from conftest import full
 pytest.importorskip("triton")
 import machine_code
 from aot import BIN, record
-from every_call import backward, distinct_rows, front_end, turned
+from every_call import backward, distinct_rows, front_end, gathered, turned
 from pyembed.kernels import tuning
 
 HALF = torch.bfloat16
@@ -45,6 +45,7 @@ def sass(kernel, folder):
         full("prepare_kernel", 0, MANY),
         full("sum_kernel", 0, MANY),
         full("embed_kernel", 0, BACKWARD),
+        full("gather_kernel", 0, (gathered, HALF, 4098, 768, 27.7)),
     ],
 )
 @pytest.mark.parametrize("arch", [80, full(89), full(90)])
