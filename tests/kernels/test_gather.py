@@ -68,9 +68,12 @@ def test_second_gradients(frozen):
         leaves = [x.detach().requires_grad_() for name, x in zip(("token", "own"), tables, strict=True) if name != frozen]
         given = iter(leaves)
         both = [x if name == frozen else next(given) for name, x in zip(("token", "own"), tables, strict=True)]
-        grads = torch.autograd.grad(function(ids, slot, *both, 3.3, 2).pow(3).sum(), leaves, create_graph=True)
+        factor = torch.linspace(-1, 2, 24, dtype=torch.float64, device=DEVICE).view(2, 4, 3).requires_grad_()
+        rows = function(ids, slot, *both, 3.3, 2)
+        grads = torch.autograd.grad((rows.pow(3) * factor).sum(), leaves, create_graph=True)
         factors = (torch.linspace(1, 2, x.numel(), dtype=x.dtype, device=DEVICE).view_as(x) for x in grads)
-        found.append(torch.autograd.grad(sum((x * y).sum() for x, y in zip(grads, factors, strict=True)), leaves))
+        loss = sum((x * y).sum() for x, y in zip(grads, factors, strict=True))
+        found.append(torch.autograd.grad(loss, [*leaves, factor]))
     for x, y in zip(*found, strict=True):
         torch.testing.assert_close(x, y)
 
