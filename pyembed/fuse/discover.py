@@ -75,6 +75,12 @@ def discover(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     seen = [call for call in seen if call.module in names]
     integers = [x for x in given if x.dtype in (torch.int32, torch.int64)]
     token = next((c for c in seen if any(_looks_up(c, ids) for ids in integers)), None)
+    own = next((call.module for call in seen if known.is_own(call.module)), None)
+    if own is not None:
+        raise Nothing(
+            f"{names[own]}, {_kind(own)}, looks up rows of its own beside its table's: a pyembed.EmbeddingQKV over the model's "
+            "modules computes them, or merge() makes it one table"
+        )
     if token is None or not isinstance(token.module, nn.Embedding):
         raise Nothing("no nn.Embedding of the model looked up these ids")
     norm, lookups, dropouts = _first_norm(seen, token, names)

@@ -62,10 +62,15 @@ def is_ours_forward(own: Any) -> bool:
     return any(own is forward for forward in STOCK_FORWARDS)  # a compiler does not find a function in a set
 
 
-def has_own_rows(module: nn.Module) -> bool:
-    """Whether it is a token of ours with rows of its own beside its weight, and nothing else happens."""
+def is_own(module: nn.Module) -> bool:
+    """Whether it is a token of ours with rows of its own beside its weight."""
     own: Any = type(module).forward
-    if not any(own is forward for forward in OWN_ROWS) or is_patched(module):
+    return any(own is forward for forward in OWN_ROWS)
+
+
+def has_own_rows(module: nn.Module) -> bool:
+    """Whether it is that, and nothing else happens."""
+    if not is_own(module) or is_patched(module):
         return False
     has_hooks = module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks
     return not has_hooks and all(type(weight) in TENSORS for weight in module._parameters.values())

@@ -75,7 +75,7 @@ def test_shares_the_table_and_makes_nothing_of_its_size():
     assert ours.rows.grad.shape == (2, D) and IDS.numel() * D <= largest.elements < 5000
 
 
-def test_front_end_and_fuse_see_the_rows():
+def test_front_end_sees_the_rows():
     token = TrainableRows(table(torch.float64), [99, 3])
     ours = front_end(token)
     with torch.no_grad():  # equal to the table's at first, when a proof by value could not tell them
@@ -91,6 +91,37 @@ def test_front_end_and_fuse_see_the_rows():
     torch.testing.assert_close(token.rows.grad, full.weight.grad[[99, 3]])
     with pytest.raises(RuntimeError, match="table"), pyembed.plan("table"):
         ours(IDS)
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.token, self.position, self.norm, self.qkv = table(), nn.Embedding(9, D), nn.LayerNorm(D), nn.Linear(D, 3 * D)
+
+    def forward(self, ids):
+        return self.qkv(self.norm(self.token(ids) + self.position(torch.arange(ids.shape[1]))))
+
+
+@pytest.mark.parametrize("when", ["before", "after", "merged"])
+def test_fuse_refuses_by_name_or_computes_the_rows(when):
+    """Rows that train from before or after the model is fused; merged, the model is fused as any other."""
+    model, ids = Model(), IDS[:1, 1:3]
+    if when == "after":
+        fused = pyembed.fuse(model, ids)
+        with pytest.raises(TypeError, match="expected one that only looks up rows"):
+            TrainableRows(model.token, [3, 99])
+        fused.undo()
+    model.token = TrainableRows(model.token, [3, 99])
+    with torch.no_grad():
+        model.token.rows.add_(1)
+    expected = model(ids)
+    if when == "merged":
+        model.token = model.token.merge()
+    with pyembed.fuse(model, ids) as fused, pyembed.plan("one_pass"):
+        torch.testing.assert_close(model(ids), expected)
+        assert (
+            fused.why_not is None if when == "merged" else "token, a TrainableRows, looks up rows of its own" in fused.why_not
+        )
 
 
 def test_state_dict_holds_the_rows_once_and_loads_into_the_merged_module():
