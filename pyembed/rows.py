@@ -6,6 +6,7 @@ the host, a row is looked up for every token and one of the two is chosen. By th
 distinct rows alone, which then are a table of their own.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from .call import Call, Called, Terms, as_table
 from .checks import check_integers
-from .modes import can_read
+from .modes import can_read, is_plain_eager
 
 
 class Rows(NamedTuple):
@@ -167,7 +168,7 @@ def _checked(rows: Any, terms: Terms) -> list[tuple[str, Rows]]:
             expected, got = f"{table.dtype} on {table.device}", f"{own.dtype} on {own.device}"
             raise TypeError(f"{name}: expected {expected}, as the table has; got {got}")
         is_ranked = isinstance(placeholder, int) and not isinstance(placeholder, bool)
-        ids = [placeholder] if is_ranked else check_row_ids(f"{name}.placeholder", placeholder).tolist()
+        ids = [placeholder] if is_ranked else _placed(name, placeholder, terms.ids.device)[0]
         if not is_ranked and len(ids) != own.shape[0]:
             raise ValueError(f"{name}: expected as many placeholder ids as rows, {own.shape[0]}; got {len(ids)}")
         for each in ids:
@@ -177,14 +178,34 @@ def _checked(rows: Any, terms: Terms) -> list[tuple[str, Rows]]:
     return streams
 
 
+_Placed = tuple[list[int], Tensor, Tensor]
+
+
+def _placed(name: str, placeholder: Any, device: torch.device) -> _Placed:
+    """Placeholder ids (R,), the same ascending, on the device, and the row of each. Of ints they are found once."""
+    is_known = isinstance(placeholder, range) or isinstance(placeholder, list | tuple) and set(map(type, placeholder)) == {int}
+    if not is_known or not is_plain_eager():
+        return _sort(name, placeholder, device)
+    return _sorted(name, placeholder if isinstance(placeholder, range) else tuple(placeholder), device)
+
+
+def _sort(name: str, placeholder: Any, device: torch.device) -> _Placed:
+    with torch.inference_mode(False):
+        ids = check_row_ids(f"{name}.placeholder", placeholder)
+        values, order = ids.sort()
+        return ids.tolist(), values.to(device), order.to(device)
+
+
+_sorted = functools.lru_cache(64)(_sort)
+
+
 def _find(name: str, stream: Rows, ids: Tensor) -> tuple[Tensor, Tensor]:
     """(slot (M,), rows) of a stream, as write takes them."""
     rows, placeholder = stream
     flat = ids.reshape(-1)
     if not isinstance(placeholder, int):
-        own = check_row_ids(f"{name}.placeholder", placeholder)
-        values, order = own.sort()
-        return slots_of(flat, values.to(flat.device), order.to(flat.device)), rows
+        _, values, order = _placed(name, placeholder, flat.device)
+        return slots_of(flat, values, order), rows
     taken = flat == placeholder
     rank = taken.cumsum(0) - 1
     if can_read(ids):

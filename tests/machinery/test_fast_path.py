@@ -83,7 +83,7 @@ def read_by(patch, reader):
     if reader != "_read_plain":
         patch.setattr(parts.HoldsParts, "_is_plain", lambda self: False)
     if reader == "_read_modules":
-        patch.setattr(parts.HoldsParts, "_foreign", lambda self: "a test asks for it")
+        patch.setattr(parts.HoldsParts, "_foreign", lambda *_: "a test asks for it")
 
 
 def fronts(norm="layer", position="learned", bias=True, rotary=None, kv_heads=2):

@@ -229,6 +229,24 @@ def test_bad_rows(rows, kind, text):
         pyembed.functional.embed(IDS, table().weight, rows=rows)
 
 
+def test_placeholders_are_looked_at_once(monkeypatch):
+    """Those that are ints; what was found in inference mode serves training too."""
+    seen, check = [], rows_module.check_row_ids
+    monkeypatch.setattr(rows_module, "check_row_ids", lambda *given: seen.append(given[1]) or check(*given))
+    rows_module._sorted.cache_clear()
+    weight, rows = table().weight, torch.randn(2, D, requires_grad=True)
+    for placeholder in ([99, 7], (99, 7), range(99, 101), [99, 8]):
+        for mode in (torch.inference_mode, torch.enable_grad):
+            with mode():
+                found = pyembed.functional.embed(IDS, weight, rows=Rows(rows, placeholder))
+        torch.testing.assert_close(found, scattered(IDS, weight, [Rows(rows, placeholder)], None))
+        found.sum().backward()
+    assert seen == [(99, 7), range(99, 101), (99, 8)]
+    for _ in range(2):
+        with pytest.raises(TypeError, match="integers"):
+            pyembed.functional.embed(IDS, weight, rows=Rows(rows, [99.0, 7.0]))
+
+
 def test_other_ids_must_still_be_in_the_table():
     with pytest.raises(IndexError, match=rf"in \[0, {V}\)"):
         pyembed.functional.embed(IDS.masked_fill(IDS == 7, V), table().weight, rows=Rows(torch.zeros(3, D), 99))
