@@ -1,40 +1,79 @@
-"""Rows that train beside a frozen table, and rows that are no words: forward and backward, beside what is done without them."""
+"""Rows that train beside a frozen table, and rows that are no words: forward and backward, beside what is done without them.
+
+PEFT runs where it is installed, torch.compile where there is a compiler. --full: a table of 128,256 rows too.
+"""
+
+import functools
 
 import pytest
 import torch
 import torch.nn.functional as nnf
 from torch import nn
 
-from pyembed.benchmark.peers import check, gradients
+import pyembed
+from pyembed.benchmark import cases
+from pyembed.benchmark.peers import check, compiled, compiler_missing, gradients, reason_of
 from pyembed.benchmark.timing import Variant, clock, compare
 from pyembed.functional import embed
 from pyembed.vocabulary import Rows, TrainableRows
 
 R, V, D = 16, 50_257, 768
+PLANS = ("one_pass", "distinct", "auto")
 
 
-def measured(variants, reference, device):
-    """(rows, left out), after all have given what `reference` gives."""
+def measured(variants, reference, device, makers=()):
+    """(rows, left out), after all have given what `reference` gives. makers: {peer: a function that builds its Variant}."""
+    left_out = {}
+    for name, make in dict(makers).items():
+        try:
+            variants[name] = make()
+            variants[name].forward()
+        except Exception as error:  # whatever another library does on this machine
+            variants.pop(name, None)
+            left_out[name] = reason_of(error)
     grads = gradients(variants, True)
-    left_out = check(variants, grads, reference)
+    left_out |= check(variants, grads, reference)
     return compare(variants, grads, clock(device), seconds=3), left_out
 
 
+def compiled_or_not(function, parameters, device):
+    def make():
+        missing = compiler_missing(device)
+        if missing:
+            raise RuntimeError(missing)
+        torch.compiler.reset()
+        return Variant(compiled(function), parameters)
+
+    return make
+
+
+@pytest.mark.parametrize("size", [V, 128_256])
 @pytest.mark.parametrize("M", [4096])
-def test_rows_that_train(record, device, M):
+def test_rows_that_train(record, device, request, M, size):
+    if size != V and not request.config.getoption("--full"):
+        pytest.skip("another size of table: only with --full")
+
     def run():
-        table, first = nn.Embedding(V, D, device=device), V - R
-        ids = torch.randint(V, (M,), device=device)
-        ids[::8] = torch.randint(first, V, (len(ids[::8]),), device=device)
-        masked, rows = nn.Embedding(V, D, _weight=table.weight.detach().clone()), nn.Parameter(table.weight[first:].clone())
-        mask = (torch.arange(V, device=device) >= first).unsqueeze(-1)
+        table, first = nn.Embedding(size, D, device=device), size - R
+        ids = torch.randint(size, (M,), device=device)
+        ids[::8] = torch.randint(first, size, (len(ids[::8]),), device=device)
+        masked, rows = nn.Embedding(size, D, _weight=table.weight.detach().clone()), nn.Parameter(table.weight[first:].clone())
+        mask = (torch.arange(size, device=device) >= first).unsqueeze(-1)
         masked.weight.register_hook(lambda grad: grad.mul_(mask))
-        ours = TrainableRows(table, range(first, V))
+        ours = TrainableRows(table, range(first, size))
 
         def two_tables():
             slot = ids - first
             own = nnf.embedding(slot.clamp(min=0), rows)
             return (torch.where((slot >= 0).unsqueeze(-1), own, nnf.embedding(ids, table.weight)),)
+
+        def peft():
+            from peft import TrainableTokensConfig, inject_adapter_in_model
+
+            config = TrainableTokensConfig(target_modules=["token"], token_indices=[*range(first, size)])
+            plain = nn.Embedding(size, D, _weight=table.weight)
+            layer = inject_adapter_in_model(config, nn.ModuleDict({"token": plain}))["token"]
+            return Variant(lambda: (layer(ids),), [layer.trainable_tokens_delta["default"]])
 
         variants = {
             "two tables": Variant(two_tables, [rows]),
@@ -42,9 +81,10 @@ def test_rows_that_train(record, device, M):
             # Not compared: its gradient is of the whole table.
             "gradient mask": Variant(lambda: (masked(ids),), [masked.weight], checked=False),
         }
-        return measured(variants, "two tables", device)
+        makers = {"PEFT": peft, "torch.compile": compiled_or_not(two_tables, [rows], device)}
+        return measured(variants, "two tables", device, makers)
 
-    record(run, suite="vocabulary", direction="training", case=f"{R} rows train, {M:,} tokens, {V:,} × {D:,}")
+    record(run, suite="vocabulary", direction="training", case=f"{R} rows train, {M:,} tokens, {size:,} × {D:,}")
 
 
 @pytest.mark.parametrize("B, T, each", [(4, 1024, 576)])
@@ -65,6 +105,46 @@ def test_rows_that_are_no_words(record, device, B, T, each):
             "cumsum + where": cumsum_where,
             "pyembed": lambda: (embed(ids, weight, rows=Rows(rows, 0)),),
         }
-        return measured({name: Variant(call, [rows]) for name, call in calls.items()}, "masked_scatter", device)
+        makers = {"torch.compile": compiled_or_not(cumsum_where, [rows], device)}
+        return measured({name: Variant(call, [rows]) for name, call in calls.items()}, "masked_scatter", device, makers)
 
     record(run, suite="vocabulary", direction="training", case=f"{each} rows in each of {B} × {T:,}")
+
+
+@pytest.mark.parametrize("kind", ["a soft prompt", "patches", "rows that train"])
+@pytest.mark.parametrize("B, T, each", [(8, 1024, 576)])
+def test_front_ends(record, device, tokens, kind, B, T, each):
+    """GPT-2 small's widths over tokens of text: a soft prompt of R ids, an image's patches, or R ids whose rows train."""
+
+    def run():
+        table = nn.Embedding(V + R, D, device=device).requires_grad_(False)
+        position, norm, qkv = (part.to(device) for part in (nn.Embedding(T, D), nn.LayerNorm(D), nn.Linear(D, 3 * D)))
+        ids, options = cases.make_ids("natural", V, B * T, tokens).view(B, T).to(device), {}
+        first, count = (8, each) if kind == "patches" else (0, R)
+        ids[:, first : first + count] = V if kind == "patches" else torch.arange(V, V + R, device=device)
+        rows = nn.Parameter(torch.randn(B * each if kind == "patches" else R, D, device=device))
+        if kind == "rows that train":
+            token = TrainableRows(table, range(V, V + R))
+            token.rows = rows
+        else:
+            token, options = table, {"rows": Rows(rows, V if kind == "patches" else range(V, V + R))}
+        front = pyembed.EmbeddingQKV.from_modules(token, position, norm, qkv=qkv, num_heads=12)
+        parameters = [rows, *(p for part in (position, norm, qkv) for p in part.parameters())]
+
+        def operators():
+            if kind == "patches":
+                hidden = nnf.embedding(ids, table.weight).masked_scatter((ids == V).unsqueeze(-1), rows)
+            else:
+                own = nnf.embedding((ids - V).clamp(min=0), rows)
+                hidden = torch.where((ids >= V).unsqueeze(-1), own, nnf.embedding(ids, table.weight))
+            hidden = hidden + position.weight[:T]
+            return hidden, *(x.unflatten(-1, (12, -1)) for x in qkv(norm(hidden)).chunk(3, -1))
+
+        variants = {"operators": Variant(operators, parameters)}
+        for plan in PLANS:
+            variants[plan] = Variant(
+                functools.partial(front, ids, **options), parameters, functools.partial(pyembed.plan, plan)
+            )
+        return measured(variants, "operators", device, {"torch.compile": compiled_or_not(operators, parameters, device)})
+
+    record(run, suite="vocabulary", direction="training", case=f"front end, {kind}, {B} × {T:,}, {D:,}")
