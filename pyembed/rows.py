@@ -92,18 +92,21 @@ class Extended(Called):
         token: Any = self.table
         return call._replace(terms=call.terms._replace(token=token, scale=None))
 
-    def small(self, call: Call) -> Call:
-        """The call over a table (U, D) of the distinct rows that it uses, whose ids lie in the table where they count."""
+    def find(self, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+        """ids (U,) and slot (U,) of the distinct rows that the call uses, and index (M,), the place of each token's among them.
+        Its ids lie in the table where they count."""
         assert self.table is not None
-        ids, V = call.terms.ids, self.table.shape[0]
-        if call.distinct is None:
-            keys = torch.where(self.slot < 0, ids.reshape(-1), self.slot + V)
-            keys, index = torch.unique(keys, return_inverse=True)
-            used, slot = keys.masked_fill(keys >= V, 0), torch.where(keys < V, -1, keys - V)
-        else:  # by id: the same ids take the same rows
+        ids, V = call.terms.ids.reshape(-1), self.table.shape[0]
+        if call.distinct is not None:  # by id: the same ids take the same rows
             used, index = call.distinct.ids, call.distinct.inverse.reshape(-1)
-            slot = self.slot.new_full((used.numel(),), -1).scatter_(0, index.long(), self.slot)
-        table, index, distinct = as_table(self._rows_at(used, slot), index.view(ids.shape))
+            return used, self.slot.new_full((used.numel(),), -1).scatter_(0, index.long(), self.slot), index
+        keys, index = torch.unique(torch.where(self.slot < 0, ids, self.slot + V), return_inverse=True)
+        return keys.masked_fill(keys >= V, 0), torch.where(keys < V, -1, keys - V), index
+
+    def small(self, call: Call, found: tuple[Tensor, Tensor, Tensor]) -> Call:
+        """The call over a table (U, D) of the rows that find found."""
+        ids, slot, index = found
+        table, index, distinct = as_table(self._rows_at(ids, slot), index.view(call.terms.ids.shape))
         terms = call.terms._replace(ids=index, token=table, scale=None, padding_idx=-1)
         return call._replace(terms=terms, distinct=distinct)
 

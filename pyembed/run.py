@@ -24,7 +24,7 @@ from .checks import check, check_distinct, check_ranges, compare_ranges
 from .ids import apply_policy, look, report_of, write_out
 from .modes import TENSORS, autocast_dtype, can_read, has_process_group, is_dtensor, is_recorded, unrecorded
 from .plans import distinct, gathered, one_pass
-from .plans.choice import NO_BF16, calls_modules, extended, settle, weigh_now, why_composed
+from .plans.choice import NO_BF16, calls_modules, extended, settle, weigh_now, weigh_rows, why_composed
 from .plans.operators import is_compiled, is_observed, is_profiled, is_strange, kernels
 from .reference import compose, compose_hidden
 from .rows import Extended
@@ -253,9 +253,11 @@ def _extended_runner(call, observed):
 
     def runner(call):
         compare_ranges(call)  # beyond the table's ids are those of other rows
-        small = call.terms.token.small(call)
-        if plan is None and weigh_now(small).name != "distinct":
+        token = call.terms.token
+        found = token.find(call)
+        if plan is None and weigh_rows(call, token, found[0].numel()).name != "distinct":
             return one(call)
+        small = token.small(call, found)
         return distinct.front_end(small, kernels=False, observed=observed, grads=small.wants_grad())
 
     return _checked(runner, False)

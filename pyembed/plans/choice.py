@@ -27,7 +27,6 @@ from ..modes import (
     is_transformed,
 )
 from ..rows import Extended
-from .gathered import over
 from .operators import launcher
 from .rates import measure, product_dtype
 
@@ -202,7 +201,8 @@ def weigh_now(call: Call) -> Plan:
     """The cheapest plan for these ids, of a call that settle leaves open."""
     own = extended(call)
     if own is not None:
-        call = _over_all(call, own) if why_composed(own.plain(call)) is None else own.small(call)
+        by_kernels = why_composed(own.plain(call)) is None
+        return weigh_rows(call, own, call.terms.ids.numel() if by_kernels else own.find(call)[0].numel())
     ids, token = call.terms.ids, call.terms.token
     distinct = None if call.distinct is None else call.distinct.ids.numel()
     if distinct is None and not token.is_cuda:
@@ -214,11 +214,11 @@ def weigh_now(call: Call) -> Plan:
     return weigh(call, distinct)
 
 
-def _over_all(call: Call, own: Extended) -> Call:
-    """The call as kernels run it: over a table of all tokens' rows, here without values."""
+def weigh_rows(call: Call, own: Extended, count: int) -> Plan:
+    """weigh of a call over a table of so many rows, in use: kernels take one of all tokens, operators of the distinct ones."""
     trains = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (own.table, own.own))
-    rows = own.own.new_empty(*call.terms.ids.shape, own.own.shape[1])
-    return over(call, rows.requires_grad_(trains))
+    table = own.own.new_empty(count, own.own.shape[1]).requires_grad_(trains)  # without values
+    return weigh(call._replace(terms=call.terms._replace(token=table, scale=None)), count)
 
 
 def backward_products(call: Call) -> int | None:

@@ -69,7 +69,7 @@ MUTATIONS = [
         "",
         TO_ROW + " -k beyond",
     ),
-    Mutation(CHOICE, "rows.requires_grad_(trains)", "rows", TO_GATHER),
+    Mutation(CHOICE, ".requires_grad_(trains)", "", TO_GATHER),
     Mutation("pyembed/plans/gathered.py", "elif padding_idx >= 0", "elif padding_idx > 99", TO_GATHER + " -k second"),
     Mutation(
         KERNELS + "tiles.py",
