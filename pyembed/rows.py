@@ -137,7 +137,8 @@ def with_rows(terms: Terms, rows: "Rows | Sequence[Rows] | None", module: Any = 
     """Terms whose token rows are the table's and those of module, a token with rows of its own, times scale, and these rows,
     unscaled, at their placeholders."""
     check_integers("ids", terms.ids)
-    flat, parts = terms.ids.reshape(-1), list[Tensor]()
+    flat = terms.ids.reshape(-1)
+    parts: list[Tensor] = []  # not list[Tensor](), which a compiler does not know
     slot = torch.full_like(flat, -1, dtype=torch.long)
     if module is not None:
         ids, order, mine = module.own()
@@ -162,7 +163,8 @@ def _checked(rows: Any, terms: Terms) -> list[tuple[str, Rows]]:
     if not isinstance(given, list | tuple) or not all(isinstance(each, Rows) for each in given):
         raise TypeError(f"rows: expected a pyembed.vocabulary.Rows or several, got {type(rows).__name__}")
     streams = [("rows" if isinstance(rows, Rows) else f"rows[{n}]", each) for n, each in enumerate(given)]
-    table, seen = terms.token.weight if isinstance(terms.token, Called) else terms.token, dict[int, str]()
+    table = terms.token.weight if isinstance(terms.token, Called) else terms.token
+    seen: dict[int, str] = {}
     for name, (own, placeholder) in streams:
         if not isinstance(own, Tensor) or own.dim() != 2 or table is not None and own.shape[1] != table.shape[1]:
             got = tuple(own.shape) if isinstance(own, Tensor) else type(own).__name__
