@@ -189,6 +189,8 @@ _Placed = tuple[list[int], Tensor, Tensor]
 def _placed(name: str, placeholder: Any, device: torch.device) -> _Placed:
     """Placeholder ids (R,), the same ascending, on the device, and the row of each. Of ints they are found once."""
     is_known = isinstance(placeholder, range) or isinstance(placeholder, list | tuple) and set(map(type, placeholder)) == {int}
+    if is_known and torch.compiler.is_compiling():
+        return _constant(name, tuple(placeholder), device)
     if not is_known or not is_plain_eager():
         return _sort(name, placeholder, device)
     return _sorted(name, placeholder if isinstance(placeholder, range) else tuple(placeholder), device)
@@ -202,6 +204,11 @@ def _sort(name: str, placeholder: Any, device: torch.device) -> _Placed:
 
 
 _sorted = functools.lru_cache(64)(_sort)
+
+
+@torch.compiler.assume_constant_result
+def _constant(name: str, placeholder: tuple[int, ...], device: torch.device) -> _Placed:
+    return _sort(name, placeholder, device)
 
 
 def _find(name: str, stream: Rows, ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -198,3 +198,14 @@ def test_functional_and_second_kinds_of_projection(runs):
     for x, linear in zip((query, key, value), linears, strict=True):
         torch.testing.assert_close(x.flatten(-2), linear(hidden))
     assert len(runs) == 2
+
+
+@pytest.mark.parametrize("name", ["by rank", "by id", pytest.param("rows that train", marks=pytest.mark.full)])
+def test_one_graph(name):
+    """A compiler takes rows in; whether there are as many as placeholders is then told by NaN."""
+    streams, ids = ([], IDS) if name == "rows that train" else case(name)
+    ours = make(token=TrainableRows(table(torch.float64), [3]) if not streams else None)
+    torch.compiler.reset()
+    compiled = torch.compile(lambda ids: ours(ids, rows=streams or None), backend="eager", fullgraph=True)
+    expected = ours(ids, rows=streams or None)
+    compare(compiled(ids), expected, [*(each.rows for each in streams), ours.qkv.weight])
