@@ -75,10 +75,14 @@ class Extended(Called):
         return self._rows_at(ids, self.slot, self.in_order)
 
     def _rows_at(self, ids: Tensor, slot: Tensor, in_order: bool = False) -> Tensor:
-        # A module's result may be a view of something that it keeps.
-        found = self._token(ids).clone() if self.table is None else torch.embedding(self.table, ids, self._padding_idx)
+        # (M, D) from the first, and no view: autograd copies the gradient of a view that is written to.
+        if self.table is None:
+            found = self._token(ids)
+            found = found.reshape(-1, found.shape[-1]).clone()  # it may be something that the module keeps
+        else:
+            found = torch.embedding(self.table, ids.reshape(-1), self._padding_idx)
         found = found if self._scale is None else found * self._scale
-        return write(found.reshape(-1, found.shape[-1]), slot, self.own, in_order).view(found.shape)
+        return write(found, slot, self.own, in_order).view(*ids.shape, found.shape[-1])
 
     def arguments(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, float | None, int]:
         """ids, slot, table, own, of at least one row, scale and padding_idx, as the operator pyembed::gather takes them."""

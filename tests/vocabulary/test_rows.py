@@ -269,3 +269,19 @@ def test_distinct_ids_know_no_rows():
     distinct = pyembed.call.DistinctIds(*ids.unique(return_inverse=True))
     with pytest.raises(ValueError, match="distinct: expected None where rows"):
         front(ids, distinct=distinct, rows=Rows(torch.zeros(1, D), V))
+
+
+@pytest.mark.parametrize("module", [False, True])
+def test_no_gradient_is_copied(module):
+    """As autograd does where a view is written to."""
+    weight, rows = table().weight, torch.randn(3, D, requires_grad=True)
+    hooked = table()
+    hooked.register_forward_hook(lambda *_: None)
+    found = front_end(hooked)(IDS, rows=Rows(rows, 99)).hidden if module else None
+    found = pyembed.functional.embed(IDS, weight, scale=2.0, rows=Rows(rows, 99)) if found is None else found
+    names, waiting = set(), [found.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        names.add(node.name())
+        waiting += [each for each, _ in node.next_functions if each is not None]
+    assert "IndexCopyBackward0" in names and "CopySlices" not in names
