@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
-from .. import settings
+import pyembed.settings as settings
+
 from ..modules.known import is_stock
 from ..modules.proofs import Proof
 from ..plans.choice import LEAST_FLOPS, LEAST_TOKENS, refuses

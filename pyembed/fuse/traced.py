@@ -17,7 +17,8 @@ from torch import Tensor
 from torch._dynamo.comptime import comptime
 from torch.utils._pytree import tree_leaves
 
-from .. import settings
+import pyembed.settings as settings
+
 from ..modes import autocast_dtype
 from ..plans.choice import NO_BF16, why_torch
 from .fusion import MISSED, Fusion, Stock
