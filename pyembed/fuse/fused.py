@@ -41,7 +41,7 @@ def fuse(model: nn.Module, *args: Any, gradients: bool = True, strict: bool = Fa
     state_dict, types' names and attributes stay; a copy or a pickle of the model is not fused. Errors where the unfused model
     has none: the gradient of hidden_states[0] by itself, since projections do not pass through it; gradients of gradients; a
     tensor between lookups and projections that is read after what it depends on was changed, or by C++ code that Python does
-    not see.
+    not see. Not seen in a graph: ids that are changed by .data between the lookups of one sum.
 
     strict: ValueError where there is nothing to fuse. TypeError: no nn.Module, or no tensor. ValueError: it is fused already.
     RuntimeError (verify.Difference): a result differs by more than rounding explains; the model is then as it was. Errors of

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._dynamo.comptime import comptime
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils._pytree import tree_leaves
 
 import pyembed.settings as settings
@@ -46,7 +47,7 @@ class Note(NamedTuple):
 
 
 class Rows(Tensor):
-    """See above. Any operator but a proved one takes it as a plain tensor, as all do in eager mode."""
+    """See above. Operators that were not proved take it as a plain tensor, and so do all in eager mode."""
 
     note: Note | None
 
@@ -116,7 +117,8 @@ def look_up(fusion: Fusion, role: str, ids: Any, rows: Tensor) -> Tensor:
     number = _begin(key, not _serves_few(key) or ids.numel() <= FEW) if is_token else _latest(key)
     if number is None or ids.dtype not in (torch.int32, torch.int64) or ids.dim() == 0:
         return rows
-    _begin_scope(number)
+    if not _begin_scope(number, ids):
+        return rows
     if len(fusion.found.lookups) == 1:
         hidden = _run(fusion, number, {role: ids})
         return rows if hidden is None else hidden
@@ -199,7 +201,8 @@ def _mode(x: Any) -> Any:
     return torch.is_grad_enabled(), torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
-# What is asked while a graph is traced: constants in it.
+# What Python remembers of a trace. While it traces, Dynamo calls functions with assume_constant_result, and gives those of
+# comptime a context, by which they read local variables (number, x, ids) by name.
 
 
 class _Trace:
@@ -338,14 +341,16 @@ def _was_input() -> bool:
 
 
 def _versions(number: str, tensors: list[Tensor]) -> tuple[int, ...]:
-    """How often each was changed in place, at this line of the trace."""
+    """How often each was changed in place, at this line of the trace. The names number and x are read by comptime."""
     for x in tensors:  # noqa: B007  read by _look_at_version
         comptime(_look_at_version)
     return _seen(number)
 
 
-def _begin_scope(number: str) -> None:
+def _begin_scope(number: str, ids: Tensor) -> bool:
+    """False: the size of ids is not known before the graph runs, nor to guards."""
     comptime(_look_at_scope)
+    return _was_here(number)
 
 
 def _is_here(number: str) -> bool:
@@ -359,8 +364,10 @@ def _trace_of(ctx: Any) -> _Trace:
 
 
 def _look_at_version(ctx: Any) -> None:
-    fake = ctx.get_local("x").as_fake()
-    _trace_of(ctx).versions.append(UNKNOWN if fake.is_inference() else fake._version)
+    x = ctx.get_local("x")
+    fake, users = x.as_fake(), x.as_proxy().node.users
+    in_lists = sum("_foreach" in str(user.target) for user in users)  # which Dynamo does not count as changes
+    _trace_of(ctx).versions.append(UNKNOWN if fake.is_inference() else fake._version + in_lists)
 
 
 def _look_at_origin(ctx: Any) -> None:
@@ -370,6 +377,7 @@ def _look_at_origin(ctx: Any) -> None:
 def _look_at_scope(ctx: Any) -> None:
     trace = _trace_of(ctx)
     trace.scope = trace.scope or weakref.ref(ctx.graph())
+    trace.is_here = not any(map(free_unbacked_symbols, ctx.get_local("ids").as_fake().shape))
 
 
 def _compare_scope(ctx: Any) -> None:

@@ -114,6 +114,12 @@ def changed_in_a_list(m, ids):
     return rest(m, x)
 
 
+def changed_alone_in_a_list(m, ids):
+    x = front(m, ids)
+    torch._foreach_mul_([x], 2.0)
+    return x, rest(m, x)
+
+
 def rows_changed(m, ids):
     rows = m.tok(ids)
     rows.mul_(2)
@@ -212,6 +218,7 @@ HARD = [
     (lookups_without_gradients, 1, 0),
     *((f, 0, 0) for f in (rows_changed, methods_in_python, part_changed)),
     *((f, 0, 0) for f in (changed, changed_by_another_name, changed_by_data, changed_in_a_list)),
+    (changed_alone_in_a_list, 0, 0),
     *((f, 0, 0) for f in (norm_changed, detached)),
     *((f, 0, 0) for f in (block_in_a_checkpoint, graph_break)),
     (only_hidden, 0, None),  # weights that nothing uses have gradients of zeros then, not None
@@ -393,6 +400,15 @@ def test_reasons():
         assert reason(own()).startswith("torch.autograd.grad may be called in graphs")
     assert reason(own(), mode=pyembed.plan("distinct")) == "pyembed.plan('distinct') is set"
     assert reason(own(), mode=torch.autocast("cpu", torch.bfloat16)).startswith("Triton's interpreter has no bfloat16")
+
+
+@pytest.mark.full
+def test_a_size_that_is_not_known():
+    model, ids = own(), tokens()
+    fused = fuse(model, ids)
+    torch._dynamo.decorators.mark_unbacked(ids, 0)
+    compiled = torch.compile(lambda i: front(model, i), fullgraph=True, backend="eager")
+    assert close(compiled(ids), front(model, ids)) and not fused.calls[FUSED]
 
 
 @pytest.mark.full
