@@ -47,7 +47,7 @@ class Note(NamedTuple):
 
 
 class Rows(Tensor):
-    """See above. Operators that were not proved take it as a plain tensor, and so do all in eager mode."""
+    """See above. Operators that were not proved take it as a plain tensor; there is none outside of a trace."""
 
     note: Note | None
 
@@ -55,13 +55,6 @@ class Rows(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
-            if not torch.compiler.is_dynamo_compiling():
-                for x in tree_leaves((args, kwargs)):
-                    if type(x) is Rows:
-                        x.note = None  # gives its projections back
-                if func in (Tensor.__deepcopy__, Tensor.__repr__):
-                    args = (args[0].as_subclass(Tensor), *args[1:])
-                return func(*args, **kwargs)
             if func not in METADATA:
                 if len(args) == 2 and not kwargs and func in ADDS and type(args[0]) is Rows and type(args[1]) is Rows:
                     found = _add(args[0], args[1])
@@ -70,22 +63,21 @@ class Rows(Tensor):
                 if type(args[0]) is Rows and is_identity(func, args, kwargs):
                     return args[0]
                 if func is Tensor.__getitem__ and type(args[0]) is Rows and _is_view(args[1]):
-                    note = _note_of(args[0])
+                    note = args[0].note
                     if note is not None and note.rows is not None:  # BART looks at the shape of a part of its rows
                         return _noted(func(*args), note._replace(rows=None))
                 if func not in ADDS and func not in READERS or kwargs:  # it may change what it is given
                     for x in tree_leaves((args, kwargs)):
-                        if type(x) is Rows and _note_of(x) is not None:
-                            _forget(x.note.number)  # type: ignore[union-attr]
+                        if type(x) is Rows and x.note is not None:
+                            _forget(x.note.number)
                 if isinstance(func, FunctionType):  # which Dynamo calls of plain tensors only
                     args = [plain(x) if type(x) is Rows else x for x in args]
                     kwargs = {name: plain(x) if type(x) is Rows else x for name, x in kwargs.items()}
             return func(*args, **kwargs)
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        self.note = None
-        with torch._C.DisableTorchFunctionSubclass():
-            return self.as_subclass(Tensor).__reduce_ex__(protocol)
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Dynamo calls it where a tensor leaves the graph, which is a plain one from there on, without a note."""
+        object.__setattr__(self, "__class__", Tensor)
 
 
 def _is_view(index: Any) -> bool:
@@ -94,9 +86,7 @@ def _is_view(index: Any) -> bool:
 
 def _method(name: str) -> Any:
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not torch.compiler.is_dynamo_compiling():
-            return getattr(Tensor, name)(self, *args, **kwargs)
-        if _note_of(self) is not None:
+        if self.note is not None:
             _forget(self.note.number)
         return getattr(plain(self), name)(*args, **kwargs)
 
@@ -130,7 +120,7 @@ def look_up(fusion: Fusion, role: str, ids: Any, rows: Tensor) -> Tensor:
 
 def normed(fusion: Fusion, x: Any, found: Tensor) -> Tensor:
     """The norm of x, which its own forward has found, with what was computed before."""
-    note = _note_of(x)
+    note = x.note
     if note is None or note.outs is None or note.is_normed or not _holds(fusion, note, x):
         return found
     x.note = None
@@ -139,7 +129,7 @@ def normed(fusion: Fusion, x: Any, found: Tensor) -> Tensor:
 
 def projected(fusion: Fusion, x: Any, place: int, found: Tensor) -> Tensor:
     """A projection of x, which its own forward has found: the one that was computed before, once."""
-    note = _note_of(x)
+    note = x.note
     if note is None or not note.is_normed or not _holds(fusion, note, x) or not _take(note.number, fusion.key, place):
         return found
     return note.outs[place]
@@ -150,12 +140,6 @@ def plain(x: Any) -> Tensor:
         return x.view(x.shape)
 
 
-def _note_of(x: Any) -> Note | None:
-    """None: it comes from another graph, whose notes are not looked at, lest their values be guarded."""
-    comptime(_look_at_origin)
-    return None if _was_input() else x.note
-
-
 def _noted(x: Tensor, note: Note) -> Any:
     found: Any = x.as_subclass(Rows)
     found.note = note._replace(version=_versions(note.number, [x]))
@@ -164,7 +148,7 @@ def _noted(x: Tensor, note: Note) -> Any:
 
 def _add(a: Any, b: Any) -> Any:
     """The sum of rows, if it is the proved one; else None."""
-    one, other = _note_of(a), _note_of(b)
+    one, other = a.note, b.note
     if one is None or other is None or one.rows is None or other.rows is None or one.number != other.number:
         return None
     fusion = one.fusion
@@ -208,7 +192,6 @@ def _mode(x: Any) -> Any:
 class _Trace:
     scope: Any = None  # a weak reference to the graph, or part of one (a checkpoint's), that was traced
     is_here = is_forgotten = False
-    is_input = False  # of the class: whether the tensor that was looked at last is one of its graph
 
     attempt: Any = None  # of Dynamo's, which began it
 
@@ -335,11 +318,6 @@ def _was_here(number: str) -> bool:
     return _trace(number).is_here
 
 
-@torch.compiler.assume_constant_result
-def _was_input() -> bool:
-    return _Trace.is_input
-
-
 def _versions(number: str, tensors: list[Tensor]) -> tuple[int, ...]:
     """How often each was changed in place, at this line of the trace. The names number and x are read by comptime."""
     for x in tensors:  # noqa: B007  read by _look_at_version
@@ -368,10 +346,6 @@ def _look_at_version(ctx: Any) -> None:
     fake, users = x.as_fake(), x.as_proxy().node.users
     in_lists = sum("_foreach" in str(user.target) for user in users)  # which Dynamo does not count as changes
     _trace_of(ctx).versions.append(UNKNOWN if fake.is_inference() else fake._version + in_lists)
-
-
-def _look_at_origin(ctx: Any) -> None:
-    _Trace.is_input = ctx.get_local("x").as_proxy().node.op == "placeholder"
 
 
 def _look_at_scope(ctx: Any) -> None:

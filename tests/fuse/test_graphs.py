@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import pickle
 
 import pytest
 import torch
@@ -320,19 +319,13 @@ def test_changes_after_compiling(change):
 
 
 def test_returned_tensors():
-    """Hold no projections as soon as anything is asked of them; what is made of them, copies too, are plain tensors."""
+    """Are plain ones, which hold no projections."""
     model, ids = own(), tokens()
     fuse(model, ids)
-    compiled = torch.compile(lambda i: front(model, i), fullgraph=True, backend="eager")
+    compiled = torch.compile(lambda i: (front(model, i), model.tok(i)), fullgraph=True, backend="eager")
     with torch.no_grad():
-        one, other, third, fourth = (compiled(ids) for _ in range(4))
-    assert type(pickle.loads(pickle.dumps(one))) is torch.Tensor and one.note is None
-    assert torch.equal(other, front(model, ids)) and other.note is None
-    assert {type(x) for x in (other + 1, other.view(-1), copy.deepcopy(other), other.data)} == {torch.Tensor}
-    before = other.clone()
-    assert torch.equal(other.add_(1), before + 1) and torch.equal(other, before + 1) and repr(other).startswith("tensor(")
-    assert torch.equal(torch.stack([third])[0], third) and third.note is None
-    assert torch.equal(fourth.split(16, -1)[0], third[..., :16]) and fourth.note is None
+        for found, expected in zip(compiled(ids), (front(model, ids), model.tok(ids)), strict=True):
+            assert type(found) is torch.Tensor and torch.equal(found, expected) and not vars(found)
 
 
 def test_backs_off(monkeypatch):
