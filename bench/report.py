@@ -125,8 +125,8 @@ def report(document):
 
 
 EXPLAINED = """\
-Times are milliseconds where no unit is given: the median over the rounds of a row, in each of which all its variants run one
-after the other. In brackets: how many times as fast as the first column. In the tables of front ends and of embedding
+Times are milliseconds where no unit is given: the median over the rounds of a row, in each of which all its variants run, in
+another order. In brackets: how many times as fast as the first column. In the tables of front ends and of embedding
 tables, the percentage is the share of the limit that a variant reaches. The limit is the larger of two times: the bytes that
 must be moved over this machine's copy rate, and the operations over its matrix product rate
 (pyembed/benchmark/roofline.py). Each plan has its own operations; data that fits in a cache may exceed 100 %.
@@ -153,7 +153,7 @@ def times(rows, direction):
                 continue
             seconds = median(found[name], direction)
             limit = found[name].get("limit", {}).get(direction)
-            plan = f" {found[name]['plan']}" if name == "auto" else ""
+            plan = f" {found[name]['plan']}" if name == "auto" and "plan" in found[name] else ""
             text = f"{seconds * 1e6:.1f} µs" if row["suite"] == "host" else milliseconds(seconds)
             text += f" ({first / seconds:.2f}×)" + mark(found[name], direction=direction)
             line.append(text + (f" {100 * limit / seconds:.0f} %" if limit else "") + plan)

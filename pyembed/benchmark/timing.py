@@ -12,6 +12,7 @@ import dataclasses
 import gc
 import itertools
 import os
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -119,17 +120,18 @@ def capture(variant, pool):
 
 
 def compare(variants, grads, timer, seconds, tell=lambda done: None):
-    """{variant: {"rounds": of each, "waited": share, "seconds": {direction: {"median", "q1", "q3"}}}}, in turn; each has run
-    before.
+    """{variant: {"rounds": of each, "waited": share, "seconds": {direction: {"median", "q1", "q3"}}}}, in turn, in each round
+    in another order, since a variant may leave the caches in a state that suits the next. Each has run before.
 
     grads: {variant: gradients of its outputs}; None: a forward without them. seconds: in all. tell(done): is called with the
     share of them that is spent."""
     directions = ["forward"] if grads is None else ["training forward", "backward", "forward+backward"]
     grads = dict.fromkeys(variants) if grads is None else grads
     found, waits = {name: [] for name in variants}, dict.fromkeys(variants, 0.0)
-    rounds, end = 0, time.perf_counter() + seconds
+    rounds, end, shuffler = 0, time.perf_counter() + seconds, random.Random(0)
     while rounds < ROUNDS[0] or rounds < ROUNDS[1] and time.perf_counter() < end:
-        for name, variant in variants.items():
+        for name in shuffler.sample([*variants], len(variants)):
+            variant = variants[name]
             if isinstance(timer, Wall) and found[name] and found[name][-1][-1] < QUICK:
                 step(variant, grads[name], timer)
             before = waiting_seconds()

@@ -100,6 +100,25 @@ def test_memory(bench):
     assert peak is None or peak > 4 << 20
 
 
+def test_orders_of_a_row_differ(bench):
+    """A variant that always came after the same one would be timed with what that leaves in the caches."""
+    timing, ran = bench("timing"), []
+
+    class Clock:
+        now = 0
+
+        def mark(self):
+            self.now += 1
+            return self.now
+
+        start, seconds = mark, timing.Wall.seconds
+
+    variants = {name: timing.Variant(lambda name=name: ran.append(name) or (torch.zeros(1),), []) for name in "abcd"}
+    rounds = timing.compare(variants, None, Clock(), seconds=0)["a"]["rounds"]
+    orders = [tuple(ran[4 * k : 4 * k + 4]) for k in range(rounds)]
+    assert len(set(orders)) > 1 and all(set(order) == set("abcd") for order in orders) and len(ran) == 4 * rounds
+
+
 @pytest.mark.parametrize("trains", [False, True])
 def test_medians(bench, trains):
     """By a clock that goes on when a variant says so: 4 forward, and 2 for what lies between two marks."""

@@ -40,7 +40,7 @@ def row(case, tokens, eager, ours, trains=False, suite="front end", **more):
         "torch.compile": variant(eager / 2, directions, ours / 4, plan="torch.compile"),
         "distinct": variant(ours, directions, ours / 2, plan="distinct"),
         **({} if trains else {"table": variant(ours / 10, directions, ours / 20, plan="table")}),
-        "auto": variant(ours, directions, ours / 2, plan="distinct"),
+        "auto": variant(ours, directions, ours / 2, **({"plan": "distinct"} if suite == "front end" else {})),
     }
     base = {"suite": suite, "case": case, "model": "GPT-2 small", "tokens": tokens, "distinct": 9, "ids": "natural"}
     base |= {"shape": [1, tokens], "dtype": "float32", "direction": "training" if trains else "forward", "variants": variants}
