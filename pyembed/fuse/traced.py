@@ -104,11 +104,14 @@ def look_up(fusion: Fusion, role: str, ids: Any, rows: Tensor) -> Tensor:
             count(fusion.key, "it is no graph of Dynamo's")
         return rows
     key, is_token = fusion.key, role == "token"
+    if not _has_known_size(ids):
+        if is_token:
+            count(key, "the number of ids is not known to the compiler")
+        return rows
     number = _begin(key, not _serves_few(key) or ids.numel() <= FEW) if is_token else _latest(key)
     if number is None or ids.dtype not in (torch.int32, torch.int64) or ids.dim() == 0:
         return rows
-    if not _begin_scope(number, ids):
-        return rows
+    _begin_scope(number)
     if len(fusion.found.lookups) == 1:
         hidden = _run(fusion, number, {role: ids})
         return rows if hidden is None else hidden
@@ -190,10 +193,13 @@ def _mode(x: Any) -> Any:
 
 
 class _Trace:
-    scope: Any = None  # a weak reference to the graph, or part of one (a checkpoint's), that was traced
-    is_here = is_forgotten = False
+    """scope: a weak reference to the graph, or the part of one (a checkpoint's), where it began; attempt: of Dynamo's, in which
+    it did; is_here: whether the last look was from that scope; is_forgotten: whether hidden, or rows, may have been changed;
+    versions: seen since they were asked for; taken: places of projections."""
 
-    attempt: Any = None  # of Dynamo's, which began it
+    scope: Any = None
+    attempt: Any = None
+    is_here = is_forgotten = False
 
     def __init__(self) -> None:
         self.versions, self.taken = list[int](), set[int]()
@@ -203,6 +209,7 @@ _traces, _numbers = dict[str, _Trace](), itertools.count()
 _fusions = weakref.WeakValueDictionary[int, Fusion]()
 _last = dict[int, str | None]()  # by fusion
 _missed = Counter[int]()  # by fusion, frames since projections were taken
+_looked = dict[str, bool]()  # the last answer of _look_at_size
 _tried = dict[int, tuple[Any, int]]()  # by fusion: the last frame, and what was missed before it
 
 
@@ -314,6 +321,11 @@ def _seen(number: str) -> tuple[int, ...]:
 
 
 @torch.compiler.assume_constant_result
+def _is_size_known() -> bool:
+    return _looked["size is known"]
+
+
+@torch.compiler.assume_constant_result
 def _was_here(number: str) -> bool:
     return _trace(number).is_here
 
@@ -325,10 +337,14 @@ def _versions(number: str, tensors: list[Tensor]) -> tuple[int, ...]:
     return _seen(number)
 
 
-def _begin_scope(number: str, ids: Tensor) -> bool:
-    """False: the size of ids is not known before the graph runs, nor to guards."""
+def _begin_scope(number: str) -> None:
     comptime(_look_at_scope)
-    return _was_here(number)
+
+
+def _has_known_size(ids: Tensor) -> bool:
+    """Whether guards may ask for it: not where it is known to the running graph alone."""
+    comptime(_look_at_size)
+    return _is_size_known()
 
 
 def _is_here(number: str) -> bool:
@@ -351,7 +367,10 @@ def _look_at_version(ctx: Any) -> None:
 def _look_at_scope(ctx: Any) -> None:
     trace = _trace_of(ctx)
     trace.scope = trace.scope or weakref.ref(ctx.graph())
-    trace.is_here = not any(map(free_unbacked_symbols, ctx.get_local("ids").as_fake().shape))
+
+
+def _look_at_size(ctx: Any) -> None:
+    _looked["size is known"] = not any(map(free_unbacked_symbols, ctx.get_local("ids").as_fake().shape))
 
 
 def _compare_scope(ctx: Any) -> None:

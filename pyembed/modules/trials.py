@@ -197,10 +197,15 @@ def _norm(x: Tensor, finding: NormFinding, eps: float, weights: dict[str, Tensor
     return found if finding.bias is None else found + weights[finding.bias]
 
 
+def _rounding(dtype: torch.dtype, least: float) -> float:
+    """Of a dtype in use: at least this, but in float64, which is no dtype of what computes in float32."""
+    eps = torch.finfo(dtype).eps
+    return 16 * eps if dtype == torch.float64 else max(eps, least)
+
+
 def _close(found: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
-    """Whether a result is the expected one but for three roundings; what is meant for float32 may lose more of it."""
-    error, eps = (found.to(expected.dtype) - expected).abs(), torch.finfo(dtype).eps
-    eps = max(eps, 1e-5) if dtype != torch.float64 else 16 * eps
+    """Whether a result is the expected one but for three roundings."""
+    error, eps = (found.to(expected.dtype) - expected).abs(), _rounding(dtype, 1e-5)
     return found.dtype == dtype and bool((error <= 3 * eps * (expected.abs() + 0.1)).all())
 
 
@@ -246,9 +251,7 @@ def linear(module: nn.Module) -> LinearFinding | None:
             error = (found(*used).to(exact.dtype) - exact).abs() if found(*used).dtype == dtype else torch.inf
             with torch.autocast("cpu", torch.bfloat16):
                 casts = _near(found(x, *weights), formula(x, *weights), 0.1)
-        eps = torch.finfo(dtype).eps
-        eps = max(eps, 1e-6) if dtype != torch.float64 else 16 * eps
-        near = bool((torch.as_tensor(error) <= 4 * eps * sizes).all())
+        near = bool((torch.as_tensor(error) <= 4 * _rounding(dtype, 1e-6) * sizes).all())
         return LinearFinding(transposed, casts) if near else None
     return None
 

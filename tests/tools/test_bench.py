@@ -100,29 +100,8 @@ def test_memory(bench):
     assert peak is None or peak > 4 << 20
 
 
-def test_orders_of_a_row_differ(bench):
-    """A variant that always came after the same one would be timed with what that leaves in the caches."""
-    timing, ran = bench("timing"), []
-
-    class Clock:
-        now = 0
-
-        def mark(self):
-            self.now += 1
-            return self.now
-
-        start, seconds = mark, timing.Wall.seconds
-
-    variants = {name: timing.Variant(lambda name=name: ran.append(name) or (torch.zeros(1),), []) for name in "abcd"}
-    rounds = timing.compare(variants, None, Clock(), seconds=0)["a"]["rounds"]
-    orders = [tuple(ran[4 * k : 4 * k + 4]) for k in range(rounds)]
-    assert len(set(orders)) > 1 and all(set(order) == set("abcd") for order in orders) and len(ran) == 4 * rounds
-
-
-@pytest.mark.parametrize("trains", [False, True])
-def test_medians(bench, trains):
-    """By a clock that goes on when a variant says so: 4 forward, and 2 for what lies between two marks."""
-    timing = bench("timing")
+def clock(timing):
+    """One whose every mark takes 2, and that goes on when its `now` is raised."""
 
     class Clock:
         now = 0
@@ -133,7 +112,25 @@ def test_medians(bench, trains):
 
         start, seconds = mark, timing.Wall.seconds
 
-    timer, x = Clock(), torch.randn(3, requires_grad=True)
+    return Clock()
+
+
+def test_orders_of_a_row_differ(bench):
+    """A variant that always came after the same one would be timed with what that leaves in the caches."""
+    timing, ran = bench("timing"), []
+
+    variants = {name: timing.Variant(lambda name=name: ran.append(name) or (torch.zeros(1),), []) for name in "abcd"}
+    rounds = timing.compare(variants, None, clock(timing), seconds=0)["a"]["rounds"]
+    orders = [tuple(ran[4 * k : 4 * k + 4]) for k in range(rounds)]
+    assert len(set(orders)) > 1 and all(set(order) == set("abcd") for order in orders) and len(ran) == 4 * rounds
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_medians(bench, trains):
+    """By a clock that goes on when a variant says so: 4 forward, and 2 for what lies between two marks."""
+    timing = bench("timing")
+
+    timer, x = clock(timing), torch.randn(3, requires_grad=True)
 
     def forward():
         timer.now += 4
