@@ -108,7 +108,10 @@ def look_up(fusion: Fusion, role: str, ids: Any, rows: Tensor) -> Tensor:
         if is_token:
             count(key, "the number of ids is not known to the compiler")
         return rows
-    number = _begin(key, not _serves_few(key) or ids.numel() <= FEW) if is_token else _latest(key)
+    is_few = True
+    if is_token and _serves_few(key) and ids.numel() > FEW:  # a branch, which a compiler guards where sizes are symbols
+        is_few = False
+    number = _begin(key, is_few) if is_token else _latest(key)
     if number is None or ids.dtype not in (torch.int32, torch.int64) or ids.dim() == 0:
         return rows
     _begin_scope(number)

@@ -431,6 +431,21 @@ def test_on_a_gpu(monkeypatch):
             assert "would be copied together" in reason(own(Three))
 
 
+@pytest.mark.parametrize("dynamic", [True, full(None)])
+def test_lengths_on_a_gpu(dynamic, monkeypatch):
+    """A graph of any length up to the limit, and another beyond it."""
+    monkeypatch.setattr(traced, "why_torch", lambda token: None)
+    monkeypatch.setattr(traced, "FEW", 14)
+    model = own()
+    fused = fuse(model, tokens())
+    compiled = torch.compile(lambda i: front(model, i), fullgraph=True, backend="eager", dynamic=dynamic)
+    with torch.no_grad(), pyembed.backend("auto"):
+        for length in (7, 6, 5, 9, 8):
+            ids = tokens(2, 12)[:, :length]
+            assert close(compiled(ids), front(model, ids))
+    assert {why: n for why, n in fused.calls.items() if "graph" in why} == {f"{COMPILED}: it has more than 14 tokens": 1}
+
+
 def test_report():
     model = own()
     fused = fuse(model, tokens())
