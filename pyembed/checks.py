@@ -283,7 +283,7 @@ def compare_ranges(call: Call) -> None:
     for table, of, name, ids in _lookups(call):
         rows = rows_of(table)
         if rows is not None:
-            check_range(name, ids, of, rows)
+            check_range(name, table.in_table(ids) if isinstance(table, Called) else ids, of, rows)
 
 
 def check_range(name: str, ids: Tensor, table: str, size: int) -> None:

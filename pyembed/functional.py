@@ -148,7 +148,8 @@ def embed(
     and segment 0. dropout: the probability of an element to become zero, drawn from PyTorch's generator; 0 outside of training.
     Differentiable in token, position and segment. id_policy and errors as in embedding, of positions and segments too.
     rows: one or several vocabulary.Rows, which stand, unscaled, in place of the token rows of their placeholders. ValueError:
-    there are not as many as placeholders (on a GPU, where nobody waits, their results are NaN).
+    there are not as many as placeholders. On a GPU a later call raises it, as of ids, and these tokens' results are NaN; where
+    PyTorch's operators run there or a compiler's graph does, they assert (RuntimeError); under torch.func there is NaN alone.
     """
     policy = settings.current.id_policy if id_policy is None else policy_of(id_policy)
     row = -1 if padding_idx is None else _row(padding_idx, token)

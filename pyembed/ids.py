@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .call import BY_PLACE, LOOKUPS, Call, Called, MaybeTensor, places, rows_of
+from .rows import wrong_count
 from .settings import checked_policy, policy_of
 
 
@@ -60,6 +61,8 @@ class _Report:
             count, table, value, token, size, length = self.words.tolist()
             self.clear()
         if count:  # another thread may have been first
+            if table >= len(LOOKUPS):
+                raise wrong_count(table - len(LOOKUPS), value, size, token, length, f", in a call on {self.device}")
             *_, name, of = LOOKUPS[table]
             raise IndexError(
                 f"{name}: expected values in [0, {size}), the rows of the {of} table; got {value} for token {token % length} "
@@ -71,7 +74,8 @@ _reports: dict[torch.device, tuple[_Report, _Report]] = {}
 
 
 def report_of(device: torch.device, raises: bool) -> Tensor:
-    """(6,) int64 in the host's memory, where kernels report absent rows. raises: whether a later call reads it and raises."""
+    """(6,) int64 in the host's memory, where kernels report absent rows and wrong counts of rows. raises: whether a later call
+    reads it and raises."""
     reports = _reports.get(device)
     if reports is None:
         reports = _reports.setdefault(device, (_Report(device), _Report(device)))
@@ -79,19 +83,22 @@ def report_of(device: torch.device, raises: bool) -> Tensor:
 
 
 def forget(device: torch.device) -> None:
-    """Drop what was reported, after another error than that of an absent row."""
+    """Drop what was reported, after another error than those."""
     if device in _reports:
         _reports[device][True].clear()
 
 
 def look(device: torch.device) -> None:
-    """IndexError: an earlier kernel on this device met an id outside its table."""
+    """IndexError: an earlier kernel on this device met an id outside its table. ValueError: fewer or more rows than
+    placeholders."""
     if device in _reports:
         _reports[device][True].look()
 
 
 def check_ids() -> None:
-    """Waits for the GPUs and raises IndexError if a call before this one had an id without a row, under the policy "raise"."""
+    """Waits for the GPUs and raises what calls before this one had to tell, under any policy but "trust".
+
+    IndexError: an id without a row, under the policy "raise". ValueError: not as many rows as placeholders."""
     for device in list(_reports):
         if device.type == "cuda":
             torch.cuda.synchronize(device)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .call import Call, Called, Terms, as_table
 from .checks import check_integers
-from .modes import can_read, is_plain_eager
+from .modes import can_read, is_plain_eager, is_recorded, is_transformed
 
 
 class Rows(NamedTuple):
@@ -56,23 +56,57 @@ def write(found: Tensor, slot: Tensor, own: Tensor, in_order: bool = False) -> T
     return found.index_copy_(0, places, own if in_order else F.embedding(slot.index_select(0, places), own))
 
 
+class Stream(NamedTuple):
+    """Tokens that take rows of own: one id by rank, or ids by which the rows are found."""
+
+    number: int  # 0: the argument is `rows`; n + 1: rows[n]
+    size: int  # R, of its rows, which stand in own behind those of the streams before it
+    placeholder: int = -1  # by rank
+    values: Tensor | None = None  # (R,) ids, ascending, by id
+    order: Tensor | None = None  # (R,) the row of each
+
+
 class Extended(Called):
     """In a Call in place of a token table: rows of the table and, for some tokens, of own, in the table's place."""
 
-    def __init__(self, terms: Terms, own: Tensor, slot: Tensor, in_order: bool) -> None:
-        """own (R, D), slot (M,): as in write. terms: of the table or module beside it, its scale and padding_idx."""
+    def __init__(self, terms: Terms, own: Tensor, streams: list[Stream]) -> None:
+        """own (R, D): the rows of all streams, of which a later one comes first where an id is of two. terms: of the table or
+        module beside it, its scale and padding_idx, and the ids."""
         token: Any = terms.token
         is_called = isinstance(token, Called)
         self.table = None if is_called else token  # (V, D)
-        self.own, self.slot, self.in_order = own, slot, in_order
+        self.own, self.streams, self.ids, self._length = own, streams, terms.ids.reshape(-1), terms.length
+        self._slot: Tensor | None = None
         self._token, self._scale, self._padding_idx = token, terms.scale, terms.padding_idx
         weight = token.weight if is_called else token
         module, has_rows = (token.module, token.has_rows) if is_called else (nn.Module(), True)
         super().__init__(module, self._of_all, weight, has_rows)
 
+    @property
+    def slot(self) -> Tensor:
+        """Which row of own each token takes, (M,) int64; −1: none. −2: its stream has more or fewer rows than placeholders,
+        which only those learn who may not read. ValueError: the same where values may be read."""
+        if self._slot is None:  # kernels have keys instead
+            first, *others = self.streams
+            slot, start = _find(first, self.ids, self._length), first.size
+            for stream in others:
+                found = _find(stream, self.ids, self._length)
+                slot = torch.where(found == -1, slot, torch.where(found < 0, found, found + start))
+                start += stream.size
+            self._slot = slot
+        return self._slot
+
+    def in_table(self, ids: Tensor) -> Tensor:
+        """ids (..., T), 0 for those of tokens that take rows of own."""
+        return ids.reshape(-1).masked_fill(self.slot != -1, 0).view(ids.shape)
+
     def _of_all(self, ids: Tensor) -> Tensor:
         """Rows (..., D) of all tokens. ids: of the table, any for tokens that take a row of own."""
-        return self._rows_at(ids, self.slot, self.in_order)
+        in_order = len(self.streams) == 1 and self.streams[0].values is None
+        found = self._rows_at(self.in_table(ids), self.slot, in_order)
+        if can_read(ids) or all(stream.values is not None for stream in self.streams):
+            return found
+        return found.masked_fill((self.slot < -1).view(ids.shape).unsqueeze(-1), torch.nan)
 
     def _rows_at(self, ids: Tensor, slot: Tensor, in_order: bool = False) -> Tensor:
         # (M, D) from the first, and no view: autograd copies the gradient of a view that is written to.
@@ -84,12 +118,11 @@ class Extended(Called):
         found = found if self._scale is None else found * self._scale
         return write(found, slot, self.own, in_order).view(*ids.shape, found.shape[-1])
 
-    def arguments(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, float | None, int]:
-        """ids, slot, table, own, of at least one row, scale and padding_idx, as the operator pyembed::gather takes them."""
+    def tables(self) -> tuple[Tensor, Tensor, float | None, int]:
+        """table, own, of at least one row, scale and padding_idx, as the operator pyembed::gather takes them."""
         assert self.table is not None
         own = self.own if self.own.shape[0] else self.own.new_zeros(1, self.own.shape[1])
-        scale = None if self._scale is None else float(self._scale)
-        return ids, self.slot, self.table, own, scale, self._padding_idx
+        return self.table, own, None if self._scale is None else float(self._scale), self._padding_idx
 
     def plain(self, call: Call) -> Call:
         """The call as if all rows were the table's, by which plans are chosen as far as values do not matter."""
@@ -141,35 +174,40 @@ def with_rows(terms: Terms, rows: "Rows | Sequence[Rows] | None", module: Any = 
     """Terms whose token rows are the table's and those of module, a token with rows of its own, times scale, and these rows,
     unscaled, at their placeholders."""
     check_integers("ids", terms.ids)
-    flat = terms.ids.reshape(-1)
     parts: list[Tensor] = []  # not list[Tensor](), which a compiler does not know
-    slot = torch.full_like(flat, -1, dtype=torch.long)
+    streams: list[Stream] = []
     if module is not None:
-        ids, order, mine = module.own()
-        slot, parts = slots_of(flat, ids, order), [mine if terms.scale is None else mine * terms.scale]
-    streams = [] if rows is None else _checked(rows, terms)
-    in_table, start = flat, sum(map(len, parts))
-    for name, stream in streams:
-        found, mine = _find(name, stream, terms.ids)
-        slot, in_table = torch.where(found < 0, slot, found + start), in_table.masked_fill(found >= 0, 0)
+        values, order, mine = module.own()
+        streams, parts = [Stream(0, mine.shape[0], -1, values, order)], [mine if terms.scale is None else mine * terms.scale]
+    for n, (mine, placeholder) in enumerate([] if rows is None else _checked(rows, terms)):
+        number = 0 if isinstance(rows, Rows) else n + 1
+        if isinstance(placeholder, int):
+            streams.append(Stream(number, mine.shape[0], placeholder))
+        else:
+            by_id = _placed(_name(number), placeholder, terms.ids.device)[1:]
+            streams.append(Stream(number, mine.shape[0], -1, *by_id))
         parts.append(mine)
-        start += mine.shape[0]
     if not parts:
         return terms
-    own = parts[0] if len(parts) == 1 else torch.cat(parts)
-    in_order = module is None and len(streams) == 1 and isinstance(streams[0][1].placeholder, int)
-    token: Any = Extended(terms, own, slot, in_order)
-    return terms._replace(ids=in_table.view(terms.ids.shape), token=token, scale=None, padding_idx=-1)
+    extended = Extended(terms, parts[0] if len(parts) == 1 else torch.cat(parts), streams)
+    if can_read(terms.ids) or is_recorded():  # counts are compared; a trace must not keep this example's slots
+        extended.slot  # noqa: B018
+    token: Any = extended
+    return terms._replace(token=token, scale=None, padding_idx=-1)
 
 
-def _checked(rows: Any, terms: Terms) -> list[tuple[str, Rows]]:
+def _name(number: int) -> str:
+    return f"rows[{number - 1}]" if number else "rows"
+
+
+def _checked(rows: Any, terms: Terms) -> "Sequence[Rows]":
     given = [rows] if isinstance(rows, Rows) else rows
     if not isinstance(given, list | tuple) or not all(isinstance(each, Rows) for each in given):
         raise TypeError(f"rows: expected a pyembed.vocabulary.Rows or several, got {type(rows).__name__}")
-    streams = [("rows" if isinstance(rows, Rows) else f"rows[{n}]", each) for n, each in enumerate(given)]
     table = terms.token.weight if isinstance(terms.token, Called) else terms.token
     seen: dict[int, str] = {}
-    for name, (own, placeholder) in streams:
+    for n, (own, placeholder) in enumerate(given):
+        name = _name(0 if isinstance(rows, Rows) else n + 1)
         if not isinstance(own, Tensor) or own.dim() != 2 or table is not None and own.shape[1] != table.shape[1]:
             got = tuple(own.shape) if isinstance(own, Tensor) else type(own).__name__
             raise ValueError(f"{name}: expected a Tensor (R, {'D' if table is None else table.shape[1]}), got {got}")
@@ -184,7 +222,7 @@ def _checked(rows: Any, terms: Terms) -> list[tuple[str, Rows]]:
             other = seen.setdefault(each, name)
             if other is not name:
                 raise ValueError(f"{name}.placeholder: expected ids that no other rows have, got {each}, which {other} has")
-    return streams
+    return given
 
 
 _Placed = tuple[list[int], Tensor, Tensor]
@@ -215,33 +253,28 @@ def _constant(name: str, placeholder: tuple[int, ...], device: torch.device) -> 
     return _sort(name, placeholder, device)
 
 
-def _find(name: str, stream: Rows, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """(slot (M,), rows) of a stream, as write takes them."""
-    rows, placeholder = stream
-    flat = ids.reshape(-1)
-    if not isinstance(placeholder, int):
-        _, values, order = _placed(name, placeholder, flat.device)
-        return slots_of(flat, values, order), rows
-    taken = flat == placeholder
-    rank = taken.cumsum(0) - 1
-    if can_read(ids):
-        _check_count(name, taken, rows.shape[0], ids)
-    else:  # nobody waits to hear of it: the tokens' results are NaN
-        wrong = taken.sum() != rows.shape[0]
-        rows = torch.where(wrong, torch.nan, rows if rows.shape[0] else rows.new_zeros(1, rows.shape[1]))
-        rank = rank.clamp(max=rows.shape[0] - 1)
-    return torch.where(taken, rank, -1), rows
-
-
-def _check_count(name: str, taken: Tensor, rows: int, ids: Tensor) -> None:
-    count = int(taken.sum())
-    if count == rows:
-        return
+def _find(stream: Stream, ids: Tensor, length: int) -> Tensor:
+    """Which row of its stream each of ids (M,) takes, as in Extended.slot. length: T."""
+    number, rows, placeholder, values, order = stream
+    if values is not None and order is not None:
+        return slots_of(ids, values, order)
+    taken = ids == placeholder
     rank = taken.cumsum(0)
-    length = ids.shape[-1] if ids.dim() else 1
-    if count > rows:
-        where = f"the first without a row is in batch row {int((rank > rows).nonzero()[0]) // length}"
-    else:
-        first = int(rank[length - 1]) if rank.numel() else 0
-        where = f"batch row 0 has {first}"
-    raise ValueError(f"{name}: expected as many rows as there are placeholders, {count}; got {rows}: {where}")
+    if can_read(ids):
+        count = int(rank[-1]) if rank.numel() else 0
+        if count != rows:
+            place = int((rank > rows).nonzero()[0]) if count > rows else int(taken[:length].sum())
+            raise wrong_count(number, count, rows, place, length)
+        return torch.where(taken, rank - 1, -1)
+    is_right = taken.sum() == rows
+    if not is_transformed():  # where there is NaN alone; else PyTorch's masked_scatter tells in the same way
+        torch._assert_async(is_right, f"{_name(number)}: expected as many as there are placeholders {placeholder}, got {rows}")
+    return torch.where(taken, torch.where(is_right, rank - 1, -2), -1)
+
+
+def wrong_count(number: int, count: int, rows: int, place: int, length: int, where: str = "") -> ValueError:
+    """The error of a placeholder that stands `count` times where there are so many rows. number: of the Stream. place: of the
+    first token without a row, else how often it stands in the first sequence. length: tokens of a sequence."""
+    first = f"the first without a row is in batch row {place // length}" if count > rows else f"batch row 0 has {place}"
+    text = f"{_name(number)}: expected as many rows as there are placeholders, {count}; got {rows}: {first}{where}"
+    return ValueError(text)

@@ -234,22 +234,28 @@ def _runner_of_plan(call, observed):
     other = partial(distinct.front_end, kernels=composed is None, observed=observed, grads=call.wants_grad())
     if call.distinct is not None or composed is None and _must_check(call):
         other = _checked(other, composed is None and _must_check(call))
-    if plan is not None:
-        return other
+    return other if plan is not None else _weighed(one, other)
+
+
+def _weighed(one, other):
+    """Of calls whose plan depends on the values of their ids."""
     return lambda call: (other if weigh_now(call).name == "distinct" else one)(call)
 
 
 def _extended_runner(call, observed):
-    """Of rows of two tables: by kernels over a table of all tokens' rows, which a kernel gathers; else the composition, or
-    `distinct` over a table of the rows in use."""
-    token = call.terms.token
-    if why_composed(token.plain(call)) is None:
-        by_kernels, checks = partial(_run_gathered, observed), _must_check(call)
-        return _checked(by_kernels, checks) if checks or call.distinct is not None else by_kernels
-    one = _composition_runner(call)
+    """Of rows of two tables: by kernels, or the composition, over a table of all tokens' rows; or `distinct` over one of the
+    rows in use."""
+    kernels = why_composed(call.terms.token.plain(call)) is None
+    ranges = kernels and _must_check(call)
+    one = partial(_run_gathered, observed) if kernels else _composition_runner(call)
+    if ranges or kernels and call.distinct is not None:
+        one = _checked(one, ranges)
     plan = None if call.projection is None or call.concat else settle(call)
     if call.projection is None or call.concat or plan is not None and plan.name == "one_pass":
         return one
+    if kernels:
+        other = _checked(lambda call: gathered.front_end(call, call.terms.token, observed), ranges)
+        return other if plan is not None else _weighed(one, other)
 
     def runner(call):
         compare_ranges(call)  # beyond the table's ids are those of other rows

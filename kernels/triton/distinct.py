@@ -221,13 +221,16 @@ class ProjectedRows(NamedTuple):
     in_use: Tensor  # (1,) int32
 
 
-def find(ids: Tensor, V: int, position_ids: Tensor | None = None, L: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+def find(
+    ids: Tensor, V: int, position_ids: Tensor | None = None, L: int = 0, rows: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """The distinct ids of a batch: rows (min(M, V),), ascending, count (1,) of those in use, and slots (V,), the place of each
-    among them. A token whose id or position has no row is left out."""
+    among them. A token whose id or position has no row is left out. rows: memory for them, of which the rest stays as it is."""
     M = ids.numel()
     ids, position_ids = tuning.dense(ids, position_ids)
     seen = ids.new_zeros(V, dtype=torch.int8)
-    slots, rows, count = (ids.new_empty(size, dtype=torch.int32) for size in (V, min(M, V), 1))
+    slots, count = (ids.new_empty(size, dtype=torch.int32) for size in (V, 1))
+    rows = ids.new_empty(min(M, V), dtype=torch.int32) if rows is None else rows
     period = 1 if position_ids is None else position_ids.numel()
     with on_device(ids):
         launch(mark_kernel, (tuning.cdiv(M, 1024),))(ids, position_ids, seen, (M, period, V, L), BLOCK_M=1024, num_warps=4)
@@ -290,12 +293,17 @@ def shift(projection: Projection, norm: Norm) -> Tensor | None:
 
 
 def forward(
-    call: Call, rows: Tensor | None = None, index: Tensor | None = None, report: tuple | None = None
+    call: Call,
+    rows: Tensor | None = None,
+    index: Tensor | None = None,
+    used: Tensor | None = None,
+    report: tuple | None = None,
 ) -> tuple[Tensor, ...]:
     """hidden, query, key, value, mean and rstd as embed_qkv has them, projected (P + U, N), rows, index and count (1,).
 
     rows (U,), index (M,) or like ids: the batch's distinct ids and the place of each token's among them, where they are known;
-    else they are found here, int32. Of call.epilogue only the rotary turn is applied. report: of tiles.report_absent.
+    else they are found here, int32. used (1,): how many of rows count, all by default. Of call.epilogue only the rotary turn is
+    applied. report: of tiles.report_absent.
     """
     call = call._replace(terms=contiguous(call.terms), norm=contiguous(call.norm))
     terms, norm, projection = call[:3]
@@ -312,7 +320,7 @@ def forward(
             index = ids.new_empty(M, dtype=torch.int32)
         else:
             rows, index = tuning.dense(rows, index.reshape(-1))
-            count = ids.new_full((1,), rows.numel(), dtype=torch.int32)
+            count = ids.new_full((1,), rows.numel(), dtype=torch.int32) if used is None else used
         which = projected_rows(terms, rows, count)
         used, units = prepare(terms, norm, which)
         # Small projections would lose digits in fp16, so they are kept in fp32.

@@ -13,7 +13,7 @@ def report_absent(report, TABLE: tl.constexpr, row, m, absent, size):
     """Reports to the host the first token m, since it last looked, whose id `row` is outside a table of `size` rows (`absent`).
 
     report: words and the sequence length. words (6,) int64 in host memory: number of absent rows, TABLE (0 token, 1 position,
-    2 segment, 3 rotary), row, m, size, sequence length."""
+    2 segment, 3 rotary; keys.report_count has others), row, m, size, sequence length."""
     words, length = report
     words += m * 0
     came = tl.atomic_add(words, tl.full(m.shape, 1, tl.int64), mask=absent, sem="relaxed")

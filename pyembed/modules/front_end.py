@@ -273,9 +273,9 @@ class EmbeddingQKV(KeepsTable):
     ) -> Plan:
         """Which plan a call with these arguments would run now, why, and the seconds predicted for each that could run it.
 
-        Of rows, and of a token that is a vocabulary.TrainableRows, operators weigh the distinct rows in use; kernels go over a
-        table of all tokens' rows, of which none are taken for the same. No call runs and no table is built; its str() is a line
-        to read. On a GPU it waits for the ids to be counted. Errors as in forward.
+        Of rows, and of a token that is a vocabulary.TrainableRows, the distinct rows in use count, on a GPU as many as a batch
+        before had. No call runs and no table is built; its str() is a line to read. On a GPU it else waits for the ids to be
+        counted. Errors as in forward.
         """
         ids, position_ids, forced = local(ids), local(position_ids), settings.current.plan
         call = self._call(ids, position_ids, distinct, rows=rows)

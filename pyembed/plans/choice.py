@@ -199,23 +199,32 @@ def choose(call: Call) -> Plan:
 
 def weigh_now(call: Call) -> Plan:
     """The cheapest plan for these ids, of a call that settle leaves open."""
-    own = extended(call)
+    own, ids, token = extended(call), call.terms.ids, call.terms.token
     if own is not None:
-        by_kernels = why_composed(own.plain(call)) is None
-        return weigh_rows(call, own, call.terms.ids.numel() if by_kernels else own.find(call)[0].numel())
-    ids, token = call.terms.ids, call.terms.token
-    distinct = None if call.distinct is None else call.distinct.ids.numel()
-    if distinct is None and not token.is_cuda:
-        distinct = ids.unique().numel()
-    elif distinct is None and not torch.are_deterministic_algorithms_enabled() and not is_traced():
-        distinct = _expected_distinct(ids, token)
-    if distinct is None:
-        return Plan("one_pass", "how many ids are distinct is not known yet", {})
-    return weigh(call, distinct)
+        if why_composed(own.plain(call)) is not None:
+            return weigh_rows(call, own, own.find(call)[0].numel())
+        assert own.table is not None
+        distinct = _count_now(own.ids, own.table)
+        by_rank = sum(stream.size for stream in own.streams if stream.values is None)
+        return _NOT_KNOWN if distinct is None else weigh_rows(call, own, min(ids.numel(), distinct + by_rank))
+    distinct = _count_now(ids, token) if call.distinct is None else call.distinct.ids.numel()
+    return _NOT_KNOWN if distinct is None else weigh(call, distinct)
+
+
+_NOT_KNOWN = Plan("one_pass", "how many ids are distinct is not known yet", {})
+
+
+def _count_now(ids: Tensor, token: Tensor) -> int | None:
+    """How many of ids are distinct, on a GPU as far as it is known without waiting."""
+    if not token.is_cuda:
+        return ids.unique().numel()
+    if torch.are_deterministic_algorithms_enabled() or is_traced():
+        return None
+    return _expected_distinct(ids, token)
 
 
 def weigh_rows(call: Call, own: Extended, count: int) -> Plan:
-    """weigh of a call over a table of so many rows, in use: kernels take one of all tokens, operators of the distinct ones."""
+    """weigh of a call over a table of so many rows, in use."""
     trains = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (own.table, own.own))
     table = own.own.new_empty(count, own.own.shape[1]).requires_grad_(trains)  # without values
     return weigh(call._replace(terms=call.terms._replace(token=table, scale=None)), count)

@@ -3,7 +3,7 @@
 import itertools
 
 import torch
-from pyembed.kernels import distinct, distinct_grad, embed, embed_grad, embed_qkv, expand, gather, rotary
+from pyembed.kernels import distinct, distinct_grad, embed, embed_grad, embed_qkv, expand, gather, keys, rotary
 
 from pyembed.call import Call, Epilogue, Norm, Projection, Terms
 
@@ -69,7 +69,7 @@ def distinct_rows(dtype, M, D, N, norm, position, trains=True, affine=True, inde
     given = (None, None) if index is None else (meta(M // 3, dtype=index), meta(B * T, dtype=index))
     terms = Terms(meta(B, T), meta(50257, D, dtype=dtype), meta(L, D, dtype=dtype) if position else None, places)
     call = Call(terms, norm_of(norm, D, dtype, affine), Projection(weight, meta(N, dtype=dtype), 1, 1))
-    hidden, query, key, value, *found = distinct.forward(call, *given, reported(B, T))
+    hidden, query, key, value, *found = distinct.forward(call, *given, report=reported(B, T))
     if trains:
         needs = {"token", "weight", "bias"}
         needs |= {f"norm_{part}" for part in ("weight", "bias") if getattr(call.norm, part) is not None}
@@ -124,9 +124,14 @@ def terms(dtype, M, norm):
 
 def gathered(dtype, M, D, scale):
     """Rows of two tables, of some vocabulary and of the patches of images."""
-    ids, slot, token, own = meta(2, M // 2), meta(M), meta(50257, D, dtype=dtype), meta(M // 2, D, dtype=dtype)
-    gather.gather(ids, slot, token, own, scale, reported(2, M // 2))
-    gather.gather_backward(token.new_empty(2, M // 2, D), ids, slot, scale, -1, [50257, M // 2])
+    ids, values, token, own = meta(2, M // 2), meta(16), meta(50257, D, dtype=dtype), meta(M // 2 + 16, D, dtype=dtype)
+    streams = [50257, -1], [M // 2, 16], [meta(0), values], [meta(0), values], [5, 6]
+    found = keys.find_keys(ids, 50257, *streams, False, reported(2, M // 2))
+    keys.find_keys(ids.int(), 50257, *([x[-1]] for x in streams), True, reported(2, M // 2))
+    used, *_ = keys.find_used(found, 50257 + len(own))
+    for each in (found, used):
+        gather.gather(each, token, own, scale)
+        gather.gather_backward(token.new_empty(*each.shape, D), each, scale, -1, 50257, [50257, len(own)])
 
 
 def ends(dtype, M, head_dim, norms, second, interleaved, first, norm="rms"):

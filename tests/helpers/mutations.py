@@ -50,18 +50,26 @@ GROWTH, GROWN, TABLES, UNTRAINED, PIECES = (
 TO_GROW, TO_STEP, TO_REPORT, TO_CUT = (
     f"tests/vocabulary/test_{name}.py" for name in ("growth", "grown_optimizer", "untrained", "pieces")
 )
-ROWS, GATHER, TO_ROW, TO_GATHER = (
+ROWS, GATHER, KEYS, TO_ROW, TO_GATHER = (
     "pyembed/rows.py",
     KERNELS + "gather.py",
+    KERNELS + "keys.py",
     "tests/vocabulary/test_rows_distinct.py",
     "tests/kernels/test_gather.py",
 )
 MUTATIONS = [
-    Mutation(GATHER, "tl.where((place >= 0)[:, None], y, x)", "x + y", TO_GATHER + " -k equals"),
-    Mutation(GATHER, "torch.where(slot < 0, ids.reshape(-1), -1)", "ids.reshape(-1)", TO_GATHER + " -k gradients"),
-    Mutation(GATHER, "ids, slot, token, own, scale, report, rows", "ids, slot, token, own, scale, None, rows", TO_GATHER),
+    Mutation(GATHER, "tl.where((key >= V)[:, None], y, x)", "x + y", TO_GATHER + " -k equals"),
+    Mutation(GATHER, "keys.reshape(-1) - size", "keys.reshape(-1)", TO_GATHER + " -k gradients"),
+    Mutation(KEYS, "report_absent(report, 0, row, m, (m < M) & (key == -1), V)", "key = key", TO_GATHER),
+    Mutation(KEYS, "tl.where(total == R, V + start + rank, WRONG)", "V + start + rank", TO_GATHER + " -k nobody"),
+    Mutation(KEYS, "tl.where(p < tl.program_id(0), count, 0)", "0", TO_GATHER + " -k test_keys"),
+    Mutation(ROWS, "torch.where(is_right, rank - 1, -2)", "rank - 1", TO_ROW.replace("_distinct", "") + " -k transform"),
+    Mutation(ROWS, "masked_fill(self.slot != -1, 0)", "masked_fill(self.slot < -1, 0)", TO_ROW),
+    Mutation(
+        "pyembed/plans/distinct.py", "count if used is None else used, needs", "count, needs", TO_GATHER + " -k front_end"
+    ),
     Mutation(ROWS, "else mine * terms.scale", "else mine", TO_ROW + " -k train"),
-    Mutation(ROWS, "torch.where(found < 0, slot, found + start)", "torch.where(found < 0, slot, found)", TO_ROW),
+    Mutation(ROWS, "torch.where(found < 0, found, found + start)", "found", TO_ROW),
     Mutation(ROWS, "found if self._scale is None else found * self._scale", "found", TO_ROW),
     Mutation(
         "pyembed/run.py",

@@ -155,11 +155,15 @@ def test_repeatable(T, V):
     assert all(torch.equal(first[k], second[k]) for k in first)
 
 
-def test_opcheck():
+@pytest.mark.parametrize("given", [False, True])
+def test_opcheck(given):
     case = Case(torch.float32, DEVICE, heads=1)
     case.parameters = {k: v.requires_grad_() for k, v in case.parameters.items()}
     utilities = ("test_schema", "test_autograd_registration", "test_faketensor")
-    arguments = (*FRONT_END.flatten(case.call()), None, None, True)
+    found = case.ids.unique(return_inverse=True)
+    found = (torch.nn.functional.pad(found[0], (0, 3)), found[1].view(-1), torch.tensor([len(found[0])], dtype=torch.int32))
+    given = [x.to(DEVICE) for x in found] if given else [None] * 3
+    arguments = (*FRONT_END.flatten(case.call()), *given, True)
     torch.library.opcheck(distinct_qkv.forward.op, arguments, test_utils=utilities)
 
 

@@ -236,6 +236,17 @@ def numbering():
     kernels_of("distinct").find(torch.randint(5000, (1500,)), 5000)
 
 
+def keying():
+    """More tokens than a program of each kernel has; a wrong count and two ids without a row are told of."""
+    ids, values = torch.randint(50, (1100,)), torch.arange(3, 9)
+    ids[[0, 1099]] = 99
+    none, words = values[:0], torch.zeros(6, dtype=torch.long)
+    streams = [7, -1, 9], [2, 6, 1], [none, values, none], [none, values - 3, none], [4, 5, 6]
+    keys = kernels_of("keys").find_keys(ids, 50, *streams, False, (words, 1100))
+    kernels_of("keys").find_used(keys, 59)
+    assert words[0] == 4
+
+
 def table():
     front = pyembed.EmbeddingQKV(9, 20, 2, num_kv_heads=1, head_dim=12, max_length=12)
     with torch.no_grad(), pyembed.plan("table"):
@@ -294,6 +305,7 @@ SHIPPED = [
     full(90, "few", distinct, RAGGED, "prepare project expand qkv weight_grad sum table segment"),
     full(90, "few", distinct, {"norm": None, "position_ids": "T"}, "prepare project expand qkv weight_grad table"),
     (90, "few", numbering, {}, "mark number"),
+    (90, "few", keying, {}, "count keys index"),
     (90, "few", table, {}, "expand"),
     (90, "few", embeddings, {}, "embed drop segment join"),
     (90, "few", two_tables, {}, "gather segment"),

@@ -111,7 +111,7 @@ def test_repeatable():
 def test_opcheck():
     case = Case(torch.float32, "cpu", heads=1)
     case.parameters = {k: v.requires_grad_() for k, v in case.parameters.items()}
-    arguments = (*FRONT_END.flatten(case.call()), None, None, False)
+    arguments = (*FRONT_END.flatten(case.call()), None, None, None, False)
     utilities = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(distinct_qkv.forward.op, arguments, test_utils=utilities)
 

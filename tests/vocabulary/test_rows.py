@@ -254,14 +254,27 @@ def test_other_ids_must_still_be_in_the_table():
 
 @pytest.mark.parametrize("count", [0, 2, 3, 4])
 def test_counts_that_nobody_reads(count, monkeypatch):
-    """As on a GPU: the tokens' results are NaN where there are more or fewer of them than rows, and others are right."""
+    """As in a compiler's graph or on a GPU: PyTorch's operators assert, on a GPU without waiting."""
     monkeypatch.setattr(rows_module, "can_read", lambda tensor: False)
     weight, own = table().weight, torch.randn(count, D)
     ids = torch.tensor([[3, V, V, 4, V]])
+    if count != 3:
+        with pytest.raises(RuntimeError, match=f"rows: expected as many as there are placeholders {V}, got {count}"):
+            pyembed.functional.embed(ids, weight, rows=Rows(own, V))
+        return
     found = pyembed.functional.embed(ids, weight, rows=Rows(own, V))
+    assert torch.equal(found[ids == V], own) and torch.equal(found[ids != V], F.embedding(ids[ids != V], weight))
+
+
+@pytest.mark.parametrize("count", [0, 2, 3, 4])
+def test_counts_under_a_transform(count):
+    """Where nothing can be asserted the tokens' results are NaN, and others are right."""
+    weight, own = table().weight, torch.randn(count, D)
+    ids = torch.tensor([[3, V, V, 4, V], [V, 5, V, V, 0]])
+    found = torch.func.vmap(lambda ids: pyembed.functional.embed(ids, weight, rows=Rows(own, V)))(ids)
     taken = ids == V
     assert torch.equal(found[~taken], F.embedding(ids[~taken], weight))
-    assert torch.equal(found[taken], own) if count == 3 else found[taken].isnan().all()
+    assert torch.equal(found[taken], own.repeat(2, 1)) if count == 3 else found[taken].isnan().all()
 
 
 def test_distinct_ids_know_no_rows():

@@ -202,10 +202,25 @@ def test_functional_and_second_kinds_of_projection(runs):
 
 @pytest.mark.parametrize("name", ["by rank", "by id", pytest.param("rows that train", marks=pytest.mark.full)])
 def test_one_graph(name):
-    """A compiler takes rows in; whether there are as many as placeholders is then told by NaN."""
+    """A compiler takes rows in; whether there are as many as placeholders its graph asserts."""
     streams, ids = ([], IDS) if name == "rows that train" else case(name)
     ours = make(token=TrainableRows(table(torch.float64), [3]) if not streams else None)
     torch.compiler.reset()
     compiled = torch.compile(lambda ids: ours(ids, rows=streams or None), backend="eager", fullgraph=True)
     expected = ours(ids, rows=streams or None)
     compare(compiled(ids), expected, [*(each.rows for each in streams), ours.qkv.weight])
+    if name == "by rank":
+        with pytest.raises(RuntimeError, match=r"rows\[0\]: expected as many as there are placeholders"):
+            compiled(ids.masked_fill(ids == streams[0].placeholder, 1))
+
+
+def test_a_trace_serves_other_ids():
+    weight, rows, ids = table().weight.detach(), torch.randn(3, D), IDS[:1].repeat(2, 1)
+
+    def look_up(ids, rows):
+        return pyembed.functional.embed(ids, weight, rows=[Rows(rows, 99), Rows(rows[:2], [5, 7])])
+
+    traced = torch.jit.trace(look_up, (IDS, rows), check_trace=False)
+    for given in (IDS, IDS.flip(1), IDS.roll(1, 1)):
+        assert torch.equal(traced(given, rows), look_up(given, rows))
+    assert torch.equal(traced(ids, rows).isnan().all(-1), ids == 99)  # TorchScript drops what is only asserted
