@@ -84,8 +84,8 @@ class Extended(Called):
 
     @property
     def slot(self) -> Tensor:
-        """Which row of own each token takes, (M,) int64; −1: none. −2: its stream has more or fewer rows than placeholders,
-        which only those learn who may not read. ValueError: the same where values may be read."""
+        """Which row of own each token takes, (M,) int64; −1: none. ValueError: a stream has more or fewer rows than
+        placeholders; where values may not be read, its tokens have −2."""
         if self._slot is None:  # kernels have keys instead
             first, *others = self.streams
             slot, start = _find(first, self.ids, self._length), first.size
@@ -190,7 +190,7 @@ def with_rows(terms: Terms, rows: "Rows | Sequence[Rows] | None", module: Any = 
     if not parts:
         return terms
     extended = Extended(terms, parts[0] if len(parts) == 1 else torch.cat(parts), streams)
-    if can_read(terms.ids) or is_recorded():  # counts are compared; a trace must not keep this example's slots
+    if _can_count(terms.ids) or is_recorded():  # counts are compared; a trace must not keep this example's slots
         extended.slot  # noqa: B018
     token: Any = extended
     return terms._replace(token=token, scale=None, padding_idx=-1)
@@ -260,7 +260,7 @@ def _find(stream: Stream, ids: Tensor, length: int) -> Tensor:
         return slots_of(ids, values, order)
     taken = ids == placeholder
     rank = taken.cumsum(0)
-    if can_read(ids):
+    if _can_count(ids):
         count = int(rank[-1]) if rank.numel() else 0
         if count != rows:
             place = int((rank > rows).nonzero()[0]) if count > rows else int(taken[:length].sum())
@@ -270,6 +270,11 @@ def _find(stream: Stream, ids: Tensor, length: int) -> Tensor:
     if not is_transformed():  # where there is NaN alone; else PyTorch's masked_scatter tells in the same way
         torch._assert_async(is_right, f"{_name(number)}: expected as many as there are placeholders {placeholder}, got {rows}")
     return torch.where(taken, torch.where(is_right, rank - 1, -2), -1)
+
+
+def _can_count(ids: Tensor) -> bool:
+    """Whether it costs no waiting to know how often an id stands in ids; in none it stands nowhere."""
+    return can_read(ids) or not torch.compiler.is_compiling() and ids.numel() == 0
 
 
 def wrong_count(number: int, count: int, rows: int, place: int, length: int, where: str = "") -> ValueError:
