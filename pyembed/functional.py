@@ -1,6 +1,7 @@
 """The public functions: each builds a Call and runs it."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ def embedding(
     sparse: bool = False,
     *,
     id_policy: str | None = None,
+    rows: Rows | Sequence[Rows] | None = None,
 ) -> Tensor:
     """Rows of a table: ids (...) int32 or int64, weight (V, D) -> (..., D), bit for bit torch.nn.functional.embedding's.
 
@@ -39,8 +41,11 @@ def embedding(
     id_policy: what happens to an id outside [0, V), as pyembed.id_policy has it; None: what the context says, "raise" unless
     it was changed. IndexError: there is one. TypeError, ValueError: other arguments. An error is also of the class that
     torch.nn.functional.embedding raises there: RuntimeError for a dtype, shape or device, AssertionError for padding_idx.
+    rows, as in embed, are served beside padding_idx and id_policy. ValueError: with max_norm, scale_grad_by_freq or sparse.
     """
     policy = settings.current.id_policy if id_policy is None else policy_of(id_policy)
+    if rows is not None:
+        return _embedding_with_rows(ids, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse, policy, rows)
     has_options, call = max_norm is not None or scale_grad_by_freq or sparse, None
     if not has_options and _is_plain_lookup(ids, weight, padding_idx, policy):
         row = -1 if padding_idx is None else padding_idx
@@ -63,22 +68,74 @@ def embedding(
             _check_rows(ids, weight, policy)
             raise
 
-    rows = weight.shape[0]
+    count = weight.shape[0]
 
     def look_up(ids: Tensor) -> Tensor:
         return torch.nn.functional.embedding(ids, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
 
     try:
         if policy != "zero":
-            return look_up(ids.clamp(0, rows - 1) if policy == "clamp" and rows else ids)
-        absent = (ids < 0) | (ids >= rows)
+            return look_up(ids.clamp(0, count - 1) if policy == "clamp" and count else ids)
+        absent = (ids < 0) | (ids >= count)
         if has_options:  # which have side effects, so no other row is looked up in place of an absent one
             return weight.new_zeros(*ids.shape, weight.shape[1]).index_put((~absent,), look_up(ids[~absent]))
         return look_up(ids.masked_fill(absent, 0)).masked_fill(absent.unsqueeze(-1), 0)
     except (AssertionError, IndexError, RuntimeError, TypeError):  # PyTorch's message lacks what is wrong where
-        pad_row(padding_idx, rows)
+        pad_row(padding_idx, count)
         _check_rows(ids, weight, policy)
         raise
+
+
+def call_of_embedding(
+    ids: Tensor,
+    weight: Tensor,
+    padding_idx: int | None,
+    max_norm: float | None,
+    scale_grad_by_freq: bool,
+    sparse: bool,
+    policy: str,
+    rows: Rows | Sequence[Rows],
+) -> Call:
+    """What embedding with rows is to compute. Errors: those of embedding, but for ids outside the table."""
+    options = {"max_norm": max_norm is not None, "scale_grad_by_freq": scale_grad_by_freq, "sparse": sparse}
+    if any(options.values()):
+        given = ", ".join(name for name, is_given in options.items() if is_given)
+        raise ValueError(f"rows: expected None with max_norm, scale_grad_by_freq or sparse, got rows with {given}")
+    why_no_kernel(ids, weight, None, False, False, policy)  # says what is wrong with ids and weight
+    if not weight.is_floating_point():
+        raise TypeError(f"weight: expected a floating dtype where rows are given, got {weight.dtype}")
+    return Call(with_rows(Terms(ids, weight, padding_idx=pad_row(padding_idx, weight.shape[0])), rows), id_policy=policy)
+
+
+def _embedding_with_rows(
+    ids: Tensor,
+    weight: Tensor,
+    padding_idx: int | None,
+    max_norm: float | None,
+    norm_type: float,
+    scale_grad_by_freq: bool,
+    sparse: bool,
+    policy: str,
+    rows: Any,
+) -> Tensor:
+    if isinstance(rows, torch.fx.Proxy):  # of a module that torch.fx traces as a whole: its graph takes no rows
+        ids = ids_without_rows(ids, rows)
+        return embedding(ids, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse, id_policy=policy)
+    call = call_of_embedding(ids, weight, padding_idx, max_norm, scale_grad_by_freq, sparse, policy, rows)
+    try:
+        return run(call)
+    except IndexError:  # names the table `token`
+        _check_rows(call.terms.ids, weight, policy)
+        raise
+
+
+def ids_without_rows(ids: Tensor, rows: Any) -> Any:
+    """In a graph of torch.fx: ids. ValueError: rows were given."""
+    if isinstance(rows, torch.fx.Proxy):
+        return rows.tracer.create_proxy("call_function", ids_without_rows, (ids, rows), {})
+    if rows is not None:
+        raise ValueError(f"rows: expected None in a graph of torch.fx, got {type(rows).__name__}")
+    return ids
 
 
 def _check_rows(ids: Tensor, weight: Tensor, policy: str) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +12,10 @@ import pyembed.settings as settings
 
 from ..call import NO_EPILOGUE, NO_NORM, Call, Called, Terms, pad_row, stock_forward
 from ..checks import class_of
-from ..functional import embedding, why_no_kernel
+from ..functional import call_of_embedding, embedding, why_no_kernel
 from ..ids import HasIdPolicy
 from ..modes import refuse_scripting
-from ..plans.choice import Plan, why_torch
+from ..plans.choice import Plan, as_if_of_table, why_composed, why_torch
 from ..positions import Sinusoidal, make
 from ..rows import Rows, with_rows
 from ..run import run
@@ -24,35 +24,48 @@ from .fits import check_tables
 from .known import COMBINES, Known, has_own_rows, is_stock, looks_up, place_rows, table_of
 from .parts import dropout_rate
 
+if TYPE_CHECKING:
+    _Rows = Rows | Sequence[Rows] | None
+else:
+    _Rows = Any | None  # as TorchScript takes it
+
 
 class Embedding(nn.Embedding, HasIdPolicy):
     """torch.nn.Embedding: same constructor, same weights from the same seed, same state_dict, same result.
 
     What the kernels do not serve (max_norm, scale_grad_by_freq, sparse, other dtypes) runs by PyTorch's operator; explain
-    says which serves.
+    says which serves. Rows of a call's own may stand in place of the table's.
     """
 
     @stock_forward
-    def forward(self, input: Tensor) -> Tensor:
-        """input: ids (...) int32 or int64 -> (..., embedding_dim). IndexError: an id outside the table. Other errors as in
-        functional.embedding, of `ids` and `weight`."""
+    def forward(self, input: Tensor, rows: _Rows = None) -> Tensor:
+        """input: ids (...) int32 or int64 -> (..., embedding_dim). rows: as in functional.embed, a vocabulary.Rows or several;
+        None in TorchScript. IndexError: an id outside the table. ValueError: rows with max_norm, scale_grad_by_freq or sparse.
+        Other errors as in functional.embedding, of `ids` and `weight`."""
         if is_scripting():
+            if rows is not None:
+                raise ValueError("rows: expected None in TorchScript, got rows")
             return nn.functional.embedding(
                 input, self.weight, self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse
             )
         return embedding(
             input, self.weight, self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse,
-            id_policy=self._id_policy,
+            id_policy=self._id_policy, rows=rows,
         )  # fmt: skip
 
-    def explain(self, ids: Tensor) -> Plan:
-        """Which operator a call with these ids would run now, "triton" (pyembed::embed) or "torch" (aten::embedding), and why.
+    def explain(self, ids: Tensor, rows: Rows | Sequence[Rows] | None = None) -> Plan:
+        """Which operator a call with these ids and rows would run now, and why: "triton" (pyembed::embed, with rows
+        pyembed::gather) or "torch" (aten::embedding).
 
         Nothing runs. Errors as in forward, but for ids outside the table.
         """
         weight = self.weight
         options = (self.max_norm, self.scale_grad_by_freq, self.sparse, self._policy())
-        why = why_no_kernel(ids, weight, *options) or why_torch(weight)
+        if rows is None:
+            why = why_no_kernel(ids, weight, *options) or why_torch(weight)
+        else:
+            call = call_of_embedding(ids, weight, self.padding_idx, *options, rows)
+            why = why_composed(as_if_of_table(call))
         return Plan("torch", why, {}) if why else Plan("triton", f"a kernel for {weight.dtype}", {})
 
 

@@ -88,6 +88,12 @@ def extended(call: Call) -> Extended | None:
     return None if is_distributed or calls_modules(token.plain(call)) else token
 
 
+def as_if_of_table(call: Call) -> Call:
+    """The call as if all rows were its table's, where it is extended."""
+    own = extended(call)
+    return call if own is None else own.plain(call)
+
+
 def _why_strange(call: Call) -> str | None:
     strange = next((value for value in call.values() if brings_operators(value)), None)
     return None if strange is None else f"a {type(strange).__name__} brings operators of its own"
@@ -152,8 +158,7 @@ def settle(call: Call) -> Plan | None:
     """The Plan of a call as far as it does not depend on the values of ids; None: it does, so weigh the plans at each call.
 
     RuntimeError: a forced plan cannot run."""
-    own = extended(call)
-    call = call if own is None else own.plain(call)
+    call = as_if_of_table(call)
     plan, token, ids = settings.current.plan, call.terms.token, call.terms.ids
     if plan == "one_pass":
         return Plan("one_pass", "pyembed.plan('one_pass') is set", {})
