@@ -47,7 +47,11 @@ def watched(seen: list[Seen]) -> Iterator[None]:
 
     def note(module: nn.Module, inputs: tuple[Any, ...], out: Any) -> None:
         if not module._modules:
-            ids = looked_up[-1][0] if looked_up and looked_up[-1][1] is getattr(module, "weight", None) else None
+            weight = getattr(module, "weight", None)
+            ids = next((ids for ids, table in reversed(looked_up) if table is weight), None)
+            looked_up.clear()
+            if isinstance(module, nn.Embedding) and (known.is_ours(module) or known.is_own(module)) and len(inputs) == 1:
+                ids = inputs[0].clone()  # by operators of its own
             seen.append(Seen(module, inputs, out, ids, out.clone() if ids is not None and isinstance(out, Tensor) else None))
 
     handle = nn.modules.module.register_module_forward_hook(note)
@@ -75,12 +79,6 @@ def discover(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     seen = [call for call in seen if call.module in names]
     integers = [x for x in given if x.dtype in (torch.int32, torch.int64)]
     token = next((c for c in seen if any(_looks_up(c, ids) for ids in integers)), None)
-    own = next((call.module for call in seen if known.is_own(call.module)), None)
-    if own is not None:
-        raise Nothing(
-            f"{names[own]}, {_kind(own)}, looks up rows of its own beside its table's: a pyembed.EmbeddingQKV over the model's "
-            "modules computes them, or merge() makes it one table"
-        )
     if token is None or not isinstance(token.module, nn.Embedding):
         raise Nothing("no nn.Embedding of the model looked up these ids")
     norm, lookups, dropouts = _first_norm(seen, token, names)
@@ -109,7 +107,8 @@ def discover(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     for part in names[norm.module].split("."):
         path.append((parent, part, parent._modules[part]))
         parent = parent._modules[part]  # type: ignore[assignment]
-    return Found(modules, norm.module, [*linears], dropouts, [*findings, *linears.values()], rows, names, path)  # type: ignore[arg-type]
+    findings = [*findings, *linears.values()]
+    return Found(modules, norm.module, [*linears], dropouts, findings, rows, names, path, known.is_own(token.module))  # type: ignore[arg-type]
 
 
 def _looks_up(call: Seen, ids: Tensor) -> bool:
@@ -168,7 +167,9 @@ def _finding(role: str, call: Seen, names: dict[nn.Module, str]) -> Any:
     if not why and (module.max_norm is not None or module.scale_grad_by_freq or module.sparse):
         why = "has max_norm, scale_grad_by_freq or sparse"
     finding = RowsFinding(None, False)
-    if not why and role == "token" and not known.is_stock("token", module):
+    if not why and role != "token" and known.is_own(module):
+        why = "looks up rows of its own beside its table's, which is fused of tokens alone: merge() makes it one table"
+    if not why and role == "token" and not (known.is_stock("token", module) or known.is_own(module)):
         finding = _prove(trials.rows, module)
         why = None if finding is not None else "could not be proved to return rows of its weight, multiplied by a number or not"
     if why:

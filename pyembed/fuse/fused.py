@@ -14,7 +14,7 @@ import pyembed.settings as settings
 
 from ..modules.known import is_stock
 from ..modules.proofs import Proof
-from ..plans.choice import LEAST_FLOPS, LEAST_TOKENS, refuses
+from ..plans.choice import LEAST_FLOPS, LEAST_TOKENS, as_if_of_table, refuses
 from . import traced
 from .discover import Nothing, discover
 from .fusion import BY_TABLE, SMALL, Found, Fusion, why_not
@@ -33,15 +33,17 @@ def fuse(model: nn.Module, *args: Any, gradients: bool = True, strict: bool = Fa
     model runs on it a few times in eval mode: once watched, to find which modules these are; then with and without fusing, and
     with backward unless gradients is False, and every output and gradient is compared. Modules are proved by value at random
     parameters (modules/trials.py), never by their class. What could not be proved is left as it is, and the handle says why.
+    The table of tokens may be a vocabulary.TrainableRows, whose rows then get their gradients from the fused call; where one
+    is put in its place or merged afterwards, the model's own modules run.
 
     Fused calls run where the planner expects a gain (a decode step does not); at other times, and for any input that was not
     foreseen (hooks, dropout, other weights, torch.func), the model's own modules run. torch.compile takes the fused front end
     into its graphs where kernels run it: on a GPU for at most 32 tokens without gradients and one projection, where a gain is
-    predicted, not measured; within pyembed.backend("triton") always. torch.export takes the model's own modules. Keys of
-    state_dict, types' names and attributes stay; a copy or a pickle of the model is not fused. Errors where the unfused model
-    has none: the gradient of hidden_states[0] by itself, since projections do not pass through it; gradients of gradients; a
-    tensor between lookups and projections that is read after what it depends on was changed, or by C++ code that Python does
-    not see. Not seen in a graph: ids that are changed by .data between the lookups of one sum.
+    predicted, not measured; within pyembed.backend("triton") always; never with rows of a TrainableRows. torch.export takes the
+    model's own modules. Keys of state_dict, types' names and attributes stay; a copy or a pickle of the model is not fused.
+    Errors where the unfused model has none: the gradient of hidden_states[0] by itself, since projections do not pass through
+    it; gradients of gradients; a tensor between lookups and projections that is read after what it depends on was changed, or
+    by C++ code that Python does not see. Not seen in a graph: ids that are changed by .data between the lookups of one sum.
 
     strict: ValueError where there is nothing to fuse. TypeError: no nn.Module, or no tensor. ValueError: it is fused already.
     RuntimeError (verify.Difference): a result differs by more than rounding explains; the model is then as it was. Errors of
@@ -158,7 +160,7 @@ class Fused:
         sites += [(NormSite, "norm"), *((LinearSite, place) for place in range(len(found.linears)))]
         classes = [site_class(m, site, fusion, place) for m, (site, place) in zip(found.modules, sites, strict=True)]
         fusion.classes = classes
-        looks_up = [role != "token" or is_stock("token", module) for role, module in found.lookups.items()]
+        looks_up = [found.has_own or role != "token" or is_stock("token", module) for role, module in found.lookups.items()]
         stock = looks_up + [False] * (1 + len(found.linears))
         for module, kind in zip(found.modules, classes, strict=True):
             module.__class__ = kind
@@ -180,13 +182,19 @@ class Fused:
         weight has changed makes it anew; which changes are not seen says EmbeddingQKV.build_table. The table is held against
         the modules before it serves. fused.calls counts its calls under "fused", and under "fused by the table".
 
-        RuntimeError: nothing is fused; rows that are multiplied by a number, or segments (Gemma, BERT); weights that are spread
-        over devices. torch.OutOfMemoryError: it would not fit. Difference: it would give other results.
+        RuntimeError: nothing is fused; rows that are multiplied by a number, or segments (Gemma, BERT); rows of a TrainableRows;
+        weights that are spread over devices. torch.OutOfMemoryError: it would not fit. Difference: it would give other results.
         """
         fusion = self._fusion
         if fusion is None or self._undone:
             raise RuntimeError(
                 f"build_table: expected a model whose front end is fused, got one where it is not: {self._state()}"
+            )
+        if fusion.found.has_own:
+            name = fusion.found.names[fusion.token]
+            raise RuntimeError(
+                f"build_table: expected token and position rows as they are, but {name} has rows of its own beside its table: "
+                "merge() makes it one table"
             )
         kept = KeptTable(fusion.call_of_no_ids, {module: fusion.found.names[module] for module in fusion.found.modules})
         with torch.no_grad():
@@ -238,7 +246,7 @@ class Fused:
         rows = fusion.found.rows
         ids, D = rows["token"], fusion.token.weight.shape[1]
         call = fusion.call(rows)
-        refused = refuses(call)
+        refused = refuses(as_if_of_table(call))
         why: str | None
         if fusion.is_small(ids):
             least = LEAST_TOKENS if ids.is_cuda else math.ceil(LEAST_FLOPS / (2.0 * sum(fusion.rows) * D))

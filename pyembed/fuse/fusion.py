@@ -20,12 +20,14 @@ import pyembed.settings as settings
 
 from ..call import NO_EPILOGUE, Call, Norm, Projection, Terms, pad_row, wide_dtype
 from ..checks import check_ranges
+from ..ids import HasIdPolicy
 from ..memory import SMALL_BYTES
 from ..modes import autocast_dtype, is_captured, is_plain_eager, is_recorded
 from ..modules import known
 from ..modules.proofs import Proof
-from ..plans.choice import LEAST_FLOPS, LEAST_TOKENS, choose, refuses, why_composed, why_torch
+from ..plans.choice import LEAST_FLOPS, LEAST_TOKENS, as_if_of_table, choose, refuses, why_composed, why_torch
 from ..plans.table import Table
+from ..rows import with_rows
 from ..run import run
 from .table import KeptTable
 from .waiting import Hidden, Tag, Waiting, state_of
@@ -50,6 +52,7 @@ class Found(NamedTuple):
     rows: dict[str, Tensor]  # what the lookups were given
     names: dict[nn.Module, str]
     path: list[tuple[nn.Module, str, nn.Module]]  # (parent, name, child) from the model to the norm
+    has_own: bool = False  # whether tokens have rows of their own beside their table (vocabulary.TrainableRows)
 
     @property
     def modules(self) -> list[nn.Module]:
@@ -121,7 +124,12 @@ class Fusion:
                     raise Stock(f"{name} has weights of another kind")
                 if p is not None and (p.device != device or token is None or p.dtype != token.dtype):
                     raise Stock("weights have several dtypes or devices")
+        if self.found.has_own and any(table.is_inference() for table in self.tables("token")):
+            raise Stock(f"{self.found.names[self.token]} has ids of another kind")
         for role, module in self.found.lookups.items():
+            policy = module._policy() if isinstance(module, HasIdPolicy) else "raise"
+            if policy not in ("raise", "trust"):
+                raise Stock(f"{self.found.names[module]} has the id_policy {policy!r}")
             trains = torch.is_grad_enabled() and module.weight.requires_grad
             if role != "token" and module.padding_idx is not None and trains:
                 raise Stock(f"{self.found.names[module]} has a row without a gradient (padding_idx)")
@@ -146,20 +154,21 @@ class Fusion:
                 ids = ids.clone()  # it is read later
                 if len(self.found.lookups) == 1:
                     return self._run({"token": ids})
-                weight = module.weight
-                version, scale = weight._version, self.factor() if role == "token" else None
+                weight, tables, scale = module.weight, self.tables(role), self.factor() if role == "token" else None
+                versions, has_own = [x._version for x in tables], role == "token" and self.found.has_own
 
                 def compute() -> Tensor:
-                    if weight._version != version:
+                    changed = [x._version for x in tables] != versions
+                    if changed or has_own and any(x is not y for x, y in zip(self.tables(role), tables, strict=True)):
                         name = self.found.names[module]
                         raise RuntimeError(f"{name}: rows were asked for after its weight was changed: look them up again")
-                    rows = F.embedding(ids, weight, module.padding_idx)
+                    rows = stock(ids) if has_own else F.embedding(ids, weight, module.padding_idx)
                     return rows if scale is None else rows * scale
 
                 if role == "token":
                     self.hint = True
                 shape = (*ids.shape, weight.shape[1])
-                return Waiting.make(shape, weight, weight.dtype, compute, Tag(self, {role: ids}), [weight])
+                return Waiting.make(shape, weight, weight.dtype, compute, Tag(self, {role: ids}), tables)
         except Stock as why:
             self.calls[str(why)] += role == "token"
             return stock(ids)
@@ -173,7 +182,7 @@ class Fusion:
         ids = rows["token"]
         if len(rows) < len(roles):
             first, second = a.compute, b.compute
-            anchors = [roles[role].weight for role in rows]
+            anchors = [table for role in rows for table in self.tables(role)]
             with _counted():
                 return Waiting.make((*ids.shape, a.shape[-1]), a, a.dtype, lambda: first() + second(), Tag(self, rows), anchors)
         try:
@@ -197,6 +206,11 @@ class Fusion:
             return None if "position" in rows else rows  # which embed_qkv adds last
         return rows if len(rows) < 3 or len(one) == 2 or len(other) == 2 else None
 
+    def tables(self, role: str) -> list[Tensor]:
+        """What rows of a role are taken of: a weight, and beside it ids of other rows, the row of each, and rows."""
+        module = self.found.lookups[role]
+        return [module.weight, *(module.own() if role == "token" and self.found.has_own else ())]
+
     def factor(self) -> float | None:
         """By which rows of tokens are multiplied; None: by 1, as BART's are."""
         found = self._scale.of(self.token, self.found.findings[0])
@@ -210,6 +224,8 @@ class Fusion:
         row = -1 if self.token.padding_idx is None else pad_row(self.token.padding_idx, token.shape[0])
         scale, position_ids = self.factor(), rows.get("position")
         terms = Terms(rows["token"], token, position, position_ids, segment, rows.get("segment"), None, scale, 0.0, row)
+        if self.found.has_own:
+            terms = with_rows(terms, None, self.token)
         weight: Any = None if kind.weight is None else getattr(norm, kind.weight)
         bias: Any = None if kind.bias is None else getattr(norm, kind.bias)
         if kind.one_plus:
@@ -282,8 +298,9 @@ class Fusion:
         """In a trial the plan that fusing is for, even if it does not pay at this size."""
         if not self.trial:
             return contextlib.nullcontext()
-        if not call.terms.token.is_cpu:
+        if not self.token.weight.is_cpu:
             return settings.plan("auto")
+        call = as_if_of_table(call)
         return settings.plan("one_pass" if refuses(call) or why_composed(call) is None else "distinct")
 
     def parameters(self) -> list[Any]:
@@ -347,6 +364,7 @@ def only_looks_up(module: Any) -> bool:
     options = module.max_norm is not None or module.scale_grad_by_freq or module.sparse
     own = module._pyembed_base.forward
     is_own = module._pyembed_place != "token" or own is known.FORWARDS[nn.Embedding] or known.is_ours_forward(own)
+    is_own = is_own or known.is_own_forward(own)
     return is_own and nn.Embedding.forward is known.FORWARDS[nn.Embedding] and not (options or "forward" in module.__dict__)
 
 
@@ -355,7 +373,7 @@ def why_not(call: Call) -> str | None:
     if settings.current.plan == "table":
         return "pyembed.plan('table') is set, and there is no table that can serve: see build_table"
     try:
-        plan, composed = choose(call), why_composed(call)
+        plan, composed = choose(call), why_composed(as_if_of_table(call))
     except (RuntimeError, TypeError) as error:  # a plan or backend that was asked for cannot run
         return str(error)
     if plan.name == "one_pass" and composed is not None:

@@ -50,8 +50,10 @@ class TokenSite(Site):
 class RowsSite(nn.Embedding):
     """Of positions and segments: between the module's class and nn.Embedding, so that an offset is added before."""
 
-    def forward(self, input: Tensor) -> Any:
+    def forward(self, input: Tensor, *rows: Any, **more: Any) -> Any:
         stock: Any = super().forward
+        if rows or more:  # a pyembed.Embedding takes rows
+            return stock(input, *rows, **more)
         fusion: Fusion = self._pyembed_fusion  # type: ignore[assignment]
         role: str = self._pyembed_place  # type: ignore[assignment]
         if fusion.found.lookups[role] is not self:

@@ -241,6 +241,8 @@ def why_not(fusion: Fusion) -> str | None:
     except (Stock, RuntimeError, TypeError) as error:
         return str(error)
     finding = fusion.found.findings[0]
+    if fusion.found.has_own:
+        return f"{fusion.found.names[fusion.token]} has rows of its own beside its table"
     if why is not None:
         return why
     if token.is_cpu and autocast_dtype(token) is not None:

@@ -162,6 +162,9 @@ def by_modules(found: Found, rows: dict[str, Tensor], scale: float | None) -> li
     looked_up = {
         role: F.embedding(ids, found.lookups[role].weight, found.lookups[role].padding_idx) for role, ids in rows.items()
     }
+    if found.has_own:
+        kind: Any = type(found.lookups["token"])
+        looked_up["token"] = getattr(kind, "_pyembed_base", kind).forward(found.lookups["token"], rows["token"])
     hidden = looked_up["token"] if scale is None else looked_up["token"] * scale
     for role in ("segment", "position"):
         hidden = hidden + looked_up[role] if role in looked_up else hidden

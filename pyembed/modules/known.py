@@ -64,7 +64,11 @@ def is_ours_forward(own: Any) -> bool:
 
 def is_own(module: nn.Module) -> bool:
     """Whether it is a token of ours with rows of its own beside its weight."""
-    own: Any = type(module).forward
+    return is_own_forward(type(module).forward)
+
+
+def is_own_forward(own: Any) -> bool:
+    """Whether a class's forward is that of one of them."""
     return any(own is forward for forward in OWN_ROWS)
 
 

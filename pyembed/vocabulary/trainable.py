@@ -18,7 +18,9 @@ class TrainableRows(nn.Embedding):
 
     weight: the embedding's own parameter (V, D), not copied, and frozen from here on. rows: parameter (R, D), at first the
     table's rows. Equal to the whole table whose other rows are frozen, without weight decay on those; gradient and optimizer
-    state are (R, D). state_dict: weight, rows and row_ids, which the module that merge() returns loads too.
+    state are (R, D). EmbeddingQKV and TokenPositionEmbedding over it, and pyembed.fuse of its model, compute the rows by every
+    plan but "table". The embedding may be of a fused model, which then runs its own modules. state_dict: weight, rows and
+    row_ids, which the module that merge() returns loads too.
     TypeError: no nn.Embedding, or one with a forward of its own. ValueError: no ids, one twice, padding_idx among them, or an
     embedding with max_norm, scale_grad_by_freq or sparse. IndexError: an id outside the table. The embedding then is as it was.
     """
@@ -30,7 +32,8 @@ class TrainableRows(nn.Embedding):
     def __init__(self, embedding: nn.Embedding, rows: Any) -> None:
         if not isinstance(embedding, nn.Embedding) or isinstance(embedding, TrainableRows):
             raise TypeError(f"embedding: expected an nn.Embedding, got {type(embedding).__name__}")
-        own = type(embedding).forward
+        kind: Any = type(embedding)
+        own = getattr(kind, "_pyembed_base", kind).forward  # of one that pyembed.fuse has given another class
         if own is not _STOCK and own not in STOCK_FORWARDS or "forward" in embedding.__dict__:
             raise TypeError(f"embedding: expected one that only looks up rows, got a {type(embedding).__name__}")
         if embedding.max_norm is not None or embedding.scale_grad_by_freq or embedding.sparse:
@@ -55,9 +58,9 @@ class TrainableRows(nn.Embedding):
     @own_rows
     def forward(self, input: Tensor) -> Tensor:
         """input: ids (...) int32 or int64 -> (..., D). IndexError: an id outside the table."""
-        flat = input.reshape(-1)
-        found = F.embedding(flat, self.weight)
-        return write(found, slots_of(flat, self._sorted, self._order), self.rows).view(*input.shape, -1)
+        flat, (ids, order, rows) = input.reshape(-1), self.own()
+        found = F.embedding(flat, self.weight, self.padding_idx)
+        return write(found, slots_of(flat, ids, order), rows).view(*input.shape, -1)
 
     def own(self) -> tuple[Tensor, Tensor, Tensor]:
         """Its ids (R,), ascending, the row of each (R,), and rows (R, D)."""

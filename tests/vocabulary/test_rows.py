@@ -102,26 +102,29 @@ class Model(nn.Module):
         return self.qkv(self.norm(self.token(ids) + self.position(torch.arange(ids.shape[1]))))
 
 
-@pytest.mark.parametrize("when", ["before", "after", "merged"])
-def test_fuse_refuses_by_name_or_computes_the_rows(when):
-    """Rows that train from before or after the model is fused; merged, the model is fused as any other."""
+@pytest.mark.parametrize("when", ["before", "after", "merged", "merged after"])
+def test_fused_models_compute_the_rows(when):
+    """Rows that train from before the model is fused; from after, and merged after, its own modules run."""
     model, ids = Model(), IDS[:1, 1:3]
-    if when == "after":
-        fused = pyembed.fuse(model, ids)
-        with pytest.raises(TypeError, match="expected one that only looks up rows"):
-            TrainableRows(model.token, [3, 99])
-        fused.undo()
+    fused = pyembed.fuse(model, ids) if when == "after" else None
     model.token = TrainableRows(model.token, [3, 99])
     with torch.no_grad():
         model.token.rows.add_(1)
-    expected = model(ids)
+    full = copy.deepcopy(model)
+    full.token = full.token.merge()
     if when == "merged":
         model.token = model.token.merge()
-    with pyembed.fuse(model, ids) as fused, pyembed.plan("one_pass"):
-        torch.testing.assert_close(model(ids), expected)
-        assert (
-            fused.why_not is None if when == "merged" else "token, a TrainableRows, looks up rows of its own" in fused.why_not
-        )
+    fused = pyembed.fuse(model, ids) if fused is None else fused
+    if when == "merged after":
+        model.token = model.token.merge()
+    with fused, pyembed.plan("distinct"):
+        found, expected = model(ids), full(ids)
+        torch.testing.assert_close(found, expected)
+        assert fused.why_not is None and bool(fused.calls["fused"]) is (when in ("before", "merged"))
+        if "merged" not in when:
+            own, theirs = loss_of(found), loss_of(expected)
+            own.backward(), theirs.backward()
+            torch.testing.assert_close(model.token.rows.grad, full.token.weight.grad[[3, 99]])
 
 
 def test_state_dict_holds_the_rows_once_and_loads_into_the_merged_module():
