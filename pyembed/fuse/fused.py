@@ -182,8 +182,8 @@ class Fused:
         weight has changed makes it anew; which changes are not seen says EmbeddingQKV.build_table. The table is held against
         the modules before it serves. fused.calls counts its calls under "fused", and under "fused by the table".
 
-        RuntimeError: nothing is fused; rows that are multiplied by a number, or segments (Gemma, BERT); a TrainableRows; weights
-        that are spread over devices. torch.OutOfMemoryError: it would not fit. Difference: it would give other results.
+        RuntimeError: nothing is fused; rows that are multiplied by a number, or segments (Gemma, BERT); a TrainableRows;
+        weights that are spread over devices. torch.OutOfMemoryError: it would not fit. Difference: it would give other results.
         """
         fusion = self._fusion
         if fusion is None or self._undone:

@@ -125,7 +125,7 @@ class Fusion:
                 if p is not None and (p.device != device or token is None or p.dtype != token.dtype):
                     raise Stock("weights have several dtypes or devices")
         if self.found.has_own and any(table.is_inference() for table in self.tables("token")):
-            raise Stock(f"{self.found.names[self.token]} has ids of another kind")
+            raise Stock(f"{self.found.names[self.token]} has row ids that were made in inference mode")
         for role, module in self.found.lookups.items():
             policy = module._policy() if isinstance(module, HasIdPolicy) else "raise"
             if policy not in ("raise", "trust"):

@@ -45,8 +45,11 @@ def cost(
     """The cost of a vocabulary of size rows of width elements of dtype, trained by AdamW on a batch of so many tokens.
 
     The head's loss is the cross entropy of all logits, (tokens, size). Times are medians, of this machine.
-    ValueError: a number under 1. torch.OutOfMemoryError or RuntimeError: it does not fit the device."""
+    TypeError: a number that is not whole. ValueError: one under 1. torch.OutOfMemoryError or RuntimeError: it does not fit the
+    device."""
     for name, number in {"size": size, "width": width, "tokens": tokens}.items():
+        if isinstance(number, bool) or not isinstance(number, int):
+            raise TypeError(f"{name}: expected an int, got {number!r}")
         if number < 1:
             raise ValueError(f"{name}: expected a positive number, got {number}")
     table = size * width * dtype.itemsize

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..fuse.sites import is_site
+from ..modules import known
 from ..modules.embedding import TokenPositionEmbedding
 from ..modules.front_end import EmbeddingQKV
 
@@ -30,7 +31,7 @@ def find(model: nn.Module, tables: Given = None, heads: Given = None) -> Vocabul
     Tables: what get_input_embeddings() returns, token of EmbeddingQKV and TokenPositionEmbedding, or the only nn.Embedding.
     Heads: what get_output_embeddings() returns, every nn.Linear that shares a table, or the only one with a table's rows.
     TypeError: a module of another kind. ValueError, which names them: modules among which it cannot tell, others that hold a
-    table too and cannot follow, and tensors of V elements along a dimension whose meaning is not known.
+    table too and cannot follow, a TrainableRows, and tensors of V elements along a dimension whose meaning is not known.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
@@ -42,6 +43,12 @@ def find(model: nn.Module, tables: Given = None, heads: Given = None) -> Vocabul
     _add_sharing(found, names, nn.Embedding)
     tops = {module: names[module] for module in _find_heads(model, names, found, heads)}
     _add_sharing(found, names, nn.Embedding, tops)
+    own = next((module for module in found if known.is_own(module)), None)
+    if own is not None:
+        raise ValueError(
+            f"model: expected tables that hold all their rows, got {found[own]}, a {type(own).__name__}: put what its merge() "
+            "returns in its place"
+        )
     _add_sharing(tops, names, nn.Linear, found)
     other = [
         (module, name)

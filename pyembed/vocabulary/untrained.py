@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -135,9 +136,12 @@ def report(
     indicator that tells the known rows from the rest says so, or where it is 0. Where none does, Report.why says that it cannot
     tell. That a row is untrained is a guess: a prompt that asks the model to repeat the token confirms it.
 
-    TypeError, ValueError: no table, tables of other shapes, an encoding of more tokens than rows, an id out of range, values
-    that are not finite, a file that is no safetensors file or does not tell which its table is (read_tables).
+    TypeError, ValueError: no table, tables of other shapes, a head beside a module or a file, which have their own, an encoding
+    of more tokens than rows, an id out of range, values that are not finite, a file that is no safetensors file or does not
+    tell which its table is (read_tables).
     """
+    if head is not None and not isinstance(model, Tensor):
+        raise ValueError(f"head: expected None beside a module or a file, got a {type(head).__name__}: give the table")
     if isinstance(model, str | Path):
         model, head = read_tables(model)
     if isinstance(model, nn.Module):
@@ -151,9 +155,9 @@ def report(
         raise ValueError(f"encoding: expected at most the {rows:,} tokens that there are rows for, got {encoder.n_vocab:,}")
     known = set() if encoder is None else set(never_used(encoder, rows))
     for id in unused:
-        if isinstance(id, bool) or not isinstance(id, int) or not 0 <= id < rows:
+        if isinstance(id, bool) or not isinstance(id, Integral) or not 0 <= id < rows:
             raise ValueError(f"unused: expected ids from 0 to {rows - 1}, got {id!r}")
-        known.add(id)
+        known.add(int(id))
     categories = [FINE] * rows if encoder is None else categorize(encoder, rows)
     mask = torch.zeros(rows, dtype=torch.bool)
     mask[sorted(known)] = True

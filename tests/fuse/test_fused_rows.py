@@ -208,6 +208,26 @@ def test_changes_after_fusing(name):
     assert bool(fused.calls["fused"]) == is_fused, fused.calls
 
 
+def test_a_monkeypatched_class(monkeypatch):
+    model, ids = small(), batch()
+    twin = copy.deepcopy(model)
+    fused = fuse(model)
+    monkeypatch.setattr(TrainableRows, "forward", lambda self, ids: 2 * nn.functional.embedding(ids, self.weight))
+    assert_same(run(model, ids), run(twin, ids))
+    assert fused.calls == {"tok was changed since it was fused": 1}
+
+
+def test_ids_of_inference_mode():
+    """Whose changes are not counted."""
+    model, ids = small(), batch()
+    twin = copy.deepcopy(model)
+    fused = fuse(model)
+    with torch.inference_mode():
+        model.tok._sorted = model.tok._sorted.clone()
+    assert_same(run(model, ids), run(twin, ids))
+    assert fused.calls == {"tok has row ids that were made in inference mode": 1}
+
+
 @pytest.mark.parametrize("kind", [nn.Embedding, pyembed.Embedding])
 def test_a_fused_table_may_be_wrapped(kind):
     """The model's own modules run then, also after rows were looked up fused."""
@@ -227,6 +247,24 @@ def test_a_fused_table_may_be_wrapped(kind):
     assert_same(run(model, batch()), run(twin, batch()), 0.0)
     assert fuse(model).why_not is None
     assert_same(run(model, batch()), run(twin, batch()))
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_rows_that_are_asked_for(alone):
+    """By themselves, as soft prompts take them, or of another sum."""
+    model, ids = small(), batch()
+    model.pos.requires_grad_(False)
+    twin, found = copy.deepcopy(model), []
+    fuse(model)
+    for each in (model, twin):
+        rows = each.tok(ids)
+        assert rows.requires_grad
+        x = rows * 2 if alone else rows + each.pos(torch.arange(9)[None]) - 1
+        found.append((x, *torch.autograd.grad(x.square().sum(), each.tok.rows)))
+    assert all(map(torch.equal, *found))
+    for each in (model, twin):  # of a sum of three, which nothing is proved of
+        x = each.tok(ids) + each.pos(torch.arange(9)) + 1
+        assert x.requires_grad
 
 
 def test_padding_idx():

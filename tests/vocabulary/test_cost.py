@@ -53,3 +53,9 @@ def test_command_refuses_in_one_line(capsys, arguments, message):
     assert main(["vocabulary", "cost", *arguments]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and message in err
+
+
+@pytest.mark.parametrize("wrong", [{"size": 1.5}, {"width": True}, {"tokens": "64"}])
+def test_numbers_are_whole(wrong):
+    with pytest.raises(TypeError, match=rf"{next(iter(wrong))}: expected an int, got "):
+        cost(**{"size": 8, "width": 4, "measure": False} | wrong)

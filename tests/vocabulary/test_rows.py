@@ -93,6 +93,20 @@ def test_front_end_sees_the_rows():
         ours(IDS)
 
 
+def test_what_its_own_ids_are_is_asked_in_one_place():
+    """A class of its own that says otherwise is right wherever it stands."""
+
+    class First(TrainableRows):
+        def own(self):
+            return (*(x[:1] for x in super().own()[:2]), self.rows)
+
+    token = First(table(torch.float64), [3, 99])
+    with torch.no_grad():
+        token.rows.add_(1)
+    assert torch.equal(token(IDS)[0, 1], token.weight[99]) and not torch.equal(token(IDS)[0, 0], token.weight[3])
+    torch.testing.assert_close(front_end(token)(IDS).hidden, token(IDS) + front_end(token).position.weight[: IDS.shape[1]])
+
+
 class Model(nn.Module):
     def __init__(self):
         super().__init__()

@@ -1,5 +1,6 @@
 import json
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -208,3 +209,15 @@ def test_real_weights():
     assert (norm.auc, cosine.auc) == (pytest.approx(0.991, abs=1e-3), pytest.approx(0.992, abs=1e-3))
     found = report(folder / "model.safetensors", unused=unused[::2]).untrained
     assert len(set(found) & set(unused[1::2])) > 0.9 * len(unused[1::2])
+
+
+def test_a_head_beside_a_module_is_refused(tmp_path):
+    """It would not be looked at."""
+    for model in (nn.Embedding(9, 4), "table.safetensors", tmp_path / "table.safetensors"):
+        with pytest.raises(ValueError, match="head: expected None beside a module or a file, got a Tensor"):
+            report(model, torch.ones(9, 4))
+
+
+def test_ids_of_numpy():
+    table = torch.randn(9, 4, generator=torch.Generator().manual_seed(0))
+    assert report(table, unused=np.array([3, 5])).known == report(table, unused=[3, 5]).known == [3, 5]
