@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import settings
-from .call import NO_EPILOGUE, NO_NORM, Call, DistinctIds, Epilogue, HiddenQKV, Norm, Projection, Terms, pad_row
+from .call import NO_EPILOGUE, NO_NORM, Call, Called, DistinctIds, Epilogue, HiddenQKV, Norm, Projection, Terms, pad_row
 from .checks import TensorValueError, check, check_heads, check_integers, check_query_biases, check_range, check_shape
 from .modes import TENSORS, can_read
 from .plans.choice import ZEROS, takes, why_torch
@@ -125,7 +125,8 @@ def _embedding_with_rows(
     try:
         return run(call)
     except IndexError:  # names the table `token`
-        _check_rows(call.terms.ids, weight, policy)
+        table: Any = call.terms.token
+        _check_rows(table.in_table(ids) if isinstance(table, Called) else ids, weight, policy)
         raise
 
 

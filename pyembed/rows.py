@@ -41,7 +41,7 @@ def own_rows(forward: Any) -> Any:
 
 def slots_of(flat: Tensor, ids: Tensor, order: Tensor) -> Tensor:
     """Which row each of flat (M,) takes, (M,) int64, −1: none. ids (R,) ascending, R > 0; order (R,): the row of each."""
-    place = torch.searchsorted(ids, flat.to(ids.dtype)).clamp_(max=ids.numel() - 1)
+    place = torch.searchsorted(ids, flat.to(ids.dtype).contiguous()).clamp_(max=ids.numel() - 1)
     return torch.where(ids.index_select(0, place) == flat, order.index_select(0, place), -1)
 
 

@@ -24,7 +24,7 @@ from .checks import check, check_distinct, check_ranges, compare_ranges
 from .ids import apply_policy, look, report_of, write_out
 from .modes import TENSORS, autocast_dtype, can_read, has_process_group, is_dtensor, is_recorded, unrecorded
 from .plans import distinct, gathered, one_pass
-from .plans.choice import NO_BF16, calls_modules, extended, settle, weigh_now, weigh_rows, why_composed
+from .plans.choice import NO_BF16, as_if_of_table, calls_modules, extended, settle, weigh_now, weigh_rows, why_composed
 from .plans.operators import is_compiled, is_observed, is_profiled, is_strange, kernels
 from .reference import compose, compose_hidden
 from .rows import Extended
@@ -245,7 +245,7 @@ def _weighed(one, other):
 def _extended_runner(call, observed):
     """Of rows of two tables: by kernels, or the composition, over a table of all tokens' rows; or `distinct` over one of the
     rows in use."""
-    kernels = why_composed(call.terms.token.plain(call)) is None
+    kernels = why_composed(as_if_of_table(call)) is None
     ranges = kernels and _must_check(call)
     one = partial(_run_gathered, observed) if kernels else _composition_runner(call)
     if ranges or kernels and call.distinct is not None:

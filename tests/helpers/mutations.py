@@ -625,7 +625,7 @@ MUTATIONS = [
         "            pass\n",
         EMBEDDING + " -k torchs_class",
     ),
-    Mutation("pyembed/functional.py", "        pad_row(padding_idx, rows)\n", "        pass\n", EMBEDDING + " -k torchs_class"),
+    Mutation("pyembed/functional.py", "        pad_row(padding_idx, count)\n", "        pass\n", EMBEDDING + " -k torchs_class"),
     Mutation("pyembed/functional.py", "type(padding_idx) is int and weight", "weight", EMBEDDING + " -k torchs_class"),
     Mutation("pyembed/data.py", "_encodings.setdefault(name, mine)", "mine", DATA + " -k threads"),
     Mutation(

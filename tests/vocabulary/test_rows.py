@@ -264,9 +264,13 @@ def test_placeholders_are_looked_at_once(monkeypatch):
             pyembed.functional.embed(IDS, weight, rows=Rows(rows, [99.0, 7.0]))
 
 
-def test_other_ids_must_still_be_in_the_table():
-    with pytest.raises(IndexError, match=rf"in \[0, {V}\)"):
-        pyembed.functional.embed(IDS.masked_fill(IDS == 7, V), table().weight, rows=Rows(torch.zeros(3, D), 99))
+@pytest.mark.parametrize("function", [pyembed.functional.embed, pyembed.functional.embedding])
+@pytest.mark.parametrize("placeholder", [99, -7])
+def test_other_ids_must_still_be_in_the_table(placeholder, function):
+    """The error names the id that is wrong, not a placeholder outside the table."""
+    ids = IDS.masked_fill(IDS == 5, V).masked_fill(IDS == 99, placeholder)
+    with pytest.raises(IndexError, match=rf"in \[0, {V}\), .*; got {V} at \(1, 2\)"):
+        function(ids, table().weight, rows=Rows(torch.zeros(3, D), placeholder))
 
 
 @pytest.mark.parametrize("count", [0, 2, 3, 4])
