@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from . import settings
+from . import settings, tied
 from .call import NO_EPILOGUE, NO_NORM, Call, Called, DistinctIds, Epilogue, HiddenQKV, Norm, Projection, Terms, pad_row
 from .checks import TensorValueError, check, check_heads, check_integers, check_query_biases, check_range, check_shape
 from .modes import TENSORS, can_read
@@ -51,7 +51,7 @@ def embedding(
         row = -1 if padding_idx is None else padding_idx
         if ids.is_cpu and settings.current.backend != "triton":
             try:
-                return torch.embedding(weight, ids, row)
+                return tied.look_up(weight, ids, row)
             except (IndexError, RuntimeError, TypeError):  # below is said what is wrong
                 pass
         elif takes(weight) and why_torch(weight) is None:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import tied
 from .call import NO_EPILOGUE, Call, Called, Epilogue, HiddenQKV, Norm, Projection, Terms, pad_row, places, rows_of, wide_dtype
 from .rotary import Pair, Rotary, turns
 
@@ -27,7 +28,7 @@ def look_up(ids: Tensor, table: Tensor | Called, padding_idx: int = -1, dtype: t
     if isinstance(table, Called):
         return table(ids)
     if table.is_floating_point():
-        return torch.embedding(table, ids, padding_idx)
+        return tied.look_up(table, ids, padding_idx)
     return sinusoids(table, ids, torch.get_default_dtype() if dtype is None else dtype)
 
 

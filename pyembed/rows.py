@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import tied
 from .call import Call, Called, Terms, as_table
 from .checks import check_integers
 from .modes import can_read, is_plain_eager, is_recorded, is_transformed
@@ -114,7 +115,7 @@ class Extended(Called):
             found = self._token(ids)
             found = found.reshape(-1, found.shape[-1]).clone()  # it may be something that the module keeps
         else:
-            found = torch.embedding(self.table, ids.reshape(-1), self._padding_idx)
+            found = tied.look_up(self.table, ids.reshape(-1), self._padding_idx)
         found = found if self._scale is None else found * self._scale
         return write(found, slot, self.own, in_order).view(*ids.shape, found.shape[-1])
 

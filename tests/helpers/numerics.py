@@ -1,6 +1,7 @@
 """When a result is right: the error budget, and random cases to hold against it."""
 
 import contextlib
+from collections import Counter
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -64,16 +65,23 @@ def guarded(tensor):
 
 
 class Largest(TorchDispatchMode):
-    """Within it: the elements of the largest result that is no view of what its operator was given."""
+    """Within it: the elements of the largest result that is no view of what its operator was given, and how many such results
+    have how many elements."""
 
-    elements = 0
+    def __init__(self):
+        super().__init__()
+        self.sizes = Counter()
+
+    @property
+    def elements(self):
+        return max(self.sizes, default=0)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         found = function(*args, **(kwargs or {}))
         given = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
         for x in tree_leaves(found):
             if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in given:
-                self.elements = max(self.elements, x.numel())
+                self.sizes[x.numel()] += 1
         return found
 
 

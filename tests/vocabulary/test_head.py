@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as nnf
 from conftest import DEVICE, full
-from numerics import Largest
+from numerics import Largest, assert_no_worse
 
 from pyembed.vocabulary import head, linear_cross_entropy
 
@@ -44,15 +44,65 @@ def check(leaves, target, found, right, doubles):
 @pytest.mark.parametrize("size", [None, 30])
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("pytorchs", [True, False])
-def test_is_cross_entropy(chunk, size, label_smoothing, reduction, pytorchs, monkeypatch):
-    if not pytorchs:  # a torch without a chunked loss
-        monkeypatch.setattr(head, "_options", lambda *_: None)
+@pytest.mark.parametrize("ours", [True, False])
+def test_is_cross_entropy(chunk, size, label_smoothing, reduction, ours, monkeypatch):
+    if not ours:  # by PyTorch's operators, as under autocast
+        monkeypatch.setattr(head, "_is_plain", lambda *_: False)
     leaves, target = inputs()
     options = {"reduction": reduction, "label_smoothing": label_smoothing}
     hidden, weight, bias = leaves
     found = linear_cross_entropy(hidden, weight, target, bias, size=size, chunk=chunk, **options)
     check(leaves, target, found, *expected(leaves, target, size, **options))
+
+
+@pytest.mark.sample
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("dtype, product", [(torch.float32,) * 2, (torch.bfloat16,) * 2, (torch.bfloat16, torch.float32)])
+def test_error(dtype, product, label_smoothing, reduction, monkeypatch):
+    """No worse than whole logits by PyTorch in the same dtype, over several chunks."""
+    monkeypatch.setattr(head, "product_dtype", lambda *_: product)
+    torch.manual_seed(0)
+    n, size = 512, 300
+    hidden, weight, bias = (torch.randn(shape, device=DEVICE) for shape in ((n, D), (size, D), (size,)))
+    target = (torch.rand(n, device=DEVICE) ** 3 * size).long()
+    target[5:9] = -100
+    grad = torch.randn(n if reduction == "none" else (), device=DEVICE)
+    options = {"reduction": reduction, "label_smoothing": label_smoothing}
+
+    def run(loss_of, as_dtype):
+        leaves = [x.to(dtype).to(as_dtype).requires_grad_() for x in (hidden, weight, bias)]
+        loss = loss_of(*leaves)
+        return loss.detach(), *torch.autograd.grad(loss, leaves, grad.to(loss.dtype))
+
+    def whole(hidden, weight, bias):
+        logits = nnf.linear(hidden, weight, bias)
+        return nnf.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), target, **options)
+
+    found = run(lambda h, w, b: linear_cross_entropy(h, w, target, b, chunk=64, **options), dtype)
+    results = zip(("loss", "hidden", "weight", "bias"), found, run(whole, dtype), run(whole, torch.float64), strict=True)
+    for name, ours, eager, oracle in results:
+        assert_no_worse(name, ours, eager, oracle)
+
+
+def test_fp16_takes_gradients_of_a_scaled_loss():
+    """They are computed from the incoming gradient, without which those of a mean over many tokens would be zero."""
+    (hidden, weight, _), _ = inputs(torch.float16)
+    many, target = hidden.detach().repeat(60, 40, 1).requires_grad_(), torch.randint(V, (180, 280), device=DEVICE)
+    (linear_cross_entropy(many, weight, target) * 2**14).backward()
+    double = many.detach().double().requires_grad_()
+    (nnf.cross_entropy(nnf.linear(double, weight.detach().double()).movedim(-1, 1), target) * 2**14).backward()
+    torch.testing.assert_close(many.grad.double(), double.grad, rtol=0.02, atol=0.02)
+
+
+def test_no_logits_and_one_gradient():
+    """Forward and backward make one tensor of the weight's size, its gradient, and logits of a chunk at a time."""
+    torch.manual_seed(0)
+    weight, hidden = torch.randn(2000, 64, requires_grad=True), torch.randn(64, 64, requires_grad=True)
+    with Largest() as made:
+        (3 * linear_cross_entropy(hidden, weight, torch.randint(2000, (64,)), chunk=16)).backward()
+    assert made.sizes[2000 * 64] == 1 and made.sizes[16 * 2000] == 1 and made.elements == 2000 * 64
+    assert sum(count for size, count in made.sizes.items() if size > 2 * 64 * 64) == 2
 
 
 @pytest.mark.parametrize("label_smoothing", [0.0, full(0.1)])

@@ -1,0 +1,142 @@
+"""One buffer for the two gradients of a table that is a head's weight too.
+
+A backward comes to the head first, whose gradient (V, D) is dense, and to the lookup last, whose gradient is a few rows.
+Autograd would add two dense ones. Here the head's waits in a node that autograd runs after the lookup's, since it is older, and
+the lookup adds its rows to it. In any other order, and beside lookups that know nothing of it, the sum is the same.
+"""
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+from torch.compiler import is_compiling
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from .call import wide_dtype
+from .modes import TENSORS, is_plain_eager, is_recorded
+
+Edge = tuple[Any, int]  # a node of the graph, and which of its inputs
+
+
+class Waiting:
+    """Where gradients of a head's weight wait, in the graphs of the lookups that hold this."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.buffers: dict[int, Tensor] = {}  # of each backward that is at work
+        self.weight = _Wait.apply(weight, self.buffers)  # itself, for a head: what its gradient passes
+
+    def is_of(self, weight: Tensor) -> bool:
+        """Whether gradients that pass it arrive where the weight's do now: an older graph or a change in place have others."""
+        return self.weight.grad_fn.next_functions[0] == _edge(weight)
+
+
+def _edge(weight: Tensor) -> Edge:
+    edge = get_gradient_edge(weight)
+    return edge.node, edge.output_nr
+
+
+class _Wait(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, buffers: dict[int, Tensor]) -> Tensor:
+        ctx.buffers = buffers
+        ctx.set_materialize_grads(False)
+        return weight.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None]:
+        buffer = ctx.buffers.pop(torch._C._current_graph_task_id(), None)
+        if buffer is None or grad is None:
+            return grad if buffer is None else buffer, None
+        return buffer + grad, None
+
+
+_heads = WeakTensorKeyDictionary()  # {weight of a head: a weak reference to its Waiting, or None}
+
+
+def of(weight: Tensor) -> Waiting | None:
+    """The Waiting of a weight, in a graph that is alive; None: there is none."""
+    reference = _heads.get(weight) if _heads else None
+    return None if reference is None else reference()
+
+
+def before_lookup(weight: Tensor) -> Waiting | None:
+    """To be called before the node of a lookup is made, which must hold the result. None: no head has had this weight."""
+    if not _heads or not weight.requires_grad or type(weight) not in TENSORS or weight not in _heads:
+        return None
+    found = of(weight)
+    if found is None or not found.is_of(weight):
+        found = Waiting(weight)
+        _heads[weight] = weakref.ref(found)
+    return found
+
+
+def before_head(weight: Tensor) -> Waiting | None:
+    """To be called before the node of a head is made. None: no lookup waits for its gradient."""
+    if not weight.requires_grad or not torch.is_grad_enabled():
+        return None
+    found = of(weight)
+    if found is None:
+        _heads.setdefault(weight, None)  # for the lookups to come
+    return found if found is not None and found.is_of(weight) else None
+
+
+def hand_over(waiting: Waiting | None, gradient: Tensor | None) -> Tensor | None:
+    """What the backward of a head that passes waiting.weight returns as its gradient. gradient (V, D): a tensor that nothing
+    else refers to."""
+    if waiting is None or gradient is None or torch.is_grad_enabled():
+        return gradient
+    if not torch._C._will_engine_execute_node(waiting.weight.grad_fn):  # nobody wants it
+        return None
+    task = torch._C._current_graph_task_id()
+    before = waiting.buffers.get(task)  # of another head
+    waiting.buffers[task] = gradient if before is None else before.add_(gradient)
+    return None
+
+
+def buffer(waiting: Waiting | None) -> Tensor | None:
+    """In the backward of a lookup: the gradient (V, D) that waits, to add rows to and return None; None: return a gradient."""
+    if waiting is None or torch.is_grad_enabled():
+        return None
+    return waiting.buffers.get(torch._C._current_graph_task_id())
+
+
+def add_rows(into: Tensor, ids: Tensor, rows: Tensor, padding_idx: int = -1) -> None:
+    """into (V, D), on a CPU, gets rows (M, D) more at ids (M,), in a fixed order; nothing in the row padding_idx."""
+    wide = wide_dtype(into.dtype)
+    if into.dtype != wide:  # many small rows one by one would be lost to the sum's few digits
+        ids, index = torch.unique(ids, return_inverse=True)
+        rows = rows.new_zeros(ids.numel(), rows.shape[1], dtype=wide).index_add_(0, index, rows.to(wide)).to(into.dtype)
+    kept = into[padding_idx].clone() if padding_idx >= 0 else None
+    into.index_add_(0, ids, rows)
+    if kept is not None:
+        into[padding_idx] = kept
+
+
+class _LookUp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, ids: Tensor, padding_idx: int, waiting: Waiting) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.options = weight.shape[0], padding_idx, False, False
+        ctx.waiting = waiting
+        return torch.embedding(weight, ids, padding_idx)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None]:
+        (ids,), into = ctx.saved_tensors, buffer(ctx.waiting)
+        if into is None:
+            return torch.ops.aten.embedding_backward(grad, ids, *ctx.options), None, None, None
+        add_rows(into, ids.reshape(-1), grad.reshape(-1, grad.shape[-1]), ctx.options[1])
+        return None, None, None, None
+
+
+def look_up(weight: Tensor, ids: Tensor, padding_idx: int = -1) -> Tensor:
+    """torch.embedding, whose gradient on a CPU is added to that of a head."""
+    if is_compiling():  # first, so that a compiler does not trace the rest
+        return torch.embedding(weight, ids, padding_idx)
+    if _heads and weight.is_cpu and torch.is_grad_enabled() and is_plain_eager() and not is_recorded():
+        waiting = before_lookup(weight)
+        if waiting is not None:
+            return _LookUp.apply(weight, ids, padding_idx, waiting)
+    return torch.embedding(weight, ids, padding_idx)
