@@ -85,7 +85,7 @@ def before_head(weight: Tensor) -> Waiting | None:
 def hand_over(waiting: Waiting | None, gradient: Tensor | None) -> Tensor | None:
     """What the backward of a head that passes waiting.weight returns as its gradient. gradient (V, D): a tensor that nothing
     else refers to."""
-    if waiting is None or gradient is None or torch.is_grad_enabled():
+    if waiting is None or gradient is None or torch.is_grad_enabled() or not gradient.is_contiguous():  # as kernels add to it
         return gradient
     if not torch._C._will_engine_execute_node(waiting.weight.grad_fn):  # nobody wants it
         return None

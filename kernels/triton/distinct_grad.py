@@ -130,6 +130,7 @@ def table_kernel(
     means,  # (2, P + U) for store_means, or None: not centred, or rows are HELD
     shape,  # P, V, L, padding_idx
     D,
+    ADDS: tl.constexpr,  # whether rows of grad_token are added to
     CENTRE: tl.constexpr,
     HELD: tl.constexpr,  # whether BLOCK_D columns hold a whole row
     BLOCK_M: tl.constexpr,
@@ -166,13 +167,13 @@ def table_kernel(
             else:
                 grad_gamma += tl.sum(g * x, 0)
                 g *= gamma
-            store_rows(g, rows, by_token, grad_token, grad_place, r, d, total, P, V, padding_idx, D)
+            store_rows(g, rows, by_token, grad_token, grad_place, r, d, total, P, V, padding_idx, D, ADDS)
         if partials is not None:
             tl.store(partials + tl.program_id(0) * D + d, grad_gamma, mask=d < D)
 
 
 @triton.jit
-def store_rows(g, rows, by_token, grad_token, grad_place, r, d, total, P, V, padding_idx, D):
+def store_rows(g, rows, by_token, grad_token, grad_place, r, d, total, P, V, padding_idx, D, ADDS: tl.constexpr):
     """Stores columns d of the gradients of rows r of (positions, then distinct tokens), to those of tokens adding by_token."""
     inside = (r < total)[:, None] & (d < D)[None, :]
     if grad_place is not None:
@@ -183,6 +184,8 @@ def store_rows(g, rows, by_token, grad_token, grad_place, r, d, total, P, V, pad
             g += tl.load(by_token + (r - P)[:, None] * D + d[None, :], mask=mine, other=0.0)
         row, known = load_rows(rows, r - P, (r >= P) & (r < total), V)
         mine &= (known & (row != padding_idx))[:, None]
+        if ADDS:
+            g += tl.load(grad_token + row[:, None] * D + d[None, :], mask=mine, other=0.0).to(g.dtype)
         tl.store(grad_token + row[:, None] * D + d[None, :], g.to(grad_token.dtype.element_ty), mask=mine)
 
 
@@ -229,13 +232,15 @@ def backward(
     index: Tensor,
     count: Tensor,
     needs: set[str],
+    into: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """Gradients by name, as embed_qkv_backward returns them; mean … count: as distinct.forward returned them.
+    """Gradients by name, as embed_qkv_backward returns them; mean … count: as distinct.forward returned them. into: (V, D), to
+    which that of the token table is added, and is returned.
 
     fp16 takes the backward of the one-pass kernel: sums of rstd·grad would leave its range.
     """
     if call.terms.ids.numel() == 0 or call.terms.token.dtype == torch.float16 or all(grad is None for grad in grads[1:]):
-        return embed_qkv_backward(call, grads, mean, rstd, needs)
+        return embed_qkv_backward(call, grads, mean, rstd, needs, into)
     grad_hidden, heads, _ = projected_grads(call, grads)
     call = call._replace(terms=contiguous(call.terms), norm=contiguous(call.norm))
     (terms, norm, projection), found = call[:3], {}
@@ -264,7 +269,7 @@ def backward(
         if wants_tables:
             grad_sum = grad_hidden if scales is None else _grad_sum(terms, means, scales, dots, grad_hidden)
         if "token" in needs:
-            found["token"] = grad_token = torch.zeros_like(token)
+            found["token"] = grad_token = torch.zeros_like(token) if into is None else into
             if grad_sum is not None:
                 by_token = token.new_zeros(rows.numel(), D, dtype=wide)
                 table_grad(grad_sum, index, rows.numel(), order=order, out=by_token)
@@ -272,7 +277,8 @@ def backward(
             grad_place = token.new_empty(which.P, D, dtype=wide)
         if wants_tables or "norm_weight" in needs:
             grad_used = project(G, weight.t(), None, which, wide)
-            grad_norm_weight = _finish(terms, norm, which, grad_used, by_token, grad_token, grad_place, "norm_weight" in needs)
+            wanted = "norm_weight" in needs, into is not None
+            grad_norm_weight = _finish(terms, norm, which, grad_used, by_token, grad_token, grad_place, *wanted)
             if "norm_weight" in needs:
                 found["norm_weight"] = grad_norm_weight
         if "position" in needs:
@@ -351,8 +357,10 @@ def _finish(
     grad_token: Tensor | None,
     grad_place: Tensor | None,
     wants_norm_weight: bool,
+    adds: bool,
 ) -> Tensor | None:
-    """Fills grad_token (V, D) and grad_place (P, D); returns the gradient (D,) of the norm's weight, where it is wanted."""
+    """Fills, or adds to, grad_token (V, D), and fills grad_place (P, D); returns the gradient (D,) of the norm's weight, where
+    it is wanted."""
     token, (V, D), R = terms.token, terms.token.shape, grad_used.shape[0]
     block_m, block_d, warps = tuning.rows(D, token.dtype)
     programs = min(tuning.cdiv(R, block_m), 2 * tuning.device_of(token).multiprocessors)
@@ -361,7 +369,7 @@ def _finish(
     means = grad_used.new_empty(2, R) if centred and not held else None
     launch(table_kernel, (programs,))(
         which.tokens, which.positions, which.in_use, token, terms.position, norm.weight, grad_used, by_token, grad_token,
-        grad_place, partials, means, (which.P, V, places(terms), terms.padding_idx), D=D, CENTRE=centred, HELD=held,
+        grad_place, partials, means, (which.P, V, places(terms), terms.padding_idx), D=D, ADDS=adds, CENTRE=centred, HELD=held,
         BLOCK_M=block_m, BLOCK_D=block_d, num_warps=warps, **tuning.registers(tuning.device_of(token)),
     )  # fmt: skip
     return None if partials is None else partials.sum(0).to(norm.weight.dtype)

@@ -178,14 +178,18 @@ def norm_backward(
     return grad_sum, normed, *affine
 
 
-def tables_grad(grad_sum: Tensor, terms: Terms, sizes: dict[str, int]) -> dict[str, Tensor]:
-    """Gradients of the tables by that of hidden before its dropout (M, D). sizes: rows by name; 0 or missing: not wanted."""
+def tables_grad(grad_sum: Tensor, terms: Terms, sizes: dict[str, int], into: Tensor | None = None) -> dict[str, Tensor]:
+    """Gradients of the tables by that of hidden before its dropout (M, D). sizes: rows by name; 0 or missing: not wanted.
+
+    into: (V, D), to which that of the token table is added, and is returned.
+    """
     T, found = terms.length, {}
     if size := sizes.get("token"):
         weights = None
         if terms.scale is not None:
             weights = grad_sum.new_full(grad_sum.shape[:1], terms.scale, dtype=wide_dtype(grad_sum.dtype))
-        found["token"] = table_grad(grad_sum, terms.ids.reshape(-1), size, terms.padding_idx, weights=weights)
+        ids, adds = terms.ids.reshape(-1), into is not None
+        found["token"] = table_grad(grad_sum, ids, size, terms.padding_idx, weights=weights, out=into, adds=adds)
     if size := sizes.get("position"):
         found["position"] = position_grad(grad_sum, T, terms.position_ids, size)
     if size := sizes.get("segment"):
@@ -193,13 +197,13 @@ def tables_grad(grad_sum: Tensor, terms: Terms, sizes: dict[str, int]) -> dict[s
     return found
 
 
-def embed_backward(grad: Tensor, terms: Terms, sizes: dict[str, int]) -> dict[str, Tensor]:
-    """Gradients of the tables by that of hidden (..., T, D), of any strides; sizes: as of tables_grad.
+def embed_backward(grad: Tensor, terms: Terms, sizes: dict[str, int], into: Tensor | None = None) -> dict[str, Tensor]:
+    """Gradients of the tables by that of hidden (..., T, D), of any strides; sizes, into: as of tables_grad.
 
     The tables themselves are not read: terms may come without them.
     """
     grad = grad.reshape(terms.ids.numel(), grad.shape[-1])
-    return tables_grad(grad if dropout(terms) is None else drop_again(grad, terms), terms, sizes)
+    return tables_grad(grad if dropout(terms) is None else drop_again(grad, terms), terms, sizes, into)
 
 
 def projected_grads(call: Call, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, list[Tensor | None], Tensor | None]:
@@ -236,12 +240,13 @@ def concatenated(grads: list[Tensor | None], widths: list[int]) -> Tensor | None
 
 
 def embed_qkv_backward(
-    call: Call, grads: tuple[Tensor | None, ...], mean: Tensor, rstd: Tensor, needs: set[str]
+    call: Call, grads: tuple[Tensor | None, ...], mean: Tensor, rstd: Tensor, needs: set[str], into: Tensor | None = None
 ) -> dict[str, Tensor]:
     """Gradients, by name, of those of pyembed.call.LEARNED that are in needs; one that nothing reaches is missing.
 
     grads: of hidden, query, key and value, in the shapes in which embed_qkv returned them, of any strides, or None. mean, rstd:
-    as embed_qkv returned them. The bias and query_offset themselves are not read: their fields may be None.
+    as embed_qkv returned them; into: as of tables_grad. The bias and query_offset themselves are not read: their fields may be
+    None.
     """
     terms, norm, projection = call[:3]
     assert projection is not None
@@ -280,5 +285,5 @@ def embed_qkv_backward(
             grad_sum = drop_again(grad_sum, terms)
         sizes = {"token": terms.token.shape[0], "position": places(terms)}
         sizes["segment"] = 0 if terms.segment is None else terms.segment.shape[0]
-        found |= tables_grad(grad_sum, terms, {name: size for name, size in sizes.items() if name in needs})
+        found |= tables_grad(grad_sum, terms, {name: size for name, size in sizes.items() if name in needs}, into)
     return {name: grad for name, grad in found.items() if name in needs and grad is not None}

@@ -33,6 +33,7 @@ def segment_kernel(
     padding_idx,
     stride_gv,
     D,
+    ADDS: tl.constexpr,  # whether rows of grad are added to, which no other program touches
     CHUNK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -59,6 +60,8 @@ def segment_kernel(
         acc = tl.sum(total, 0)
         leaves = (start + count == end) & (tl.load(ids + tl.minimum(end, M - 1)) == row) & (end < M)
         if opens & (leaves == 0):
+            if ADDS:
+                acc += tl.load(grad + row * stride_gv + d, mask=d < D, other=0.0).to(acc.dtype)
             tl.store(grad + row * stride_gv + d, acc.to(grad.dtype.element_ty), mask=d < D)
         else:
             side = tl.where(opens, tl.cdiv(M, CHUNK), 0).to(tl.int64)
@@ -75,6 +78,7 @@ def join_kernel(
     padding_idx,
     stride_gv,
     D,
+    ADDS: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -96,6 +100,8 @@ def join_kernel(
             acc += tl.sum(tl.load(pieces + later[:, None] * D + d[None, :], mask=inside, other=0.0), 0)
             more = tl.min(same.to(tl.int32), 0)
             chunk += BLOCK_M
+        if ADDS:
+            acc += tl.load(grad + row * stride_gv + d, mask=d < D, other=0.0).to(acc.dtype)
         tl.store(grad + row * stride_gv + d, acc.to(grad.dtype.element_ty), mask=d < D)
 
 
@@ -108,10 +114,12 @@ def table_grad(
     weights: Tensor | None = None,
     order: tuple[Tensor, Tensor] | None = None,
     out: Tensor | None = None,
+    adds: bool = False,
 ) -> Tensor:
     """The gradient (size, D) of a table: rows (M, D), times weights (M,), summed by ids (M,); ids without a row are left out.
 
-    order: torch.sort(ids, stable=True), where it is known. out: (size, D), of which only rows that an id names are written.
+    order: torch.sort(ids, stable=True), where it is known. out: (size, D), of which only rows that an id names are written,
+    or, where it adds, changed by their sums.
     """
     M, D = rows.shape
     rows = rows.contiguous()  # sum().backward() passes an expanded gradient of stride 0
@@ -122,7 +130,7 @@ def table_grad(
     chunks = tuning.cdiv(M, CHUNK)
     pieces = rows.new_empty(2, chunks, D, dtype=wide_dtype(rows.dtype))
     block_m, block_d = tuning.segment(D)
-    tiles = {"D": D, "CHUNK": CHUNK, "BLOCK_M": block_m, "BLOCK_D": block_d, "num_warps": 4}
+    tiles = {"D": D, "ADDS": adds, "CHUNK": CHUNK, "BLOCK_M": block_m, "BLOCK_D": block_d, "num_warps": 4}
     with on_device(rows):
         launch(segment_kernel, (M, tuning.cdiv(D, block_d)))(
             rows, ids, order, weights, grad, pieces, M, size, padding_idx, grad.stride(0), **tiles

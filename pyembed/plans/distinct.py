@@ -41,16 +41,17 @@ def _forward(call: Call, rows: Tensor | None, index: Tensor | None, used: Tensor
     return *results, *found, count if used is None else count.new_empty(0)  # an operator returns no argument
 
 
-def _backward(call: Call, grads: Any, results: Any, options: Any, needs: set[str]) -> dict[str, Tensor]:
+def _backward(call: Call, grads: Any, results: Any, options: Any, needs: set[str], into: Tensor | None) -> dict[str, Tensor]:
     mean, rstd, projected, found_rows, found_index, count = results
     rows, index, used, kernels = options
     if rows is None:
         rows, index = found_rows, found_index
     if not kernels:
-        return distinct_cpu.backward(call, grads, rstd, projected, rows, index, needs)
+        return distinct_cpu.backward(call, grads, rstd, projected, rows, index, needs, into)
     module, running = launcher("distinct_grad", call.terms.token)
     with running:
-        return module.backward(call, grads, mean, rstd, projected, rows, index, count if used is None else used, needs)
+        count = count if used is None else used
+        return module.backward(call, grads, mean, rstd, projected, rows, index, count, needs, into)
 
 
 def _empty(call: Call, rows: Tensor | None, index: Tensor | None, used: Tensor | None, kernels: bool) -> tuple[Tensor, ...]:

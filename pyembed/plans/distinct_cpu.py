@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .. import tied
 from ..call import Call, Norm, Terms, wide_dtype
 from ..memory import empty, empty_each
 from .rates import product_dtype
@@ -211,11 +212,19 @@ def forward(call: Call, rows: Tensor | None = None, index: Tensor | None = None)
 
 
 def backward(
-    call: Call, grads: list[Tensor | None], rstd: Tensor, projected: Tensor, rows: Tensor, index: Tensor, needs: set[str]
+    call: Call,
+    grads: list[Tensor | None],
+    rstd: Tensor,
+    projected: Tensor,
+    rows: Tensor,
+    index: Tensor,
+    needs: set[str],
+    into: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Gradients of those fields of the call that are needed, by name.
 
-    grads: of hidden, query, key and value, each or None; the others as forward returned them.
+    grads: of hidden, query, key and value, each or None; the others as forward returned them. into: (V, D), to which that of
+    the token table is added, and is then missing.
     """
     assert call.projection is not None
     (ids, token, position, *_), norm, weight = call.terms, call.norm, call.projection.weight
@@ -269,7 +278,9 @@ def backward(
         by_token = _sum_backward(batch, grad_hidden, token, places, pull, norm.kind, grad_places)
         grad_tokens = by_token if grad_tokens is None else grad_tokens.add_(by_token)
 
-    if "token" in needs and grad_tokens is not None:
+    if "token" in needs and grad_tokens is not None and into is not None:
+        tied.add_rows(into, rows, grad_tokens.to(dtype), call.terms.padding_idx)
+    elif "token" in needs and grad_tokens is not None:
         found["token"] = empty(V, D, dtype=dtype).zero_()
         found["token"][rows] = grad_tokens.to(dtype)
         if call.terms.padding_idx >= 0:

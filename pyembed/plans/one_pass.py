@@ -11,7 +11,7 @@ from torch import Tensor
 from ..call import HIDDEN, LOOKUPS, PROJECTING, SCHEMA, TABLES, Call, Called, Epilogue, HiddenQKV, Terms
 from ..modes import autocast_dtype
 from ..reference import finish
-from .operators import FrontEnd, Operator, launch, launcher, refuse_tangents, result_types, save_inputs, saved_inputs
+from .operators import FrontEnd, Operator, into_of, launch, launcher, refuse_tangents, result_types, save_inputs, saved_inputs
 
 
 def with_seed(call: Call) -> Call:
@@ -89,12 +89,12 @@ def _terms(fields: Iterable[Any]) -> Terms:
     return Terms(**values)
 
 
-def _run_embed_backward(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    """Gradients of tables of these sizes; 0: not wanted."""
+def _run_embed_backward(grad: Tensor, *arguments: Any, into: Tensor | None = None) -> tuple[Tensor, ...]:
+    """Gradients of tables of these sizes; 0: not wanted. into: what that of the token table is added to."""
     *fields, sizes = arguments
     module, running = launcher("embed_grad", grad)
     with running:
-        found = module.embed_backward(grad, _terms(fields), dict(zip(TABLES, sizes, strict=True)))
+        found = module.embed_backward(grad, _terms(fields), dict(zip(TABLES, sizes, strict=True)), into)
     return tuple(found[name] if size else grad.new_empty(0, grad.shape[-1]) for name, size in zip(TABLES, sizes, strict=True))
 
 
@@ -116,11 +116,14 @@ def _differentiate_embed(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     refuse_tangents(grad)
     wanted, (fields, _) = dict(zip(embed.names, ctx.needs_input_grad, strict=True)), saved_inputs(ctx)
     sizes = [size if wanted[name] else 0 for name, size in zip(TABLES, ctx.sizes, strict=True)]
-    found = dict(zip(TABLES, embed_backward(grad, *fields, sizes), strict=True))
+    into = into_of(ctx) if wanted["token"] else None
+    run = embed_backward if into is None else partial(_run_embed_backward, into=into)
+    found = dict(zip(TABLES, run(grad, *fields, sizes), strict=True))
+    wanted["token"] &= into is None
     return tuple(found[name] if needed else None for name, needed in wanted.items())
 
 
-embed.register_autograd(_save_embed, _differentiate_embed)
+embed.register_autograd(_save_embed, _differentiate_embed, "token")
 
 
 def _save_embed_backward(ctx: Any, inputs: Any, output: Any) -> None:
@@ -150,10 +153,12 @@ def _differentiate_embed_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
 embed_backward.register_autograd(_save_embed_backward, _differentiate_embed_backward)
 
 
-def _run_embed_qkv_backward(call: Call, grads: Any, statistics: Any, options: Any, needs: set[str]) -> dict[str, Tensor]:
+def _run_embed_qkv_backward(
+    call: Call, grads: Any, statistics: Any, options: Any, needs: set[str], into: Tensor | None
+) -> dict[str, Tensor]:
     module, running = launcher("embed_grad", call.terms.token)
     with running:
-        return module.embed_qkv_backward(call, grads, *statistics, needs)
+        return module.embed_qkv_backward(call, grads, *statistics, needs, into)
 
 
 embed_qkv = FrontEnd(

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import importlib
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch._C._autograd import _profiler_enabled
 from torch.autograd import forward_ad, profiler
 
+from .. import tied
 from ..call import FRONT_END, LEARNED, SOURCES, Call, HiddenQKV
 from ..ids import forget, look, report_of
 
@@ -114,13 +116,16 @@ class Operator:
         self._function: Any = None  # the torch.autograd.Function of the plain call
         self.names = tuple(argument.name for argument in self.op._schema.arguments)
 
-    def register_autograd(self, save: Function, backward: Function) -> None:
-        """The same rules for the operator and for the plain call. save(ctx, inputs, output); backward(ctx, *gradients)."""
+    def register_autograd(self, save: Function, backward: Function, table: str | None = None) -> None:
+        """The same rules for the operator and for the plain call. save(ctx, inputs, output); backward(ctx, *gradients). table:
+        the argument whose gradient the backward adds to that of a head, where into_of(ctx) says so."""
         self._definition.register_autograd(backward, setup_context=save)
+        self._table = None if table is None else self.names.index(table)
 
         def forward(ctx: Any, *inputs: Any) -> Any:
             outputs = self._run(*inputs)
             save(ctx, inputs, outputs)
+            ctx.waiting = None if self._table is None else tied.of(inputs[self._table])
             return outputs
 
         members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
@@ -134,7 +139,10 @@ class Operator:
         if observed:
             return self.op(*arguments)
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-            return self._function.apply(*arguments)
+            waiting = None if self._table is None else tied.before_lookup(arguments[self._table])
+            outputs = self._function.apply(*arguments)
+            del waiting  # it lived until the node had it
+            return outputs
         return self._run(*arguments)
 
 
@@ -149,6 +157,11 @@ def saved_inputs(ctx: Any) -> tuple[list[Any], list[Tensor]]:
     saved = ctx.saved_tensors
     tensors, results = saved[: len(ctx.numbers)], saved[len(ctx.numbers) :]
     return [n if t is None else t for t, n in zip(tensors, ctx.numbers, strict=True)], list(results)
+
+
+def into_of(ctx: Any) -> Tensor | None:
+    """Where a plain call's backward is to add the gradient of its table, and return None for it; None: nowhere."""
+    return tied.buffer(getattr(ctx, "waiting", None))
 
 
 def refuse_double_backward(ctx: Any, *grads: Tensor | None) -> None:
@@ -193,8 +206,9 @@ class FrontEnd:
 
     options: the schema of the plan's own arguments, if any; results: what the forward returns behind hidden, query, key and
     value, for the backward alone. forward(call, *options) -> all of these. backward(call, gradients of the four, results,
-    options, needs: names in LEARNED) -> {name: gradient}. empty(call, *options): the forward's results without values. All
-    three are given calls of one packed weight and bias; the operators, whose gradients are those of each weight, any.
+    options, needs: names in LEARNED, into) -> {name: gradient}, without that of the token table where that is added to into
+    (V, D). empty(call, *options): the forward's results without values. All three are given calls of one packed weight and
+    bias; the operators, whose gradients are those of each weight, any.
     """
 
     def __init__(self, name: str, options: str, results: str, forward: Function, backward: Function, empty: Function) -> None:
@@ -206,7 +220,7 @@ class FrontEnd:
         schema = f"({', '.join(inputs)}, {arguments}, bool[] needs) -> ({result_types(LEARNED)})"
         self.backward = Operator(f"{name}_backward", schema, self._run_backward, self._fake_backward)
         self._places = [[[*map(self.forward.names.index, names)] for names in sources] for sources in SOURCES]
-        self.forward.register_autograd(self._save, self._differentiate)
+        self.forward.register_autograd(self._save, self._differentiate, "token")
         self.backward.register_autograd(lambda ctx, inputs, output: None, refuse_double_backward)
 
     def __call__(self, call: Call, *options: Any, observed: bool, grads: bool = True) -> tuple[Tensor, ...]:
@@ -238,11 +252,13 @@ class FrontEnd:
         call, options = self._call(tuple(arguments[second:]))
         return arguments[:first], arguments[first:second], call, options, dict(zip(LEARNED, needs, strict=True))
 
-    def _run_backward(self, *arguments: Any) -> tuple[Tensor, ...]:
+    def _run_backward(self, *arguments: Any, into: Tensor | None = None) -> tuple[Tensor, ...]:
         grads, results, call, options, needs = self._parts(arguments)
         wanted = {name for name, needed in needs.items() if needed}
         packed = {PACKED.get(name, name) for name in wanted}
-        found = call.unpacked(self._backward(call.packed(), grads, results, options, packed), wanted)
+        found = call.unpacked(self._backward(call.packed(), grads, results, options, packed, into), wanted)
+        if into is not None:
+            needs["token"] = False
         return tuple(
             found[name] if needed and found.get(name) is not None else empty_grad(call, name, needed).zero_()
             for name, needed in needs.items()
@@ -274,6 +290,10 @@ class FrontEnd:
         reached = {name for grad, names in zip(outputs, ctx.sources, strict=True) if grad is not None for name in names}
         needs = [wanted[name] and name in reached for name in LEARNED]
         inputs, results = saved_inputs(ctx)
-        found = dict(zip(LEARNED, self.backward(*outputs, *results, *inputs, needs), strict=True))
-        needed = dict(zip(LEARNED, needs, strict=True))
+        needed, into = dict(zip(LEARNED, needs, strict=True)), None
+        if needed["token"]:
+            into = into_of(ctx)
+        run = self.backward if into is None else partial(self._run_backward, into=into)
+        found = dict(zip(LEARNED, run(*outputs, *results, *inputs, needs), strict=True))
+        needed["token"] &= into is None
         return tuple(found[name] if needed.get(name) else None for name in wanted)

@@ -56,6 +56,7 @@ def backward(dtype, M, D, norm, position):
     for wanted in (rows, None):  # with frozen tables and norm, only normed is computed
         embed_grad.norm_backward(call, mean, rstd, wanted, wanted, wanted is not None, dtype)
     embed_grad.table_grad(rows, meta(M), 50257)
+    embed_grad.table_grad(rows, meta(M), 50257, out=meta(50257, D, dtype=dtype), adds=True)
     for told in (reported(1, M), None):  # of a forward, and within the backward of embed_qkv
         embed.embed(terms, told)
 
@@ -73,7 +74,9 @@ def distinct_rows(dtype, M, D, N, norm, position, trains=True, affine=True, inde
     if trains:
         needs = {"token", "weight", "bias"}
         needs |= {f"norm_{part}" for part in ("weight", "bias") if getattr(call.norm, part) is not None}
-        distinct_grad.backward(call, (hidden, query, key, value), *found, needs | ({"position"} if position else set()))
+        into = None if index is None else meta(50257, D, dtype=dtype)
+        needs |= {"position"} if position else set()
+        distinct_grad.backward(call, (hidden, query, key, value), *found, needs, into)
 
 
 def look_up(dtype, M, D, N, norm, position, entries):

@@ -167,7 +167,10 @@ MUTATIONS = [
     ),
     Mutation(KERNELS + "distinct.py", "x - centre[:, None], 0.0)", "x, 0.0)", DISTINCT + " -k wide"),
     Mutation(KERNELS + "epilogue.py", "first + HEAD_DIM // 2 - HALF)", "first + HEAD_DIM // 2)", ROTARY + " -k every_plan"),
-    Mutation(KERNELS + "embed_grad.py", "terms.padding_idx, weights=weights)", "terms.padding_idx)", TERMS + " -k scale"),
+    Mutation(KERNELS + "embed_grad.py", "weights=weights, out=into", "out=into", TERMS + " -k scale"),
+    Mutation(KERNELS + "table_grad.py", "leaves == 0):\n            if ADDS:", "leaves == 0):\n            if False:", GRAD),
+    Mutation(KERNELS + "table_grad.py", "BLOCK_M\n        if ADDS:", "BLOCK_M\n        if False:", GRAD),
+    Mutation(KERNELS + "distinct_grad.py", "        if ADDS:", "        if False:", "tests/vocabulary/test_tied.py"),
     Mutation(KERNELS + "table_grad.py", "grad[0] = rows.sum(0", "grad[-1] = rows.sum(0", TERMS + " -k segments"),
     Mutation(
         KERNELS + "embed_grad.py",

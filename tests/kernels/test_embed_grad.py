@@ -55,6 +55,22 @@ def test_a_thousand_repeats(dtype):
     assert (grad[2] == 1000).all() and not grad[[0, 1, 3]].any()
 
 
+@pytest.mark.sample
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("ids", [[5], [5] * 65, [1] * 10 + [2] * 300 + [3]], ids=["one", "a chunk and one", "long"])
+def test_sums_are_added_to_what_is_there(ids, dtype):
+    """To the rows that ids name, of which one is padding; the others are not touched."""
+    g = torch.Generator().manual_seed(1)
+    ids = torch.tensor([*ids, 7])[torch.randperm(len(ids) + 1, generator=g)].to(DEVICE)
+    rows, there = (torch.randn(n, 20, generator=g).to(dtype).to(DEVICE) for n in (len(ids), 9))
+    module, running = operators.launcher("embed_grad", rows)
+    with running:
+        found = module.table_grad(rows, ids, 9, 7, out=there.clone(), adds=True)
+    sums = table_grad(rows.float(), ids, 9, 7)
+    torch.testing.assert_close(found, (there.float() + sums).to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=0)
+    assert torch.equal(found[[0, 4, 6, 7, 8]], there[[0, 4, 6, 7, 8]])
+
+
 def test_padding_and_unknown_ids():
     ids = torch.tensor([0, 1, 1, 2, -5, 9, 1] + [1] * 100 + [9] * 100, device=DEVICE)
     grad = table_grad(torch.ones(len(ids), 3, device=DEVICE), ids, 3, padding_idx=1)

@@ -15,6 +15,7 @@ from pyembed import positions
 from pyembed.plans import operators
 from pyembed.rotary import Rotary
 from pyembed.rows import Rows
+from pyembed.vocabulary import linear_cross_entropy
 
 tl = pytest.importorskip("triton.language")
 interpreter = pytest.importorskip("triton.runtime.interpreter")
@@ -260,6 +261,16 @@ def embeddings():
     F.embed(ids, token, table, ids, segment=table, segment_ids=ids, dropout=0.5).backward(torch.randn(1, 6, 20))
 
 
+def tied(plan, **options):
+    """Lookups whose rows are added to the gradient of a head."""
+    found = case(**options)
+    ids, weight = found.ids, found.parameters["token"].requires_grad_()
+    for _ in range(2):
+        with pyembed.plan(plan):
+            hidden = F.embed_qkv(ids, weight, found.parameters["weight"], num_heads=2, num_kv_heads=1).query.flatten(-2)
+        linear_cross_entropy(hidden[..., :12], weight, ids).backward()
+
+
 def two_tables():
     ids, weight, own = torch.tensor([[3, 5, 2, 6, 3]]), rows(6, 20).requires_grad_(), rows(2, 20).requires_grad_()
     F.embed(ids, weight, rows=Rows(own, [5, 6])).sum().backward()
@@ -309,6 +320,8 @@ SHIPPED = [
     (90, "few", table, {}, "expand"),
     (90, "few", embeddings, {}, "embed drop segment join"),
     (90, "few", two_tables, {}, "gather segment"),
+    (90, "few", tied, {"plan": "one_pass"}, "embed_qkv segment join"),
+    (90, "few", tied, {"plan": "distinct", "V": 5}, "project expand qkv table segment"),
     (90, "few", sines, {}, "embed"),
     (90, "few", split_weights, {}, "embed_qkv norm_backward"),
     (90, "few", absent, {}, "embed_qkv expand"),

@@ -16,7 +16,6 @@ from pyembed import functional as F
 from pyembed import tied
 from pyembed.vocabulary import linear_cross_entropy
 
-pytestmark = pytest.mark.skipif(DEVICE == "cuda", reason="on a CPU lookups add to a head's gradient")
 V, D, T = 40, 8, 12
 
 
@@ -304,9 +303,10 @@ def same_gradient(weight, ids, target):
 
 
 def front(plan):
-    position, norm, qkv = nn.Embedding(T, D), nn.LayerNorm(D), nn.Linear(D, 3 * D)
+    parts = nn.Embedding(T, D), nn.LayerNorm(D), nn.Linear(D, 3 * D)
 
     def run(ids, table):
+        position, norm, qkv = (part.to(table.device) for part in parts)
         token = nn.Embedding(V, D)
         token.weight = table
         with pyembed.plan(plan):
@@ -325,24 +325,41 @@ def module(ids, table):
 def sum_of_tables(ids, table):
     token = pyembed.Embedding(V, D, padding_idx=2)
     token.weight = table
-    return pyembed.TokenPositionEmbedding.from_modules(token, nn.Embedding(T, D), scale=3.0)(ids)
+    return pyembed.TokenPositionEmbedding.from_modules(token, nn.Embedding(T, D).to(table.device), scale=3.0)(ids)
 
 
-LOOKUPS = {"Embedding": module, "TokenPositionEmbedding": sum_of_tables, "one_pass": front("one_pass")}
+LOOKUPS = {"Embedding": module, "TokenPositionEmbedding": sum_of_tables}
+LOOKUPS |= {plan: front(plan) for plan in ("one_pass", "distinct")}
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("name", LOOKUPS)
-def test_lookups_of_ours(name, added):
-    weight, ids, target = make(torch.float32)
-    weight = nn.Parameter(weight.detach())
+def test_lookups_of_ours(name, backend, added):
+    if backend == "triton":
+        pytest.importorskip("triton")
+    device = DEVICE if backend == "triton" else "cpu"
+    weight, ids, target = (x.detach().to(device) for x in make(torch.float32))
+    ids[:5], weight = 2, nn.Parameter(weight)
     grads = []
-    for _ in range(2):  # the second after a head had the weight
+    for _ in range(3):  # the others after a head had the weight
         weight.grad = None
         torch.manual_seed(1)
-        linear_cross_entropy(layer(LOOKUPS[name](ids, weight)), weight, target).backward()
+        with pyembed.backend(backend):
+            linear_cross_entropy(layer(LOOKUPS[name](ids, weight)), weight, target).backward()
         grads.append(weight.grad)
-    assert added == [grads[1].data_ptr()]
-    torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-6)
+    assert added == [grads[1].data_ptr(), grads[2].data_ptr()]
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-5, atol=1e-6)
+    assert torch.equal(grads[1], grads[2])
+
+
+def test_compilers_know_nothing_of_it():
+    """A head's weight in a graph, and a graph's lookup beside a head."""
+    weight, ids, target = make(torch.float32)
+    right = same_gradient(weight, ids, target)
+    look_up = torch.compile(lambda ids: layer(F.embedding(ids, weight)), backend="aot_eager", fullgraph=True)
+    step = torch.compile(lambda ids: linear_cross_entropy(look_up(ids), weight, target), backend="aot_eager", fullgraph=True)
+    for loss in (linear_cross_entropy(look_up(ids), weight, target), step(ids)):
+        torch.testing.assert_close(torch.autograd.grad(loss, weight)[0], right, rtol=1e-4, atol=1e-5)
 
 
 def test_sixteen_bits(added):
