@@ -14,7 +14,6 @@ from torch.autograd.graph import get_gradient_edge
 from torch.compiler import is_compiling
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .call import wide_dtype
 from .modes import TENSORS, is_plain_eager, is_recorded
 
 Edge = tuple[Any, int]  # a node of the graph, and which of its inputs
@@ -97,17 +96,11 @@ def hand_over(waiting: Waiting | None, gradient: Tensor | None) -> Tensor | None
 
 def buffer(waiting: Waiting | None) -> Tensor | None:
     """In the backward of a lookup: the gradient (V, D) that waits, to add rows to and return None; None: return a gradient."""
-    if waiting is None or torch.is_grad_enabled():
-        return None
-    return waiting.buffers.get(torch._C._current_graph_task_id())
+    return None if waiting is None else waiting.buffers.get(torch._C._current_graph_task_id())
 
 
 def add_rows(into: Tensor, ids: Tensor, rows: Tensor, padding_idx: int = -1) -> None:
     """into (V, D), on a CPU, gets rows (M, D) more at ids (M,), in a fixed order; nothing in the row padding_idx."""
-    wide = wide_dtype(into.dtype)
-    if into.dtype != wide:  # many small rows one by one would be lost to the sum's few digits
-        ids, index = torch.unique(ids, return_inverse=True)
-        rows = rows.new_zeros(ids.numel(), rows.shape[1], dtype=wide).index_add_(0, index, rows.to(wide)).to(into.dtype)
     kept = into[padding_idx].clone() if padding_idx >= 0 else None
     into.index_add_(0, ids, rows)
     if kept is not None:

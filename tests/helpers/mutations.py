@@ -57,6 +57,8 @@ ROWS, GATHER, KEYS, TO_ROW, TO_GATHER = (
     "tests/vocabulary/test_rows_distinct.py",
     "tests/kernels/test_gather.py",
 )
+HEAD, TIED = "pyembed/vocabulary/head.py", "pyembed/tied.py"
+TO_LOSE, TO_TIE = (f"tests/vocabulary/test_{name}.py" for name in ("head", "tied"))
 MUTATIONS = [
     Mutation(GATHER, "tl.where((key >= V)[:, None], y, x)", "x + y", TO_GATHER + " -k equals"),
     Mutation(GATHER, "keys.reshape(-1) - size", "keys.reshape(-1)", TO_GATHER + " -k gradients"),
@@ -170,7 +172,20 @@ MUTATIONS = [
     Mutation(KERNELS + "embed_grad.py", "weights=weights, out=into", "out=into", TERMS + " -k scale"),
     Mutation(KERNELS + "table_grad.py", "leaves == 0):\n            if ADDS:", "leaves == 0):\n            if False:", GRAD),
     Mutation(KERNELS + "table_grad.py", "BLOCK_M\n        if ADDS:", "BLOCK_M\n        if False:", GRAD),
-    Mutation(KERNELS + "distinct_grad.py", "        if ADDS:", "        if False:", "tests/vocabulary/test_tied.py"),
+    Mutation(KERNELS + "distinct_grad.py", "        if ADDS:", "        if False:", TO_TIE),
+    Mutation(TIED, "if found is None or not found.is_of(weight):", "if found is None:", TO_TIE),
+    Mutation(TIED, "found is not None and found.is_of(weight)", "found is not None", TO_TIE),
+    Mutation(TIED, "ctx.buffers.pop(torch", "ctx.buffers.get(torch", TO_TIE),
+    Mutation(TIED, "before is None else before.add_(gradient)", "before is None else before", TO_TIE),
+    Mutation(TIED, "if not torch._C._will_engine_execute_node(", "if None is (", TO_TIE),
+    Mutation(TIED, "        into[padding_idx] = kept", "        pass", TO_TIE),
+    Mutation(HEAD, "        if torch.is_grad_enabled():  #", "        if False:  #", TO_TIE),
+    Mutation(HEAD, "                if grads is None:", "                if False:", TO_TIE),
+    Mutation(
+        HEAD, "_add_product(grad_weight[:size], factor, (h * scale)", "_add_product(grad_weight[:size], factor, (h)", TO_LOSE
+    ),
+    Mutation(HEAD, "if smoothing:\n            logits.sub_(", "if False:\n            logits.sub_(", TO_LOSE),
+    Mutation(HEAD, "target[part, None].where(keep, 0)", "target[part, None].clamp(0)", TO_LOSE),
     Mutation(KERNELS + "table_grad.py", "grad[0] = rows.sum(0", "grad[-1] = rows.sum(0", TERMS + " -k segments"),
     Mutation(
         KERNELS + "embed_grad.py",

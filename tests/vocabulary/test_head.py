@@ -136,6 +136,40 @@ def test_padding_has_no_probability():
     assert weight.grad[:30].any() and not weight.grad[30:].any() and not bias.grad[30:].any()
 
 
+@pytest.mark.parametrize("ignore_index", [3, 35, 10**6, -1])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_ignored_targets(ignore_index, reduction):
+    """Whichever number stands for them: a token, a padded row, or none."""
+    leaves, target = inputs()
+    target[target == -100] = ignore_index
+    options = {"ignore_index": ignore_index, "reduction": reduction}
+    hidden, weight, bias = leaves
+    found = linear_cross_entropy(hidden, weight, target, bias, size=30, chunk=4, **options)
+    check(leaves, target, found, *expected(leaves, target, 30, **options))
+
+
+def test_only_ignored_targets():
+    """The mean of no losses is no number, and has no gradient, as PyTorch's."""
+    leaves, target = inputs()
+    hidden, weight, bias = leaves
+    found = linear_cross_entropy(hidden, weight, torch.full_like(target, -100), bias, chunk=4)
+    assert found.isnan() and not any(grad.any() for grad in torch.autograd.grad(found, leaves))
+
+
+def test_some_gradients():
+    """Of what is frozen there is none."""
+    leaves, target = inputs()
+    hidden, weight, bias = leaves
+    right, doubles = expected(leaves, target)
+    for wanted in ((0,), (1,), (2,), (0, 2)):
+        for n, x in enumerate(leaves):
+            x.requires_grad_(n in wanted)
+        found = torch.autograd.grad(linear_cross_entropy(hidden, weight, target, bias, chunk=4), [leaves[n] for n in wanted])
+        others = torch.autograd.grad(right, [doubles[n] for n in wanted], retain_graph=True)
+        for our, other in zip(found, others, strict=True):
+            torch.testing.assert_close(our.double(), other, rtol=1e-4, atol=1e-6)
+
+
 def test_tied_table_and_head():
     """Both gradients are summed into the one parameter."""
     (_, weight, _), target = inputs()

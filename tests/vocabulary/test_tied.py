@@ -80,10 +80,12 @@ def test_one_buffer(added):
     assert made.sizes[V * D] > 1 and len(added) == 1  # as this shows what it is to count
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
 @pytest.mark.parametrize("padding_idx", [None, 3])
-def test_same_gradient(padding_idx, added):
+def test_same_gradient(padding_idx, dtype, added):
     def run(weight, ids, target, look_up, loss_of):
         ids[:4] = 3
+        ids = ids.to(dtype)
         return backward(weight, loss_of(layer(look_up(ids, weight, padding_idx)), weight, target))
 
     same(run)
