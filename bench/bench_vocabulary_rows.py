@@ -1,4 +1,5 @@
-"""Rows that train beside a frozen table, and rows that are no words: forward and backward, beside what is done without them.
+"""Rows that train beside a frozen table, rows that are no words, and a head tied to its table: forward and backward, beside
+what is done without them.
 
 PEFT runs where it is installed, torch.compile where there is a compiler. --full: a table of 128,256 rows too.
 """
@@ -13,16 +14,18 @@ from torch import nn
 import pyembed
 from pyembed.benchmark import cases
 from pyembed.benchmark.peers import check, compiled, compiler_missing, gradients, reason_of
-from pyembed.benchmark.timing import Variant, clock, compare
-from pyembed.functional import embed
-from pyembed.vocabulary import Rows, TrainableRows
+from pyembed.benchmark.timing import Variant, clock, compare, peak_bytes
+from pyembed.functional import embed, embedding
+from pyembed.vocabulary import Rows, TrainableRows, linear_cross_entropy
+from pyembed.vocabulary.head import chunk_of
 
 R, V, D = 16, 50_257, 768
 PLANS = ("one_pass", "distinct", "auto")
 
 
-def measured(variants, reference, device, makers=()):
-    """(rows, left out), after all have given what `reference` gives. makers: {peer: a function that builds its Variant}."""
+def measured(variants, reference, device, makers=(), memory=False):
+    """(rows, left out), after all have given what `reference` gives. makers: {peer: a function that builds its Variant}.
+    memory: measure that too."""
     left_out = {}
     for name, make in dict(makers).items():
         try:
@@ -33,7 +36,9 @@ def measured(variants, reference, device, makers=()):
             left_out[name] = reason_of(error)
     grads = gradients(variants, True)
     left_out |= check(variants, grads, reference)
-    return compare(variants, grads, clock(device), seconds=3), left_out
+    peaks = {name: {"peak": peak_bytes(variant, grads[name], device)} for name, variant in variants.items() if memory}
+    rows = compare(variants, grads, clock(device), seconds=3)
+    return {name: found | peaks.get(name, {}) for name, found in rows.items()}, left_out
 
 
 def compiled_or_not(function, parameters, device):
@@ -148,3 +153,35 @@ def test_front_ends(record, device, tokens, kind, B, T, each):
         return measured(variants, "operators", device, {"torch.compile": compiled_or_not(operators, parameters, device)})
 
     record(run, suite="vocabulary", direction="training", case=f"front end, {kind}, {B} × {T:,}, {D:,}")
+
+
+@pytest.mark.parametrize("M", [1024])
+def test_a_tied_head(record, device, tokens, M):
+    """GPT-2 small's table, which is its head's weight too: a lookup, a norm and the loss, without the layers between."""
+
+    def run():
+        weight, norm = nn.Embedding(V, D, device=device).weight, nn.LayerNorm(D, device=device)
+        ids = cases.make_ids("natural", V, M + 1, tokens).to(device)
+        ids, target = ids[:-1], ids[1:]
+        parameters = [weight, *norm.parameters()]
+
+        def whole():
+            return (nnf.cross_entropy(nnf.linear(norm(nnf.embedding(ids, weight)), weight), target),)
+
+        def pytorchs():
+            options = nn.LinearCrossEntropyOptions(batch_chunk_size=chunk_of(V), chunking_method=None)
+            loss = functools.partial(nnf.linear_cross_entropy, options=options)
+            return Variant(lambda: (loss(norm(nnf.embedding(ids, weight)), weight, target),), parameters)
+
+        def ours(look_up):
+            return Variant(lambda: (linear_cross_entropy(norm(look_up(ids, weight)), weight, target),), parameters)
+
+        variants = {
+            "cross_entropy": Variant(whole, parameters),
+            "pyembed, nn.Embedding": ours(nnf.embedding),
+            "pyembed": ours(embedding),
+        }
+        makers = {"F.linear_cross_entropy": pytorchs, "torch.compile": compiled_or_not(whole, parameters, device)}
+        return measured(variants, "cross_entropy", device, makers, memory=True)
+
+    record(run, suite="vocabulary", direction="training", case=f"a tied head, {M:,} tokens, {V:,} × {D:,}", tokens=M)

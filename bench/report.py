@@ -117,7 +117,8 @@ def report(document):
     sections = []
     for title, suite in SUITES.items():
         sections += [(f"{title}, {d}", times(rows_of(document, suite), d)) for d in directions]
-    sections += [("Memory in training", memory(rows_of(document, "front end", "embedding")))]
+    weighed = [row for row in rows_of(document, "vocabulary") if "tokens" in row]
+    sections += [("Memory in training", memory(rows_of(document, "front end", "embedding") + weighed))]
     sections += [("The front end's share of a whole model's floating-point operations, forward", shares())]
     sections += [("Not measured", left_out(document))]
     parts = [f"## {title}\n\n{text}" for title, text in sections if text]
@@ -182,7 +183,8 @@ def memory(rows):
         for name in names:
             found = row["variants"].get(name)
             peak = "–" if found is None or found["peak"] is None else f"{found['peak'] / 2**20:,.0f}"
-            line.append("–" if found is None else f"{found['saved'] / row['tokens']:,.0f}, {peak}")
+            saved = "–" if found is None or "saved" not in found else f"{found['saved'] / row['tokens']:,.0f}"
+            line.append("–" if found is None else f"{saved}, {peak}")
         lines.append(line)
     head = ["bytes saved per token, peak MiB", *names]
     return markdown(head, lines, "l" + " r" * len(names)) if lines else ""

@@ -53,7 +53,7 @@ def linear_cross_entropy(
     V = _checked(hidden, weight, target, bias, size, replaced, reduction, ignore_index)
     if chunk is not None and (not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 1):
         raise ValueError(f"chunk: expected a positive int or None, got {chunk!r}")
-    rows = chunk or max(LEAST, 1 << (LOGITS // max(V, 1)).bit_length() - 1)
+    rows = chunk or chunk_of(V)
     flat, targets = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1)
     if replaced is None and _is_plain(hidden, weight, target, bias):
         options = _Options(V, ignore_index, label_smoothing, rows, reduction)
@@ -67,6 +67,11 @@ def linear_cross_entropy(
     if reduction == "none":
         return each.view(target.shape)
     return each.sum() / (targets != ignore_index).sum() if reduction == "mean" else each.sum()
+
+
+def chunk_of(size: int) -> int:
+    """Tokens of a chunk by default, of logits for so many rows."""
+    return max(LEAST, 1 << (LOGITS // size).bit_length() - 1)
 
 
 def _loss(
