@@ -67,9 +67,7 @@ MUTATIONS = [
     Mutation(KEYS, "tl.where(p < tl.program_id(0), count, 0)", "0", TO_GATHER + " -k test_keys"),
     Mutation(ROWS, "torch.where(is_right, rank - 1, -2)", "rank - 1", TO_ROW.replace("_distinct", "") + " -k transform"),
     Mutation(ROWS, "masked_fill(self.slot != -1, 0)", "masked_fill(self.slot < -1, 0)", TO_ROW),
-    Mutation(
-        "pyembed/plans/distinct.py", "count if used is None else used, needs", "count, needs", TO_GATHER + " -k front_end"
-    ),
+    Mutation("pyembed/plans/distinct.py", "count if used is None else used", "count", TO_GATHER + " -k front_end"),
     Mutation(ROWS, "else mine * terms.scale", "else mine", TO_ROW + " -k train"),
     Mutation(ROWS, "torch.where(found < 0, found, found + start)", "found", TO_ROW),
     Mutation(ROWS, "found if self._scale is None else found * self._scale", "found", TO_ROW),
@@ -643,7 +641,9 @@ MUTATIONS = [
         "            pass\n",
         EMBEDDING + " -k torchs_class",
     ),
-    Mutation("pyembed/functional.py", "        pad_row(padding_idx, count)\n", "        pass\n", EMBEDDING + " -k torchs_class"),
+    Mutation(
+        "pyembed/functional.py", "        pad_row(padding_idx, count)\n", "        pass\n", EMBEDDING + " -k torchs_class"
+    ),
     Mutation("pyembed/functional.py", "type(padding_idx) is int and weight", "weight", EMBEDDING + " -k torchs_class"),
     Mutation("pyembed/data.py", "_encodings.setdefault(name, mine)", "mine", DATA + " -k threads"),
     Mutation(
