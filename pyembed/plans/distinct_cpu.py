@@ -19,7 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import tied
+import pyembed.tied as tied
+
 from ..call import Call, Norm, Terms, wide_dtype
 from ..memory import empty, empty_each
 from .rates import product_dtype

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch._C._autograd import _profiler_enabled
 from torch.autograd import forward_ad, profiler
 
-from .. import tied
+import pyembed.tied as tied
+
 from ..call import FRONT_END, LEARNED, SOURCES, Call, HiddenQKV
 from ..ids import forget, look, report_of
 

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .. import tied
+import pyembed.tied as tied
+
 from ..call import wide_dtype
 from ..modes import TENSORS, autocast_dtype, can_read, is_plain_eager, is_recorded
 from ..plans.rates import product_dtype
