@@ -7,8 +7,10 @@ import pytest
 import torch
 from conftest import full
 from families import Own, Packed, T, Three, V, build, logits, tokens
+from numerics import Largest
 from torch import nn
 from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint
 
 import pyembed
 from pyembed.fuse.traced import COMPILED
@@ -265,6 +267,56 @@ def test_rows_that_are_asked_for(alone):
     for each in (model, twin):  # of a sum of three, which nothing is proved of
         x = each.tok(ids) + each.pos(torch.arange(9)) + 1
         assert x.requires_grad
+
+
+class Segments(Own):
+    """Whose tables beside that of tokens are frozen."""
+
+    def __init__(self):
+        super().__init__(nn.LayerNorm, Packed, layers=1)
+        self.seg = nn.Embedding(2, 32)
+        self.seg.requires_grad_(False), self.pos.requires_grad_(False)
+
+    def part(self, ids):
+        return self.tok(ids) + self.seg(ids % 2)
+
+    def hidden(self, ids):
+        x = self.part(ids) + self.pos(torch.arange(ids.shape[1]))
+        return self.norm(self.blocks[0](x))
+
+
+def test_a_part_of_the_sum_that_is_asked_for():
+    torch.manual_seed(0)
+    model, ids = with_rows(Segments().eval()), batch()
+    twin, grads = copy.deepcopy(model), []
+    assert fuse(model).modules["segment"] == ["seg"]
+    with pyembed.plan("one_pass"):
+        for each in (model, twin):
+            part = each.part(ids)
+            assert part.requires_grad
+            grads += torch.autograd.grad(part.square().sum(), each.tok.rows)
+    assert torch.equal(*grads)
+
+
+def test_nothing_of_the_tables_size_is_made():
+    torch.manual_seed(0)
+    model = with_rows(Own(nn.LayerNorm, Packed, layers=1, rows=5000).eval())
+    front = nn.Sequential(model.blocks[0].norm1, model.blocks[0].attention.c_attn)
+    fused, ids = fuse(model), batch()
+    with Largest() as largest:
+        front(model.tok(ids) + model.pos(torch.arange(9))).square().sum().backward()
+    assert fused.calls == {"fused": 1} and model.tok.rows.grad.any() and largest.elements < 5000
+
+
+def test_a_checkpoint():
+    model, ids = small(), batch()
+    twin, grads = copy.deepcopy(model), []
+    fused = fuse(model)
+    for each in (model, twin):
+        checkpoint(each, ids, use_reentrant=False).square().sum().backward()
+        grads.append({name: p.grad for name, p in each.named_parameters() if p.grad is not None})
+    assert_same(*grads)
+    assert fused.calls == {"fused": 2}
 
 
 def test_padding_idx():
