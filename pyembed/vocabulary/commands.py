@@ -114,8 +114,13 @@ def report(
     """Find tokens that were never trained. Exit status: 0, 1 if it cannot tell, 2 for a wrong argument."""
     check_plot(plot)
     known = _ids(unused)
+    is_made = model.endswith("Config") or ":" in model and not Path(model).exists()
+    if is_made and (table is not None or head is not None):
+        raise UsageError(
+            f"{'--head' if table is None else '--table'}: expected a file's tensor, got a model that is made, {model}"
+        )
     try:
-        if model.endswith("Config") or ":" in model and not Path(model).exists():
+        if is_made:
             made = report_of(load_model(model), encoding=encoding, unused=known)
         else:
             made = report_of(*read_tables(model, table, head), encoding=encoding, unused=known)
@@ -133,8 +138,11 @@ def _ids(text: str) -> list[int]:
     found: list[int] = []
     try:
         for part in filter(None, text.replace(" ", "").split(",")):
-            first, _, last = part.partition("-")
-            found += range(int(first), int(last or first) + 1)
+            first, dash, last = part.partition("-")
+            ids = range(int(first), int(last if dash else first) + 1)
+            if not ids:
+                raise ValueError
+            found += ids
     except ValueError:
         raise UsageError(f"--unused: expected ids as 1,5,10-20, got {text!r}") from None
     return found
