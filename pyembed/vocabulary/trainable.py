@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..call import STOCK_FORWARDS
+from ..modes import refuse_scripting
 from ..rows import check_row_ids, own_rows, slots_of, write
 
 __all__ = ["TrainableRows"]
@@ -29,6 +30,7 @@ class TrainableRows(nn.Embedding):
     row_ids: Tensor
     _sorted: Tensor
     _order: Tensor
+    __prepare_scriptable__ = refuse_scripting
 
     def __init__(self, embedding: nn.Embedding, rows: Any) -> None:
         if not isinstance(embedding, nn.Embedding) or isinstance(embedding, TrainableRows):
@@ -69,7 +71,7 @@ class TrainableRows(nn.Embedding):
         """input: ids (...) int32 or int64 -> (..., D). IndexError: an id outside the table."""
         flat, (ids, order, rows) = input.reshape(-1), self.own()
         found = F.embedding(flat, self.weight, self.padding_idx)
-        return write(found, slots_of(flat, ids, order), rows).view(*input.shape, -1)
+        return write(found, slots_of(flat, ids, order), rows).view(*input.shape, found.shape[1])
 
     def own(self) -> tuple[Tensor, Tensor, Tensor]:
         """Its ids (R,), ascending, the row of each (R,), and rows (R, D)."""

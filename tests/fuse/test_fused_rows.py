@@ -193,7 +193,9 @@ class Thrice(TrainableRows):
 @pytest.mark.parametrize(
     "name",
     [
-        full(name) if name in ("nothing", "new rows", "wrapped again", "pre-hook", "float64", "other class") else name
+        full(name)
+        if name in ("nothing", "new rows", "wrapped again", "pre-hook", "float64", "other class", "frozen rows")
+        else name
         for name in CHANGES
     ],
 )
@@ -306,6 +308,19 @@ def test_nothing_of_the_tables_size_is_made():
     with Largest() as largest:
         front(model.tok(ids) + model.pos(torch.arange(9))).square().sum().backward()
     assert fused.calls == {"fused": 1} and model.tok.rows.grad.any() and largest.elements < 5000
+
+
+@pytest.mark.parametrize("shape", [(0, 9), (2, 0), (1, 1)])
+def test_least_batches(shape):
+    model, found = small(), []
+    twin, ids = copy.deepcopy(model), torch.full(shape, 3)
+    fuse(model)
+    for each in (model, twin):
+        block = each.blocks[0]
+        out = block.attention.c_attn(block.norm1(each.tok(ids) + each.pos(torch.arange(shape[1]))))
+        found.append({"out": out.detach(), "rows": torch.autograd.grad(out.square().sum(), each.tok.rows)[0]})
+    assert found[0]["out"].shape == (*shape, 96)
+    assert all(torch.allclose(found[0][name], x, 1e-4, 1e-5) for name, x in found[1].items())
 
 
 def test_a_checkpoint():

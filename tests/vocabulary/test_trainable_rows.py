@@ -125,6 +125,20 @@ def test_loaded_in_place():
     assert [x.data_ptr() for x in token.own()] == places and torch.equal(token(IDS), trained([1, 8])(IDS))
 
 
+@pytest.mark.parametrize("shape", [(0,), (2, 0), (0, 3), ()])
+def test_ids_of_any_shape(shape):
+    token, ids = trained(), torch.full(shape, 9)
+    assert torch.equal(token(ids), token.rows[0].expand(*shape, D))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_scripting_is_refused():
+    with pytest.raises(
+        RuntimeError, match=r"torch.jit.script: expected modules that TorchScript can compile, got TrainableRows"
+    ):
+        torch.jit.script(nn.Sequential(trained()))
+
+
 def merged():
     return trained([0, 1]).merge()
 
