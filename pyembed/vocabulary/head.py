@@ -44,9 +44,11 @@ def linear_cross_entropy(
 
     float32, bfloat16 and float64 without autocast and replaced rows, in eager mode: "mean" and "sum" compute gradients in the
     forward, so that they allow one backward, "none" in the backward; none has second derivatives. Else PyTorch's operators
-    compute chunks again in the backward. Where a lookup of this library on a CPU (pyembed.Embedding, functional.embedding,
-    embed and embed_qkv, a fused model) reads the same weight, both gradients are summed in one buffer, from the second step
-    on; autograd gives torch.nn.Embedding's a buffer of its own. bfloat16: the weight's gradient is rounded after each chunk.
+    compute chunks again in the backward. bfloat16: the weight's gradient is rounded after each chunk.
+
+    Tied weights: where a lookup of this library (pyembed.Embedding, functional.embedding, embed and embed_qkv, by kernels or on
+    a CPU; a fused front end) reads the very tensor that is weight here, both gradients are summed in one buffer from the second
+    call on. Autograd gives the gradient of torch.nn.Embedding a buffer of its own.
 
     TypeError, ValueError: shapes that do not fit, ids of replaced rows that come twice or lie outside, an unknown reduction.
     IndexError: on a CPU, a target that is no token; on a GPU PyTorch asserts.

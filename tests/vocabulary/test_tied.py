@@ -1,12 +1,14 @@
 """A table that is a head's weight too: its gradient is right in every kind of backward, and one buffer where that can be."""
 
+import copy
 import gc
 import threading
 
 import pytest
 import torch
 import torch.nn.functional as nnf
-from conftest import DEVICE
+from conftest import DEVICE, full
+from families import Own, Packed, tokens
 from numerics import Largest
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -334,8 +336,11 @@ LOOKUPS = {"Embedding": module, "TokenPositionEmbedding": sum_of_tables}
 LOOKUPS |= {plan: front(plan) for plan in ("one_pass", "distinct")}
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-@pytest.mark.parametrize("name", LOOKUPS)
+CASES = [("torch", name) for name in LOOKUPS]
+CASES += [("triton", "Embedding"), ("triton", "distinct"), full("triton", "one_pass"), full("triton", "TokenPositionEmbedding")]
+
+
+@pytest.mark.parametrize("backend, name", CASES)
 def test_lookups_of_ours(name, backend, added):
     if backend == "triton":
         pytest.importorskip("triton")
@@ -352,6 +357,27 @@ def test_lookups_of_ours(name, backend, added):
     assert added == [grads[1].data_ptr(), grads[2].data_ptr()]
     torch.testing.assert_close(grads[0], grads[1], rtol=1e-5, atol=1e-6)
     assert torch.equal(grads[1], grads[2])
+
+
+class Trunk(Own):
+    def forward(self, ids):
+        return self.hidden(ids)
+
+
+@pytest.mark.parametrize("backend, plan", [("torch", "distinct"), full("triton", "one_pass")])
+def test_a_fused_model(backend, plan, added):
+    torch.manual_seed(0)
+    stock, ids = Trunk(nn.LayerNorm, Packed, tied=True).train(), tokens()
+    model = copy.deepcopy(stock)
+    pyembed.fuse(model, ids)
+    for _ in range(2):
+        for each in (stock, model):
+            each.zero_grad()
+            with pyembed.backend(backend), pyembed.plan(plan):
+                linear_cross_entropy(each(ids)[:, :-1], each.tok.weight, ids[:, 1:]).backward()
+        for ours, theirs in zip(model.parameters(), stock.parameters(), strict=True):
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6)
+    assert added == [model.tok.weight.grad.data_ptr()]
 
 
 def test_compilers_know_nothing_of_it():
