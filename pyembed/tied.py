@@ -16,24 +16,25 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .modes import TENSORS, is_plain_eager, is_recorded
 
-Edge = tuple[Any, int]  # a node of the graph, and which of its inputs
-
 
 class Waiting:
     """Where gradients of a head's weight wait, in the graphs of the lookups that hold this."""
 
     def __init__(self, weight: Tensor) -> None:
         self.buffers: dict[int, Tensor] = {}  # of each backward that is at work
+        self.stream = _stream(weight)
         self.weight = _Wait.apply(weight, self.buffers)  # itself, for a head: what its gradient passes
 
     def is_of(self, weight: Tensor) -> bool:
-        """Whether gradients that pass it arrive where the weight's do now: an older graph or a change in place have others."""
-        return self.weight.grad_fn.next_functions[0] == _edge(weight)
+        """Whether gradients that pass it arrive where the weight's do now, which a change in place moves, and in the order of
+        one stream, since backwards run in the streams of their forwards."""
+        edge = get_gradient_edge(weight)
+        is_same = self.weight.grad_fn.next_functions[0] == (edge.node, edge.output_nr)
+        return is_same and self.stream == _stream(weight)
 
 
-def _edge(weight: Tensor) -> Edge:
-    edge = get_gradient_edge(weight)
-    return edge.node, edge.output_nr
+def _stream(weight: Tensor) -> torch.cuda.Stream | None:
+    return torch.cuda.current_stream(weight.device) if weight.is_cuda else None
 
 
 class _Wait(torch.autograd.Function):
@@ -126,10 +127,9 @@ class _LookUp(torch.autograd.Function):
 
 def look_up(weight: Tensor, ids: Tensor, padding_idx: int = -1) -> Tensor:
     """torch.embedding, whose gradient on a CPU is added to that of a head."""
-    if is_compiling():  # first, so that a compiler does not trace the rest
-        return torch.embedding(weight, ids, padding_idx)
-    if _heads and weight.is_cpu and torch.is_grad_enabled() and is_plain_eager() and not is_recorded():
-        waiting = before_lookup(weight)
+    # A compiler does not trace what follows the third of these; the first is the least that a call without gradients pays.
+    if weight.requires_grad and torch.is_grad_enabled() and not is_compiling() and _heads and weight.is_cpu:
+        waiting = before_lookup(weight) if is_plain_eager() and not is_recorded() else None
         if waiting is not None:
             return _LookUp.apply(weight, ids, padding_idx, waiting)
     return torch.embedding(weight, ids, padding_idx)

@@ -211,6 +211,22 @@ def test_weights_that_are_no_leaves(added):
     assert len(added) == 1
 
 
+@pytest.mark.parametrize("streams, together", [([1, 1, 1], 1), ([1, 1, 2], 0), ([1, 2, 2], 1), ([1, 2, 1], 0)])
+def test_streams(streams, together, added, monkeypatch):
+    """What runs in another stream would have to be waited for: of two lookups and a head those in the head's stream share."""
+
+    def run(weight, ids, target, look_up, loss_of):
+        def within(stream, function, *args):
+            monkeypatch.setattr(tied, "_stream", lambda weight: stream)
+            return function(*args)
+
+        hidden = within(streams[0], look_up, ids, weight) + within(streams[1], look_up, target, weight)
+        return backward(weight, within(streams[2], loss_of, layer(hidden), weight, target))
+
+    same(run)
+    assert bool(added) == together
+
+
 def test_the_head_reads_the_weight_as_it_is_now():
     def run(weight, ids, target, look_up, loss_of):
         hidden = look_up(ids, weight)
