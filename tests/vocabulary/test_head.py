@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as nnf
 from conftest import DEVICE, full
 from numerics import Largest, assert_no_worse
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyembed.vocabulary import head, linear_cross_entropy
 
@@ -115,6 +116,27 @@ def test_replaced_rows(label_smoothing):
     found = linear_cross_entropy(hidden, weight, target, bias, replaced=(ids, rows), chunk=4, **options)
     right, (h, _, b, r) = expected([hidden, weight, bias], target, replaced=(ids, rows), **options)
     check([hidden, bias, rows], target, found, right, [h, b, r])
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_nothing_waits_for_values(reduction, monkeypatch):
+    """No operator, forward or backward, that a host would have to wait for on a GPU."""
+    waits = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal"}
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(function.overloadpacket.__name__)
+            return function(*args, **(kwargs or {}))
+
+    monkeypatch.setattr(head, "can_read", lambda _: False)  # as on a GPU
+    leaves, target = inputs()
+    hidden, weight, bias = leaves
+    with Watch():
+        options = {"reduction": reduction, "label_smoothing": 0.1, "size": 30, "chunk": 4}
+        loss = linear_cross_entropy(hidden, weight, target, bias, **options)
+        torch.autograd.grad(loss, leaves, torch.ones_like(loss))
+    assert "addmm_" in seen and waits.isdisjoint(seen)
 
 
 def test_neither_logits_nor_the_table_are_copied():
