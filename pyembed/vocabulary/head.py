@@ -74,7 +74,7 @@ def linear_cross_entropy(
 
 def chunk_of(size: int) -> int:
     """Tokens of a chunk by default, of logits for so many rows."""
-    return max(LEAST, 1 << (LOGITS // size).bit_length() - 1)
+    return max(LEAST, 1 << max(1, LOGITS // max(size, 1)).bit_length() - 1)
 
 
 def _loss(
@@ -111,14 +111,13 @@ class _Options(NamedTuple):
     reduction: str
 
 
-def _is_plain(*tensors: Tensor | None) -> bool:
-    """Whether _Loss takes them: of one of its dtypes, which fp16, whose range ends too soon for sums, is not, and eager."""
-    hidden, weight, target, bias = tensors
+def _is_plain(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None) -> bool:
+    """Whether _Loss takes them: eager, of one dtype, not fp16, in whose range gradients of a mean may be zero."""
     floats = [x for x in (hidden, weight, bias) if x is not None]
-    assert weight is not None and target is not None
     return (
         all(type(x) in TENSORS and x.dtype == weight.dtype and x.device == target.device for x in floats)
         and weight.dtype in (torch.float32, torch.float64, torch.bfloat16)
+        and type(target) is Tensor
         and is_plain_eager()
         and not is_recorded()
         and autocast_dtype(weight) is None

@@ -210,6 +210,12 @@ def test_under_autocast():
     torch.testing.assert_close(found.double(), right, rtol=0.02, atol=0.02)
 
 
+@pytest.mark.parametrize("size, tokens", [(1, 2**24), (50_257, 256), (2**16, 256), (2**13, 2048), (2**25, 256)])
+def test_chunks(size, tokens):
+    """64 MiB of logits in fp32, and at least 256 tokens, however many rows there are."""
+    assert head.chunk_of(size) == tokens
+
+
 def test_no_token():
     (hidden, weight, bias), target = inputs()
     for reduction, right in (("sum", 0.0), ("mean", torch.nan)):
