@@ -7,6 +7,7 @@ from conftest import DEVICE, full
 from numerics import Largest, assert_no_worse
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pyembed.functional import embedding
 from pyembed.vocabulary import head, linear_cross_entropy
 
 V, D, SHAPE = 40, 8, (3, 7)
@@ -200,6 +201,27 @@ def test_tied_table_and_head():
     double = weight.detach().double().requires_grad_()
     nnf.cross_entropy(nnf.linear(nnf.embedding(ids, double), double).movedim(-1, 1), target).backward()
     torch.testing.assert_close(weight.grad.double(), double.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_compilers_know_nothing_of_tied_tables():
+    """A head's weight in a graph, and a graph's lookup beside a head."""
+    (_, weight, _), target = inputs()
+    ids, target = torch.randint(V, SHAPE, device=DEVICE), target.clamp(min=0)
+    (right,) = torch.autograd.grad(linear_cross_entropy(embedding(ids, weight).tanh(), weight, target), weight)
+    look_up = torch.compile(lambda ids: embedding(ids, weight).tanh(), backend="aot_eager", fullgraph=True)
+    step = torch.compile(lambda ids: linear_cross_entropy(look_up(ids), weight, target), backend="aot_eager", fullgraph=True)
+    for loss in (linear_cross_entropy(look_up(ids), weight, target), step(ids)):
+        torch.testing.assert_close(torch.autograd.grad(loss, weight)[0], right, rtol=1e-4, atol=1e-5)
+
+
+def test_a_frozen_weight():
+    (hidden, weight, _), target = inputs()
+    weight.requires_grad_(False)
+    linear_cross_entropy(hidden, weight, target).backward()
+    assert hidden.grad.any() and weight.grad is None
+    weight.requires_grad_()
+    with torch.no_grad():
+        assert not linear_cross_entropy(embedding(target.clamp(min=0), weight), weight, target).requires_grad
 
 
 def test_under_autocast():

@@ -237,17 +237,6 @@ def test_the_head_reads_the_weight_as_it_is_now():
     same(run)
 
 
-def test_a_frozen_weight():
-    weight, ids, target = make()
-    weight.requires_grad_(False)
-    hidden = F.embedding(ids, weight).requires_grad_()
-    linear_cross_entropy(hidden, weight, target).backward()
-    assert hidden.grad.any() and weight.grad is None
-    weight.requires_grad_()
-    with torch.no_grad():
-        assert not linear_cross_entropy(F.embedding(ids, weight), weight, target).requires_grad
-
-
 def test_hooks_see_the_sum_once(added):
     seen = []
 
@@ -394,16 +383,6 @@ def test_a_fused_model(backend, plan, added):
         for ours, theirs in zip(model.parameters(), stock.parameters(), strict=True):
             torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6)
     assert added == [model.tok.weight.grad.data_ptr()]
-
-
-def test_compilers_know_nothing_of_it():
-    """A head's weight in a graph, and a graph's lookup beside a head."""
-    weight, ids, target = make(torch.float32)
-    right = same_gradient(weight, ids, target)
-    look_up = torch.compile(lambda ids: layer(F.embedding(ids, weight)), backend="aot_eager", fullgraph=True)
-    step = torch.compile(lambda ids: linear_cross_entropy(look_up(ids), weight, target), backend="aot_eager", fullgraph=True)
-    for loss in (linear_cross_entropy(look_up(ids), weight, target), step(ids)):
-        torch.testing.assert_close(torch.autograd.grad(loss, weight)[0], right, rtol=1e-4, atol=1e-5)
 
 
 def test_sixteen_bits(added):
