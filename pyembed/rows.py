@@ -179,6 +179,9 @@ def with_rows(terms: Terms, rows: "Rows | Sequence[Rows] | None", module: Any = 
     streams: list[Stream] = []
     if module is not None:
         values, order, mine = module.own()
+        if mine.dtype != module.weight.dtype or mine.device != module.weight.device:
+            expected, got = f"{module.weight.dtype} on {module.weight.device}", f"{mine.dtype} on {mine.device}"
+            raise TypeError(f"token.rows: expected {expected}, as the table has; got {got}")
         streams, parts = [Stream(0, mine.shape[0], -1, values, order)], [mine if terms.scale is None else mine * terms.scale]
     for n, (mine, placeholder) in enumerate([] if rows is None else _checked(rows, terms)):
         number = 0 if isinstance(rows, Rows) else n + 1

@@ -246,6 +246,13 @@ def test_bad_rows(rows, kind, text):
         pyembed.functional.embed(IDS, table().weight, rows=rows)
 
 
+def test_rows_that_train_of_another_dtype():
+    token = TrainableRows(table(), [3])
+    token.weight.data = token.weight.data.bfloat16()
+    with pytest.raises(TypeError, match=r"token.rows: expected torch.bfloat16 on cpu, as the table has; got torch.float32"):
+        pyembed.TokenPositionEmbedding.from_modules(token)(IDS)
+
+
 def test_placeholders_are_looked_at_once(monkeypatch):
     """Those that are ints; what was found in inference mode serves training too."""
     seen, check = [], rows_module.check_row_ids
