@@ -37,6 +37,7 @@ def look_up_or_zero(ids: Tensor, table: Tensor | Called, padding_idx: int = -1, 
     rows = rows_of(table)
     if rows is None:  # the module knows what an id means that has no row
         return look_up(ids, table, padding_idx, dtype)
+    ids = table.in_table(ids) if isinstance(table, Called) else ids  # those of other rows may lie outside it
     absent = (ids < 0) | (ids >= rows)
     return look_up(ids.masked_fill(absent, 0), table, padding_idx, dtype).masked_fill(absent.unsqueeze(-1), 0)
 

@@ -129,6 +129,16 @@ def test_id_policies(backend):
             assert ("zero" in module.explain(ids, rows).reason) is (policy == "zero")
 
 
+@pytest.mark.parametrize("placeholder", [V + 3, [V + 3], -1])
+def test_no_policy_touches_placeholders_outside_the_table(placeholder, backend):
+    outside = placeholder if isinstance(placeholder, int) else placeholder[0]
+    ids, rows = torch.tensor([V, outside, 2], device=DEVICE), Rows(some(1), placeholder)
+    module = table()
+    for policy, first in (("clamp", module.weight[V - 1]), ("zero", torch.zeros(D, device=DEVICE))):
+        expected = torch.stack([first, rows.rows[0], module.weight[2]])
+        assert torch.equal(F.embedding(ids, module.weight, rows=rows, id_policy=policy), expected)
+
+
 def test_explain_says_what_runs(monkeypatch):
     calls, launcher = [], gathered.launcher
     monkeypatch.setattr(gathered, "launcher", lambda *a: calls.append(a[0]) or launcher(*a))
@@ -138,7 +148,7 @@ def test_explain_says_what_runs(monkeypatch):
         with pyembed.backend(name):
             assert module.explain(IDS, rows).name == name and not calls
             module(IDS, rows)
-        assert calls == ["gather"] * (name == "triton")
+        assert calls == ["keys", "gather"] * (name == "triton")
     with pytest.raises(TypeError, match="rows: expected a pyembed"):
         module.explain(IDS, 3)
 
