@@ -7,6 +7,7 @@ the lookup adds its rows to it. In any other order, and beside lookups that know
 
 import weakref
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -21,7 +22,8 @@ class Waiting:
     """Where gradients of a head's weight wait, in the graphs of the lookups that hold this."""
 
     def __init__(self, weight: Tensor) -> None:
-        self.buffers: dict[int, Tensor] = {}  # of each backward that is at work
+        # Of each backward that is at work. Autograd alone holds them, so that one that fails leaves nothing behind.
+        self.buffers: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
         self.stream = _stream(weight)
         self.weight = _Wait.apply(weight, self.buffers)  # itself, for a head: what its gradient passes
 
@@ -33,23 +35,29 @@ class Waiting:
         return is_same and self.stream == _stream(weight)
 
 
+    def buffer(self) -> Tensor | None:
+        """The gradient that waits in the backward at work, if any."""
+        found = self.buffers.get(torch._C._current_graph_task_id())
+        if found is not None:
+            found._fix_weakref()  # type: ignore[attr-defined]  # its Python object may have been autograd's alone
+        return found
+
+
 def _stream(weight: Tensor) -> torch.cuda.Stream | None:
     return torch.cuda.current_stream(weight.device) if weight.is_cuda else None
 
 
 class _Wait(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, buffers: dict[int, Tensor]) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, buffers: "WeakValueDictionary[int, Tensor]") -> Tensor:
         ctx.buffers = buffers
         ctx.set_materialize_grads(False)
         return weight.detach()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None]:
-        buffer = ctx.buffers.pop(torch._C._current_graph_task_id(), None)
-        if buffer is None or grad is None:
-            return grad if buffer is None else buffer, None
-        return buffer + grad, None
+        ctx.buffers.pop(torch._C._current_graph_task_id(), None)  # lookups that are still to come have a gradient of their own
+        return grad, None
 
 
 _heads = WeakTensorKeyDictionary()  # {weight of a head: a weak reference to its Waiting, or None}
@@ -87,17 +95,17 @@ def hand_over(waiting: Waiting | None, gradient: Tensor | None) -> Tensor | None
     else refers to."""
     if waiting is None or gradient is None or torch.is_grad_enabled() or not gradient.is_contiguous():  # as kernels add to it
         return gradient
-    if not torch._C._will_engine_execute_node(waiting.weight.grad_fn):  # nobody wants it
-        return None
-    task = torch._C._current_graph_task_id()
-    before = waiting.buffers.get(task)  # of another head
-    waiting.buffers[task] = gradient if before is None else before.add_(gradient)
+    before = waiting.buffer()
+    if before is None:
+        waiting.buffers[torch._C._current_graph_task_id()] = gradient
+        return gradient
+    before.add_(gradient)  # to that of another head
     return None
 
 
 def buffer(waiting: Waiting | None) -> Tensor | None:
     """In the backward of a lookup: the gradient (V, D) that waits, to add rows to and return None; None: return a gradient."""
-    return None if waiting is None else waiting.buffers.get(torch._C._current_graph_task_id())
+    return None if waiting is None else waiting.buffer()
 
 
 def add_rows(into: Tensor, ids: Tensor, rows: Tensor, padding_idx: int = -1) -> None:

@@ -307,6 +307,21 @@ def test_nothing_outlives_the_graph():
     assert tied.of(weight) is None
 
 
+def test_a_backward_that_fails_leaves_no_gradient_behind():
+    """Also where graphs of steps overlap, as those of a loop that goes on after an error do."""
+    weight, ids, target = make()
+    held, kept = None, []
+    for _ in range(4):
+        hidden = F.embedding(ids, weight)
+        hidden.register_hook(lambda grad: kept.append(len(tied.of(weight).buffers)) or grad.no_such_attribute)
+        held = hidden, linear_cross_entropy(layer(hidden), weight, target)
+        with pytest.raises(AttributeError):
+            held[1].backward()
+    assert kept == [1] * 4
+    torch.ones((), requires_grad=True).backward()  # autograd drops what a failed backward left
+    assert not tied.of(weight).buffers
+
+
 def same_gradient(weight, ids, target):
     return torch.autograd.grad(stock_loss(layer(nnf.embedding(ids, weight)), weight, target), weight)[0]
 
