@@ -34,7 +34,6 @@ class Waiting:
         is_same = self.weight.grad_fn.next_functions[0] == (edge.node, edge.output_nr)
         return is_same and self.stream == _stream(weight)
 
-
     def buffer(self) -> Tensor | None:
         """The gradient that waits in the backward at work, if any."""
         found = self.buffers.get(torch._C._current_graph_task_id())
