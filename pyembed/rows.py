@@ -60,7 +60,7 @@ def write(found: Tensor, slot: Tensor, own: Tensor, in_order: bool = False) -> T
 class Stream(NamedTuple):
     """Tokens that take rows of own: one id by rank, or ids by which the rows are found."""
 
-    number: int  # 0: the argument is `rows`; n + 1: rows[n]
+    number: int  # −1: rows that a module keeps for ids of its table; 0: the argument is `rows`; n + 1: rows[n]
     size: int  # R, of its rows, which stand in own behind those of the streams before it
     placeholder: int = -1  # by rank
     values: Tensor | None = None  # (R,) ids, ascending, by id
@@ -70,14 +70,15 @@ class Stream(NamedTuple):
 class Extended(Called):
     """In a Call in place of a token table: rows of the table and, for some tokens, of own, in the table's place."""
 
-    def __init__(self, terms: Terms, own: Tensor, streams: list[Stream]) -> None:
+    def __init__(self, terms: Terms, own: Tensor, streams: list[Stream], clamps: bool) -> None:
         """own (R, D): the rows of all streams, of which a later one comes first where an id is of two. terms: of the table or
-        module beside it, its scale and padding_idx, and the ids."""
+        module beside it, its scale and padding_idx, and the ids. clamps: whether ids outside the table take its nearest row."""
         token: Any = terms.token
         is_called = isinstance(token, Called)
         self.table = None if is_called else token  # (V, D)
         self.own, self.streams, self.ids, self._length = own, streams, terms.ids.reshape(-1), terms.length
         self._slot: Tensor | None = None
+        self._clamps = clamps
         self._token, self._scale, self._padding_idx = token, terms.scale, terms.padding_idx
         weight = token.weight if is_called else token
         module, has_rows = (token.module, token.has_rows) if is_called else (nn.Module(), True)
@@ -89,7 +90,10 @@ class Extended(Called):
         placeholders; where values may not be read, its tokens have −2."""
         if self._slot is None:  # kernels have keys instead
             first, *others = self.streams
-            slot, start = _find(first, self.ids, self._length), first.size
+            ids = self.ids
+            if first.number < 0 and self._clamps and self.table is not None and self.table.shape[0]:
+                ids = ids.clamp(0, self.table.shape[0] - 1)
+            slot, start = _find(first, ids, self._length), first.size
             for stream in others:
                 found = _find(stream, self.ids, self._length)
                 slot = torch.where(found == -1, slot, torch.where(found < 0, found, found + start))
@@ -168,12 +172,12 @@ def call_with_rows(call: Call, rows: "Rows | Sequence[Rows] | None", module: Any
     """with_rows of a call's terms. ValueError: distinct ids, which know no rows."""
     if call.distinct is not None and rows is not None:
         raise ValueError("distinct: expected None where rows stand in place of token rows, got distinct ids")
-    return call._replace(terms=with_rows(call.terms, rows, module))
+    return call._replace(terms=with_rows(call.terms, rows, module, call.id_policy))
 
 
-def with_rows(terms: Terms, rows: "Rows | Sequence[Rows] | None", module: Any = None) -> Terms:
+def with_rows(terms: Terms, rows: "Rows | Sequence[Rows] | None", module: Any = None, policy: str = "raise") -> Terms:
     """Terms whose token rows are the table's and those of module, a token with rows of its own, times scale, and these rows,
-    unscaled, at their placeholders."""
+    unscaled, at their placeholders. policy: the call's id policy, which a module's rows obey as the table's do."""
     check_integers("ids", terms.ids)
     parts: list[Tensor] = []  # not list[Tensor](), which a compiler does not know
     streams: list[Stream] = []
@@ -182,7 +186,7 @@ def with_rows(terms: Terms, rows: "Rows | Sequence[Rows] | None", module: Any = 
         if mine.dtype != module.weight.dtype or mine.device != module.weight.device:
             expected, got = f"{module.weight.dtype} on {module.weight.device}", f"{mine.dtype} on {mine.device}"
             raise TypeError(f"token.rows: expected {expected}, as the table has; got {got}")
-        streams, parts = [Stream(0, mine.shape[0], -1, values, order)], [mine if terms.scale is None else mine * terms.scale]
+        streams, parts = [Stream(-1, mine.shape[0], -1, values, order)], [mine if terms.scale is None else mine * terms.scale]
     for n, (mine, placeholder) in enumerate([] if rows is None else _checked(rows, terms)):
         number = 0 if isinstance(rows, Rows) else n + 1
         if isinstance(placeholder, int):
@@ -193,7 +197,7 @@ def with_rows(terms: Terms, rows: "Rows | Sequence[Rows] | None", module: Any = 
         parts.append(mine)
     if not parts:
         return terms
-    extended = Extended(terms, parts[0] if len(parts) == 1 else torch.cat(parts), streams)
+    extended = Extended(terms, parts[0] if len(parts) == 1 else torch.cat(parts), streams, policy == "clamp")
     if _can_count(terms.ids) or is_recorded():  # counts are compared; a trace must not keep this example's slots
         extended.slot  # noqa: B018
     token: Any = extended

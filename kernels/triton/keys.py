@@ -18,6 +18,7 @@ from .tiles import report_absent
 
 BLOCK = 512  # tokens of a program
 WRONG = tl.constexpr(-2)  # the key, until the last stream, of a placeholder that has too many or too few rows
+OWN = tl.constexpr(3)  # the number of a first stream by id whose ids are the table's: rows that a module keeps
 
 
 @triton.jit
@@ -54,17 +55,18 @@ def keys_kernel(
     else:
         key = tl.load(keys + m, mask=m < M, other=0).to(tl.int64)
     if values is not None:
+        sought = tl.where(TABLE == OWN, key, row)  # a module's rows are of ids as they are clamped
         low = tl.zeros((BLOCK_M,), tl.int64)
         high = low + R
         reach = R
         while reach > 0:  # the first of values that is not below the id, by halving
             middle = (low + high) // 2
-            below = tl.load(values + middle, mask=middle < R, other=0) < row
+            below = tl.load(values + middle, mask=middle < R, other=0) < sought
             open = low < high
             low = tl.where(open & below, middle + 1, low)
             high = tl.where(open & (below == 0), middle, high)
             reach = reach // 2
-        taken = (m < M) & (low < R) & (tl.load(values + low, mask=low < R, other=0) == row)
+        taken = (m < M) & (low < R) & (tl.load(values + low, mask=low < R, other=0) == sought)
         key = tl.where(taken, V + start + tl.load(order + low, mask=taken, other=0), key)
     else:
         taken = (m < M) & (row == placeholder)
@@ -128,7 +130,7 @@ def find_keys(
     """Keys like ids (..., T), of a token table of `size` rows and of one or more streams, of which a later one comes first.
 
     rows: of each stream, whose own rows stand in order. values, orders: of streams by id, of others empty, which then are by
-    rank, of one of placeholders. tables: what reports name a stream by. report: of tiles.report_absent.
+    rank, of one of placeholders. tables: what reports name a stream by, or OWN. report: of tiles.report_absent.
     """
     total = size + sum(rows)
     keys, start, M = ids.new_empty(ids.shape, dtype=torch.int32 if total < 2**31 else torch.int64), 0, ids.numel()

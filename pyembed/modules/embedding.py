@@ -167,8 +167,9 @@ class TokenPositionEmbedding(HasIdPolicy):
         row = -1 if padding_idx is None else pad_row(padding_idx, table.shape[0])
         terms = Terms(ids, table, positions, position_ids, segments, segment_ids, None, self.scale, rate, row)
         own = modules["token"] if has_own_rows(modules["token"]) else None
-        terms = terms if rows is None and own is None else with_rows(terms, rows, own)
-        found = run(Call(terms, NO_NORM, None, NO_EPILOGUE, self._policy(), False, None, concat))
+        policy = self._policy()
+        terms = terms if rows is None and own is None else with_rows(terms, rows, own, policy)
+        found = run(Call(terms, NO_NORM, None, NO_EPILOGUE, policy, False, None, concat))
         return dropout(found) if concat else found
 
     def _table(self, name: str) -> Any:

@@ -305,6 +305,27 @@ def test_counts_under_a_transform(count):
     assert torch.equal(found[taken], own.repeat(2, 1)) if count == 3 else found[taken].isnan().all()
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("blind", [False, True])
+def test_ids_are_clamped_to_rows_that_train(backend, blind, monkeypatch):
+    """As to any other row of the table, but not to the placeholders of a call."""
+    if backend == "triton":
+        pytest.importorskip("triton")
+    if blind:
+        monkeypatch.setattr(rows_module, "can_read", lambda ids: False)
+    token, ids = TrainableRows(table(), [V - 1, 0, 7]), torch.tensor([V + 3, -1, V, 7, 5])
+    with torch.no_grad():
+        token.rows.add_(1)
+    whole = token.weight.index_copy(0, token.row_ids, token.rows.detach())
+    for rows in (None, Rows(torch.ones(1, D), [1])):
+        for front in (pyembed.TokenPositionEmbedding.from_modules(token), front_end(token)):
+            with pyembed.backend(backend), pyembed.id_policy("clamp"):
+                found, expected = front(ids, rows=rows), whole[ids.clamp(0, V - 1)]
+            if isinstance(found, tuple):
+                found, expected = found.hidden, expected + front.position.weight[:5]
+            assert torch.equal(found, expected)
+
+
 def test_distinct_ids_know_no_rows():
     front, ids = front_end(table()), torch.tensor([[3, V]])
     distinct = pyembed.call.DistinctIds(*ids.unique(return_inverse=True))
