@@ -287,6 +287,20 @@ def test_threads(added):
     assert len(found) == 4 and len(added) == 80
 
 
+def test_a_lookup_that_autograd_runs_last(added):
+    """As that of a new thread, whose nodes count from 0, so that autograd takes them for older ones."""
+
+    def run(weight, ids, target, look_up, loss_of):
+        others = look_up(ids, weight), []  # by which the node where gradients wait is of this thread
+        thread = threading.Thread(target=lambda: others[1].append(look_up(target, weight)))
+        thread.start()
+        thread.join()
+        return backward(weight, loss_of(layer(others[1][0]), weight, ids))
+
+    same(run)
+    assert not added
+
+
 def test_nothing_outlives_the_graph():
     weight, ids, target = make()
     loss = linear_cross_entropy(layer(F.embedding(ids, weight)), weight, target)
