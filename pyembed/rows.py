@@ -266,7 +266,7 @@ def _find(stream: Stream, ids: Tensor, length: int) -> Tensor:
     number, rows, placeholder, values, order = stream
     if values is not None and order is not None:
         return slots_of(ids, values, order)
-    taken = ids == placeholder
+    taken = ids.long() == placeholder  # which need not fit into the dtype of ids, and would wrap
     rank = taken.cumsum(0)
     if _can_count(ids):
         count = int(rank[-1]) if rank.numel() else 0

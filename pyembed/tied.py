@@ -128,7 +128,7 @@ class _LookUp(torch.autograd.Function):
         (ids,), into = ctx.saved_tensors, buffer(ctx.waiting)
         if into is None:
             return torch.ops.aten.embedding_backward(grad, ids, *ctx.options), None, None, None
-        add_rows(into, ids.reshape(-1), grad.reshape(-1, grad.shape[-1]), ctx.options[1])
+        add_rows(into, ids.reshape(-1), grad.reshape(ids.numel(), grad.shape[-1]), ctx.options[1])
         return None, None, None, None
 
 

@@ -57,7 +57,7 @@ def linear_cross_entropy(
     if chunk is not None and (not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 1):
         raise ValueError(f"chunk: expected a positive int or None, got {chunk!r}")
     rows = chunk or chunk_of(V)
-    flat, targets = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1)
+    flat, targets = hidden.reshape(target.numel(), hidden.shape[-1]), target.reshape(-1)
     if replaced is None and _is_plain(hidden, weight, target, bias):
         options = _Options(V, ignore_index, label_smoothing, rows, reduction)
         return _apply(flat, weight, bias, targets, options).view(target.shape if reduction == "none" else ())

@@ -139,6 +139,17 @@ def test_no_policy_touches_placeholders_outside_the_table(placeholder, backend):
         assert torch.equal(F.embedding(ids, module.weight, rows=rows, id_policy=policy), expected)
 
 
+@pytest.mark.parametrize("blind", [False, True])
+@pytest.mark.parametrize("placeholder", [2**32 + 5, [2**32 + 5], 5 - 2**32])
+def test_placeholders_that_int32_does_not_hold(placeholder, blind, backend, monkeypatch):
+    """They are no ids of the call, also where their last 32 bits are those of one."""
+    if blind:
+        monkeypatch.setattr("pyembed.rows.can_read", lambda ids: False)
+    module, ids = table(), torch.tensor([5, 1], dtype=torch.int32, device=DEVICE)
+    count = 0 if isinstance(placeholder, int) else 1
+    assert torch.equal(module(ids, Rows(some(count), placeholder)), module(ids))
+
+
 def test_explain_says_what_runs(monkeypatch):
     calls, launcher = [], gathered.launcher
     monkeypatch.setattr(gathered, "launcher", lambda *a: calls.append(a[0]) or launcher(*a))

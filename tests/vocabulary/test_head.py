@@ -238,6 +238,14 @@ def test_chunks(size, tokens):
     assert head.chunk_of(size) == tokens
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_rows_of_no_columns(reduction):
+    leaves, target = inputs()
+    leaves = [x.detach()[..., :0].clone().requires_grad_() for x in leaves[:2]] + leaves[2:]
+    found = linear_cross_entropy(leaves[0], leaves[1], target, leaves[2], reduction=reduction)
+    check(leaves, target, found, *expected(leaves, target, reduction=reduction))
+
+
 def test_no_token():
     (hidden, weight, bias), target = inputs()
     for reduction, right in (("sum", 0.0), ("mean", torch.nan)):
