@@ -7,7 +7,6 @@ the lookup adds its rows to it. In any other order, and beside lookups that know
 
 import weakref
 from typing import Any
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -23,7 +22,7 @@ class Waiting:
 
     def __init__(self, weight: Tensor) -> None:
         # Of each backward that is at work. Autograd alone holds them, so that one that fails leaves nothing behind.
-        self.buffers: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
+        self.buffers: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
         self.stream = _stream(weight)
         self.weight = _Wait.apply(weight, self.buffers)  # itself, for a head: what its gradient passes
 
@@ -48,7 +47,7 @@ def _stream(weight: Tensor) -> torch.cuda.Stream | None:
 
 class _Wait(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, buffers: "WeakValueDictionary[int, Tensor]") -> Tensor:
+    def forward(ctx: Any, weight: Tensor, buffers: Any) -> Tensor:
         ctx.buffers = buffers
         ctx.set_materialize_grads(False)
         return weight.detach()

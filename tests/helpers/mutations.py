@@ -179,7 +179,7 @@ MUTATIONS = [
     Mutation(ONE_PASS, "run = embed_backward if into is None else", "run = embed_backward if True else", TO_TIE),
     Mutation(TIED, "ctx.buffers.pop(torch", "ctx.buffers.get(torch", TO_TIE),
     Mutation(TIED, "before.add_(gradient)  #", "pass  #", TO_TIE),
-    Mutation(TIED, "WeakValueDictionary[int, Tensor] = WeakValueDictionary()", "Any = {}", TO_TIE),
+    Mutation(TIED, "weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()", "Any = {}", TO_TIE),
     Mutation(TIED, "        into[padding_idx] = kept", "        pass", TO_TIE),
     Mutation(HEAD, "        if torch.is_grad_enabled():  #", "        if False:  #", TO_TIE),
     Mutation(HEAD, "                if grads is None:", "                if False:", TO_TIE),
