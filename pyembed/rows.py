@@ -102,7 +102,9 @@ class Extended(Called):
         return self._slot
 
     def in_table(self, ids: Tensor) -> Tensor:
-        """ids (..., T), 0 for those of tokens that take rows of own."""
+        """ids (..., T), 0 for those of tokens that take rows of own but for a module's, which are of the table too."""
+        if self.streams[-1].number < 0:
+            return ids
         return ids.reshape(-1).masked_fill(self.slot != -1, 0).view(ids.shape)
 
     def _of_all(self, ids: Tensor) -> Tensor:
