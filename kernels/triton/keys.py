@@ -1,9 +1,9 @@
 """Which row each token takes where some take rows of another table (own) than the token table: one number, its key.
 
-key = id                                          of a row of the token table, in [0, V)
-key = V + start + order[r]   where id = values[r]       rows by id: soft prompts, rows that train
-key = V + start + rank       where id = placeholder     rows by rank: its n-th occurrence takes row n
-key = −1                                          no row: its results are NaN
+key = id                      of a row of the token table, in [0, V)
+key = V + start + order[r]    where id = values[r]: rows by id, as soft prompts and rows that train
+key = V + start + rank        where id = placeholder: rows by rank, whose n-th occurrence takes row n
+key = −1                      without a row: its results are NaN
 """
 
 import torch
