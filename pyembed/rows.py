@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from . import tied
 from .call import Call, Called, Terms, as_table
@@ -260,7 +261,8 @@ _sorted = functools.lru_cache(64)(_sort)
 
 @torch.compiler.assume_constant_result
 def _constant(name: str, placeholder: tuple[int, ...], device: torch.device) -> _Placed:
-    return _sort(name, placeholder, device)
+    with _disable_current_modes():  # in which torch.export makes tensors without values
+        return _sort(name, placeholder, device)
 
 
 def _find(stream: Stream, ids: Tensor, length: int) -> Tensor:

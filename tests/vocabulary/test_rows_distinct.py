@@ -224,3 +224,21 @@ def test_a_trace_serves_other_ids():
     for given in (IDS, IDS.flip(1), IDS.roll(1, 1)):
         assert torch.equal(traced(given, rows), look_up(given, rows))
     assert torch.equal(traced(ids, rows).isnan().all(-1), ids == 99)  # TorchScript drops what is only asserted
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_exported_program_serves_other_ids(strict):
+    class LookUp(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.token = table()
+
+        def forward(self, ids, rows):
+            return pyembed.functional.embed(ids, self.token.weight, rows=[Rows(rows, 99), Rows(rows[:2], [7, 5])])
+
+    module, rows = LookUp(), torch.randn(3, D)
+    exported = torch.export.export(module, (IDS, rows), strict=strict).module()
+    for given in (IDS, IDS.flip(1)):
+        assert torch.equal(exported(given, rows), module(given, rows))
+    with pytest.raises(RuntimeError, match=r"rows\[0\]: expected as many as there are placeholders 99"):
+        exported(IDS.masked_fill(IDS == 99, 1), rows)
