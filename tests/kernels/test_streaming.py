@@ -10,12 +10,12 @@ from conftest import full
 pytest.importorskip("triton")
 import machine_code
 from aot import BIN, record
-from every_call import backward, distinct_rows, front_end, gathered, turned
+from every_call import FOLDED, backward, distinct_rows, front_end, gathered, turned
 from pyembed.kernels import tuning
 
 HALF = torch.bfloat16
 BACKWARD, MANY = (backward, HALF, 4097, 2048, "layer", True), (distinct_rows, HALF, 4098, 768, 2304, "layer", True)
-TURNED, PLAIN = (turned, HALF, 4097, 64, False), (front_end, HALF, 4097, 768, 2304, "layer", True, False)
+TURNED, PLAIN = (turned, HALF, 4097, 64, False), (front_end, HALF, FOLDED, 768, 2304, "layer", True, False)
 
 
 def compiled(monkeypatch, arch, kernel, function, *arguments):
