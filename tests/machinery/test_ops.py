@@ -74,7 +74,7 @@ def with_own_weights(call, **options):
 
 @pytest.mark.parametrize("plan", [one_pass.embed_qkv, full(distinct.distinct_qkv)])
 def test_opcheck_own_weights(plan):
-    call, options = with_own_weights(inputs()), () if plan is one_pass.embed_qkv else (None, None, True)
+    call, options = with_own_weights(inputs()), () if plan is one_pass.embed_qkv else (None, None, None, True)
     call = call._replace(epilogue=Epilogue(query_bias=draw(3)) if not options else Epilogue())
     utilities = ("test_schema", "test_autograd_registration", "test_faketensor")
     opcheck(plan.forward.op, (*FRONT_END.flatten(call), *options), test_utils=utilities)
