@@ -117,8 +117,7 @@ def report(document):
     sections = []
     for title, suite in SUITES.items():
         sections += [(f"{title}, {d}", times(rows_of(document, suite), d)) for d in directions]
-    weighed = [row for row in rows_of(document, "vocabulary") if "tokens" in row]
-    sections += [("Memory in training", memory(rows_of(document, "front end", "embedding") + weighed))]
+    sections += [("Memory in training", memory(rows_of(document, "front end", "embedding", "vocabulary")))]
     sections += [("The front end's share of a whole model's floating-point operations, forward", shares())]
     sections += [("Not measured", left_out(document))]
     parts = [f"## {title}\n\n{text}" for title, text in sections if text]
@@ -175,7 +174,7 @@ def _kind(row):
 
 def memory(rows):
     """A Markdown table: bytes per token that forward saves for backward, and the peak memory of a training step in MiB."""
-    rows = [row for row in rows if row["direction"] == "training"]
+    rows = [row for row in rows if row["direction"] == "training" and "tokens" in row]
     names = ordered(name for row in rows for name in row["variants"] if name != "linear alone")
     lines = []
     for row in rows:

@@ -3,7 +3,7 @@
 The table is looked up for all tokens and the other rows are written over that, so the gradient of rows is (R, D), and nothing
 of the table's size is made. On the CPU only the tokens concerned are touched; on a GPU, where their number is not known to
 the host, a row is looked up for every token and one of the two is chosen. By the plan `distinct` the same is done for the
-distinct rows alone, which then are a table of their own.
+distinct rows alone, which then are a table of their own. Kernels: plans/gathered.py.
 """
 
 import functools
@@ -186,9 +186,7 @@ def with_rows(terms: Terms, rows: "Rows | Sequence[Rows] | None", module: Any = 
     streams: list[Stream] = []
     if module is not None:
         values, order, mine = module.own()
-        if mine.dtype != module.weight.dtype or mine.device != module.weight.device:
-            expected, got = f"{module.weight.dtype} on {module.weight.device}", f"{mine.dtype} on {mine.device}"
-            raise TypeError(f"token.rows: expected {expected}, as the table has; got {got}")
+        _check_kind("token.rows", mine, module.weight)
         streams, parts = [Stream(-1, mine.shape[0], -1, values, order)], [mine if terms.scale is None else mine * terms.scale]
     for n, (mine, placeholder) in enumerate([] if rows is None else _checked(rows, terms)):
         number = 0 if isinstance(rows, Rows) else n + 1
@@ -211,6 +209,12 @@ def _name(number: int) -> str:
     return f"rows[{number - 1}]" if number else "rows"
 
 
+def _check_kind(name: str, own: Tensor, table: Tensor) -> None:
+    if own.dtype != table.dtype or own.device != table.device:
+        expected, got = f"{table.dtype} on {table.device}", f"{own.dtype} on {own.device}"
+        raise TypeError(f"{name}: expected {expected}, as the table has; got {got}")
+
+
 def _checked(rows: Any, terms: Terms) -> "Sequence[Rows]":
     given = [rows] if isinstance(rows, Rows) else rows
     if not isinstance(given, list | tuple) or not all(isinstance(each, Rows) for each in given):
@@ -222,9 +226,8 @@ def _checked(rows: Any, terms: Terms) -> "Sequence[Rows]":
         if not isinstance(own, Tensor) or own.dim() != 2 or table is not None and own.shape[1] != table.shape[1]:
             got = tuple(own.shape) if isinstance(own, Tensor) else type(own).__name__
             raise ValueError(f"{name}: expected a Tensor (R, {'D' if table is None else table.shape[1]}), got {got}")
-        if table is not None and (own.dtype != table.dtype or own.device != table.device):
-            expected, got = f"{table.dtype} on {table.device}", f"{own.dtype} on {own.device}"
-            raise TypeError(f"{name}: expected {expected}, as the table has; got {got}")
+        if table is not None:
+            _check_kind(name, own, table)
         is_ranked = isinstance(placeholder, int) and not isinstance(placeholder, bool)
         ids = [placeholder] if is_ranked else _placed(name, placeholder, terms.ids.device)[0]
         if not is_ranked and len(ids) != own.shape[0]:

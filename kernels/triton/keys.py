@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pyembed.call import LOOKUPS
+
 from . import tuning
 from .distinct import find
 from .launch import launch, on_device
@@ -18,7 +20,7 @@ from .tiles import report_absent
 
 BLOCK = 512  # tokens of a program
 WRONG = tl.constexpr(-2)  # the key, until the last stream, of a placeholder that has too many or too few rows
-OWN = tl.constexpr(3)  # the number of a first stream by id whose ids are the table's: rows that a module keeps
+OWN = tl.constexpr(len(LOOKUPS) - 1)  # the number of a first stream by id whose ids are the table's: rows that a module keeps
 
 
 @triton.jit
@@ -67,12 +69,12 @@ def keys_kernel(
             high = tl.where(open & (below == 0), middle, high)
             reach = reach // 2
         taken = (m < M) & (low < R) & (tl.load(values + low, mask=low < R, other=0) == sought)
-        key = tl.where(taken, V + start + tl.load(order + low, mask=taken, other=0), key)
+        key = tl.where(taken, tl.load(order + low, mask=taken, other=0) + start + V, key)
     else:
         taken = (m < M) & (row == placeholder)
         total, before = sum_counts(counts, tl.num_programs(0))
-        rank = before + tl.cumsum(taken.to(tl.int32), 0) - 1
-        key = tl.where(taken, tl.where(total == R, V + start + rank, WRONG), key)
+        rank = (before + tl.cumsum(taken.to(tl.int32), 0)).to(tl.int64) - 1
+        key = tl.where(taken, tl.where(total == R, rank + start + V, WRONG), key)
         report_count(report, TABLE, ids, placeholder, m, taken & (rank == R), total, R, BLOCK_M)
     if LAST:
         report_absent(report, 0, row, m, (m < M) & (key == -1), V)

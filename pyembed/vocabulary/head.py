@@ -53,7 +53,7 @@ def linear_cross_entropy(
     TypeError, ValueError: shapes that do not fit, ids of replaced rows that come twice or lie outside, an unknown reduction.
     IndexError: on a CPU, a target that is no token; on a GPU PyTorch asserts.
     """
-    V = _checked(hidden, weight, target, bias, size, replaced, reduction, ignore_index)
+    V = _checked(hidden, weight, target, bias, size, replaced, reduction, ignore_index, label_smoothing)
     if chunk is not None and (not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 1):
         raise ValueError(f"chunk: expected a positive int or None, got {chunk!r}")
     rows = chunk or chunk_of(V)
@@ -264,6 +264,7 @@ def _checked(
     replaced: Replaced,
     reduction: str,
     ignore_index: int,
+    label_smoothing: float,
 ) -> int:
     """The number of rows that are tokens."""
     for name, value in (("hidden", hidden), ("weight", weight), ("target", target)):
@@ -278,6 +279,10 @@ def _checked(
         raise ValueError(
             f"target: expected int64 of shape {tuple(hidden.shape[:-1])}, got {target.dtype} of shape {tuple(target.shape)}"
         )
+    if bias is not None and not isinstance(bias, Tensor):
+        raise TypeError(f"bias: expected a Tensor or None, got {type(bias).__name__}")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing: expected a number from 0 to 1, got {label_smoothing!r}")
     if bias is not None and bias.shape != (V,):
         raise ValueError(f"bias: expected shape ({V},), that of weight's rows, got {tuple(bias.shape)}")
     if size is not None and (not isinstance(size, int) or not 0 < size <= V):

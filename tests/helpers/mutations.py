@@ -64,7 +64,7 @@ MUTATIONS = [
     Mutation(GATHER, "keys.reshape(-1) - size", "keys.reshape(-1)", TO_GATHER + " -k gradients"),
     Mutation(KEYS, "report_absent(report, 0, row, m, (m < M) & (key == -1), V)", "key = key", TO_GATHER),
     Mutation(KEYS, "tl.where(TABLE == OWN, key, row)", "row", "tests/vocabulary/test_rows.py -k clamped"),
-    Mutation(KEYS, "tl.where(total == R, V + start + rank, WRONG)", "V + start + rank", TO_GATHER + " -k nobody"),
+    Mutation(KEYS, "tl.where(total == R, rank + start + V, WRONG)", "rank + start + V", TO_GATHER + " -k nobody"),
     Mutation(KEYS, "tl.where(p < tl.program_id(0), count, 0)", "0", TO_GATHER + " -k test_keys"),
     Mutation(ROWS, "torch.where(is_right, rank - 1, -2)", "rank - 1", TO_ROW.replace("_distinct", "") + " -k transform"),
     Mutation(ROWS, "masked_fill(self.slot != -1, 0)", "masked_fill(self.slot < -1, 0)", TO_ROW),

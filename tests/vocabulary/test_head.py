@@ -270,6 +270,9 @@ TWICE = (torch.tensor([1, 1]), torch.zeros(2, D))
         ({"replaced": (torch.tensor([1]), torch.zeros(2, D))}, ValueError, "replaced: expected"),
         ({"chunk": 0}, ValueError, "chunk: expected a positive int or None, got 0"),
         ({"reduction": "max"}, ValueError, "reduction: expected one of"),
+        ({"label_smoothing": 1.5}, ValueError, "label_smoothing: expected a number from 0 to 1, got 1.5"),
+        ({"label_smoothing": -0.1}, ValueError, "label_smoothing: expected a number from 0 to 1, got -0.1"),
+        ({"bias": 3.0}, TypeError, "bias: expected a Tensor or None, got float"),
     ],
 )
 def test_bad_input(wrong, error, message):
